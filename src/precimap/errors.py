@@ -1,0 +1,61 @@
+"""Every refusal of precimap, as one tree.
+
+    PrecimapError
+    |-- InputError              what the user gave is wrong (the command line exits with 2)
+    |   |-- TaskError           a task file, a forward, a metric, a split
+    |   |-- ModelError          a model that cannot be looked into, or holds NaN
+    |   |-- SchemeError         an unknown scheme, or one that a layer cannot take
+    |   |-- MapError            a precision map that cannot be read
+    |   |   `-- PremiseMismatch a map of another model, task or data
+    |   |-- DeployError         a map that this target cannot run
+    |   `-- SaveError           a file that could not be written (the old one is still there)
+    |-- AlphaSpent              the certify split has no confidence left for another map
+    `-- JournalError            a run directory of another premise, or in use
+
+Each message says what was expected, what came, and what to do. A "no" of the statistics is not an error: it is a
+`Certificate` whose verdict says so.
+"""
+
+
+class PrecimapError(Exception):
+    """Base of everything that precimap raises on purpose."""
+
+
+class InputError(PrecimapError):
+    """What the user gave is wrong; nothing was changed."""
+
+
+class TaskError(InputError):
+    """A task file, forward, loss, metric or split that cannot be used."""
+
+
+class ModelError(InputError):
+    """A model that precimap cannot look into, or whose weights are not finite."""
+
+
+class SchemeError(InputError):
+    """An unknown scheme, or one that the named layer cannot take."""
+
+
+class MapError(InputError):
+    """A precision map that cannot be read, or that does not fit the model."""
+
+
+class PremiseMismatch(MapError):
+    """A precision map made for other weights, another task or other data."""
+
+
+class DeployError(InputError):
+    """A map that the chosen target cannot run as it stands."""
+
+
+class SaveError(InputError):
+    """A file that could not be written; what was there before is still there."""
+
+
+class AlphaSpent(PrecimapError):
+    """The certify split has no confidence left: it has judged other maps before."""
+
+
+class JournalError(PrecimapError):
+    """A run directory that belongs to another premise or to another process."""

@@ -1,0 +1,176 @@
+"""A scheme: the formats, granularities and range rules of one layer's weight and input.
+
+Invariant: a scheme is a value. Two schemes with equal fields are the same scheme, and `Scheme.row()` written to a map and
+read back by `scheme_from_row` is equal to it. Composed of two small records instead of a class per combination; a
+name is only a short way to write one down. Imports no torch.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from precimap.errors import SchemeError
+from precimap.numerics.formats import BF16, E4M3, E5M2, FORMATS, INT8, UINT7, UINT8, Format, IntegerFormat
+
+
+class Granularity(StrEnum):
+    """How many values share one scale."""
+
+    PER_TENSOR = "per-tensor"
+    PER_CHANNEL = "per-channel"  # weights: one scale for each output of the op
+    PER_TOKEN = "per-token"  # inputs: one scale for each row that the op contracts
+
+
+@dataclass(frozen=True, slots=True)
+class Amax:
+    """The range reaches the largest absolute value (or the smallest and the largest): nothing saturates."""
+
+    def row(self) -> str:
+        return "amax"
+
+
+@dataclass(frozen=True, slots=True)
+class Percentile:
+    """The range reaches this percentile (50 < percentile < 100) of the absolute values; the rest saturates."""
+
+    percentile: float
+
+    def row(self) -> str:
+        return f"percentile:{self.percentile!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class MinimumError:
+    """The clipped range with the least mean squared error, of `steps` shrunken copies of the amax range."""
+
+    steps: int = 40
+
+    def row(self) -> str:
+        return f"mse:{self.steps}"
+
+
+RangeRule = Amax | Percentile | MinimumError
+
+
+def range_rule_from_row(text: str) -> RangeRule:
+    """`amax`, `percentile:99.9`, `mse` or `mse:40`. Raises SchemeError for anything else."""
+    kind, _, number = text.partition(":")
+    try:
+        if kind == "amax" and not number:
+            return Amax()
+        if kind == "percentile" and 50 < float(number) < 100:
+            return Percentile(float(number))
+        if kind == "mse" and (not number or 2 <= int(number) <= 1000):
+            return MinimumError(int(number)) if number else MinimumError()
+    except ValueError:
+        pass
+    raise SchemeError(
+        f"expected a range rule amax, percentile:P (50 < P < 100) or mse:STEPS (2 to 1000), got {text!r}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How one tensor becomes low precision: format, granularity, static or dynamic, and how its range is chosen.
+
+    `dynamic`: the scale is computed from the tensor at run time (inputs only). `symmetric`: zero is code 0; otherwise
+    x ~ (q - zero) * scale with one whole-number zero per scale (integer formats only).
+    """
+
+    format: Format
+    granularity: Granularity
+    dynamic: bool = False
+    symmetric: bool = True
+    range: RangeRule = Amax()
+
+    def row(self) -> dict[str, object]:
+        return {
+            "format": self.format.name,
+            "granularity": self.granularity.value,
+            "dynamic": self.dynamic,
+            "symmetric": self.symmetric,
+            "range": self.range.row(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What one layer does with its weight and, unless it is weight-only, with its input (`input` is None then)."""
+
+    name: str
+    weight: Rounding
+    input: Rounding | None
+
+    @property
+    def weight_bits(self) -> int:
+        return self.weight.format.bits
+
+    @property
+    def computes_low(self) -> bool:
+        """True when the matrix product itself runs in low precision, not only the storage."""
+        return self.input is not None
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.input is not None and not self.input.dynamic
+
+    def with_range(self, rule: RangeRule) -> "Scheme":
+        """The same scheme whose static input ranges follow `rule`. Raises SchemeError when there is none."""
+        if not self.needs_calibration or self.input is None:
+            raise SchemeError(f"scheme {self.name} has no static input range that a range rule could choose")
+        return replace(self, input=replace(self.input, range=rule))
+
+    def row(self) -> dict[str, object]:
+        return {"weight": self.weight.row(), "input": None if self.input is None else self.input.row()}
+
+
+_CHANNEL, _TENSOR, _TOKEN = Granularity.PER_CHANNEL, Granularity.PER_TENSOR, Granularity.PER_TOKEN
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("fp8", Rounding(E4M3, _CHANNEL), Rounding(E4M3, _TOKEN, dynamic=True)),
+        Scheme("fp8-tensor", Rounding(E4M3, _TENSOR), Rounding(E4M3, _TENSOR, dynamic=True)),
+        Scheme("fp8-static", Rounding(E4M3, _TENSOR), Rounding(E4M3, _TENSOR)),
+        Scheme("fp8-e5m2", Rounding(E5M2, _CHANNEL), Rounding(E5M2, _TOKEN, dynamic=True)),
+        Scheme("fp8-weight", Rounding(E4M3, _CHANNEL), None),
+        Scheme("int8", Rounding(INT8, _CHANNEL), Rounding(INT8, _TOKEN, dynamic=True)),
+        Scheme("int8-static", Rounding(INT8, _CHANNEL), Rounding(UINT8, _TENSOR, symmetric=False)),
+        Scheme("int8-static-u7", Rounding(INT8, _CHANNEL), Rounding(UINT7, _TENSOR, symmetric=False)),
+        Scheme("int8-weight", Rounding(INT8, _CHANNEL), None),
+    )
+}
+
+# Not a choice but a yardstick: what rounding to BF16 alone does to the metric.
+BF16_FLOOR = Scheme("bf16", Rounding(BF16, _TENSOR), Rounding(BF16, _TENSOR, dynamic=True))
+
+
+def scheme(name: str) -> Scheme:
+    """The scheme of that name. Raises SchemeError with the names there are."""
+    if name not in SCHEMES:
+        raise SchemeError(f"expected a scheme out of {', '.join(SCHEMES)}, got {name!r}")
+    return SCHEMES[name]
+
+
+def rounding_from_row(row: dict[str, object]) -> Rounding:
+    """The inverse of `Rounding.row`. Raises SchemeError for a format, granularity or combination there is not."""
+    try:
+        rounding = Rounding(
+            FORMATS[str(row["format"])],
+            Granularity(str(row["granularity"])),
+            dynamic=bool(row["dynamic"]),
+            symmetric=bool(row["symmetric"]),
+            range=range_rule_from_row(str(row["range"])),
+        )
+    except (KeyError, ValueError) as error:
+        raise SchemeError(f"expected the fields and names of a rounding, got {row!r} ({error})") from error
+    if not rounding.symmetric and not isinstance(rounding.format, IntegerFormat):
+        raise SchemeError(f"a zero point needs an integer format, got {rounding.format.name}")
+    return rounding
+
+
+def scheme_from_row(name: str, row: dict[str, object]) -> Scheme:
+    """The inverse of `Scheme.row`."""
+    weight, given = row.get("weight"), row.get("input")
+    if not isinstance(weight, dict) or not (given is None or isinstance(given, dict)):
+        raise SchemeError(f"scheme {name}: expected weight and input, got {row!r}")
+    return Scheme(name, rounding_from_row(weight), None if given is None else rounding_from_row(given))
