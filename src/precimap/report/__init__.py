@@ -1,0 +1,6 @@
+"""The pages a person reads: tables of a run on a terminal of 80 columns.
+
+run_record.py   a run directory, read back into values
+tables.py       those values as tables
+progress_bar.py progress with an ETA, on stderr
+"""

@@ -1,0 +1,8 @@
+"""HOW a layer computes on this hardware.
+
+emulated.py   quantise-dequantise around the original ops: any device, any layer, slow
+cpu_int8.py   INT8 on x86 through oneDNN
+deploy.py     a map into a running model, checked against the emulation
+checkpoint.py the deployed model in safetensors
+copying.py    a second module tree over the same tensors
+"""

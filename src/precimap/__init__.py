@@ -1,0 +1,27 @@
+"""precimap: the fastest per-layer precision map that your own task metric cannot tell from the original."""
+
+from precimap import metrics
+from precimap.layers.discover import discover
+from precimap.layers.target import EMULATED
+from precimap.precision_map import Certificate, PrecisionMap
+from precimap.runtime.checkpoint import load_deployed, save_deployed
+from precimap.runtime.cpu_int8 import CPU_INT8
+from precimap.runtime.deploy import deploy
+from precimap.search.pipeline import SearchResult, search
+from precimap.task import Splits, Task
+
+__all__ = [
+    "CPU_INT8",
+    "EMULATED",
+    "Certificate",
+    "PrecisionMap",
+    "SearchResult",
+    "Splits",
+    "Task",
+    "deploy",
+    "discover",
+    "load_deployed",
+    "metrics",
+    "save_deployed",
+    "search",
+]

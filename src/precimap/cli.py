@@ -1,0 +1,216 @@
+"""The command line: parses, calls one verb, prints. Nobody else prints.
+
+stdout is the result (`--json` for machines), stderr is progress and errors. Exit codes: 0 done, 1 the answer is no (not
+certified), 2 the input is wrong.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from precimap.demos.demo import run_demo
+from precimap.errors import PrecimapError
+from precimap.layers.discover import discover
+from precimap.layers.target import EMULATED, Target
+from precimap.numerics.schemes import SCHEMES, range_rule_from_row
+from precimap.numerics.schemes import scheme as scheme_by_name
+from precimap.precision_map import PrecisionMap
+from precimap.report.progress_bar import progress_bar
+from precimap.report.run_record import read_run
+from precimap.report.tables import certificate_text, inventory_table, run_page
+from precimap.runtime.checkpoint import save_deployed
+from precimap.runtime.cpu_int8 import CPU_INT8
+from precimap.runtime.deploy import agreement
+from precimap.runtime.deploy import deploy as deploy_map
+from precimap.search.pipeline import search as search_task
+from precimap.search.preflight import check_weights
+from precimap.search.recertify import recertify
+from precimap.task import to_device
+from precimap.task_file import load_task
+
+app = typer.Typer(
+    help="Find, prove and deploy the precision map that your own metric cannot tell from the original.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_errors = Console(stderr=True)
+
+
+class TargetName(StrEnum):
+    """What a map can be made for here."""
+
+    EMULATED = "emulated"
+    CPU_INT8 = "cpu-int8"
+
+
+class Probes(StrEnum):
+    """Which layers are measured directly. All: the literal one-at-a-time micro-benchmark."""
+
+    ALL = "all"
+
+
+TARGETS: dict[TargetName, Target] = {TargetName.EMULATED: EMULATED, TargetName.CPU_INT8: CPU_INT8}
+
+TaskArgument = Annotated[
+    str, typer.Argument(metavar="TASK", help="file.py, file.py:function or package.module:function")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="A map.json that a search wrote.")]
+TargetOption = Annotated[TargetName, typer.Option(help="What the map is for.")]
+MarginOption = Annotated[float, typer.Option(help="The largest drop you accept, in the metric's units.")]
+ConfidenceOption = Annotated[float, typer.Option(help="One-sided confidence of the certificate.")]
+BudgetOption = Annotated[
+    float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")
+]
+
+
+@app.command()
+def layers(task: TaskArgument, as_json: JsonOption = False) -> None:
+    """List every layer of the model, and why the other parameters are none."""
+    loaded = load_task(task)
+    check_weights(loaded)
+    batch = to_device(next(iter(loaded.splits.search)), loaded.device)
+    inventory = discover(loaded.model, loaded.forward, batch)
+    _show(asdict(inventory), inventory_table(inventory), as_json)
+
+
+@app.command()
+def search(
+    task: TaskArgument,
+    margin: MarginOption,
+    scheme: Annotated[list[str], typer.Option(help=f"Preferred first; out of {', '.join(SCHEMES)}.")],
+    run: Annotated[Path, typer.Option(help="A new directory for the measurements and the map.")],
+    confidence: ConfidenceOption = 0.95,
+    cutoff: Annotated[float | None, typer.Option(help="Per layer; default margin / number of candidates.")] = None,
+    target: TargetOption = TargetName.EMULATED,
+    pin: Annotated[list[str] | None, typer.Option(help="Keep layers that match this shell pattern.")] = None,
+    input_range: Annotated[
+        str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")
+    ] = "amax",
+    probe: Annotated[Probes, typer.Option(help="Which layers are probed directly.")] = Probes.ALL,
+    alpha_budget: BudgetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find a precision map and certify it. Exit code 1 when no map is certified."""
+    rule = range_rule_from_row(input_range)
+    schemes = [found.with_range(rule) if found.needs_calibration else found for found in map(scheme_by_name, scheme)]
+    loaded = load_task(task)
+    with progress_bar(_errors) as progress:
+        result = search_task(
+            loaded,
+            schemes=schemes,
+            margin=margin,
+            confidence=confidence,
+            cutoff=cutoff,
+            target=TARGETS[target],
+            pinned=pin or (),
+            alpha_budget=alpha_budget,
+            run=run,
+            progress=progress,
+        )
+    record = read_run(run)
+    _show(record.as_row(), run_page(record), as_json)
+    raise typer.Exit(0 if result.certified else 1)
+
+
+@app.command()
+def certify(
+    task: TaskArgument,
+    precision_map: MapArgument,
+    margin: MarginOption,
+    confidence: ConfidenceOption = 0.95,
+    alpha_budget: BudgetOption = None,
+    output: Annotated[Path | None, typer.Option(help="Write the map with its new certificate here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge one map on the certify split. Exit code 1 when it is not certified."""
+    loaded, given = load_task(task), PrecisionMap.load(precision_map)
+    target = TARGETS[TargetName(given.target)]
+    with progress_bar(_errors) as progress:
+        certified = recertify(
+            loaded,
+            given,
+            target=target,
+            margin=margin,
+            confidence=confidence,
+            alpha_budget=alpha_budget,
+            progress=progress,
+        )
+    assert certified.certificate is not None
+    if output is not None:
+        certified.save(output)
+    _show(certified.certificate.model_dump(), certificate_text(certified.certificate), as_json)
+    raise typer.Exit(0 if certified.certificate.certified else 1)
+
+
+@app.command()
+def deploy(
+    task: TaskArgument,
+    precision_map: MapArgument,
+    output: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    target: Annotated[TargetName | None, typer.Option(help="Default: the map's own target.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Deploy a map, compare it with its emulation on one batch, and save it."""
+    loaded, given = load_task(task), PrecisionMap.load(precision_map)
+    started = time.perf_counter()
+    deployed = deploy_map(loaded.model, given, target=None if target is None else target.value)
+    found = agreement(loaded, deployed, next(iter(loaded.splits.calibration)))
+    save_deployed(deployed, loaded.model, output)
+    row = {"file": str(output), "layers": len(given.low), "target": (target or given.target), **asdict(found)}
+    text = (
+        f"{len(given.low)} layers deployed for {row['target']} in {time.perf_counter() - started:.1f} s\n"
+        f"largest difference to the emulation {found.largest_difference:.3g}, of outputs up to "
+        f"{found.largest_output:.3g} (n = {found.units} units)\nsaved {output}"
+    )
+    _show(row, text, as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Print a run's tables again."""
+    record = read_run(run)
+    _show(record.as_row(), run_page(record), as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where maps and measurements go; must not hold a run yet.")] = Path(
+        "precimap-runs/demo"
+    ),
+    model: Annotated[
+        str | None, typer.Option(help="A local folder or Hugging Face id instead of the packaged model.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Semantic search over the Python documentation on this machine: two maps, certified, one deployed and timed."""
+    with progress_bar(_errors) as progress:
+        result = run_demo(out, model, progress)
+    _show(result.as_row(), result.page(), as_json)
+
+
+def _show(row: dict[str, Any], page: RenderableType, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(row, default=str))
+    else:
+        Console(width=80 if not sys.stdout.isatty() else None).print(page)
+
+
+def main() -> None:
+    """The entry point: one clear message and exit code 2 for wrong input, no traceback."""
+    try:
+        app()
+    except PrecimapError as error:
+        _errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        _errors.print(str(error), markup=False, highlight=False)
+        sys.exit(2)

@@ -1,0 +1,147 @@
+"""The one mechanism: a mode that sees every call with a tensor in it and hands out those that contract a weight.
+
+Invariant: the model is never modified. What a subclass does to a call ends with the `with` block, also when an exception
+ends it; without a subclass's doing, every call returns what it would have returned. The alternative, swapping modules,
+sees `nn.Linear` only and leaves a half-swapped model behind a failure.
+
+Three things would hide calls and are taken care of: `F.multi_head_attention_forward` (its body is run with its inner
+calls visible), the fused encoder fast path (off inside the block), and `torch.compile` (runs eagerly inside the block).
+"""
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from precimap.layers.ops import OPS, Arguments, Contraction, Op, einsum_op
+from precimap.layers.views import View, WeightViews
+
+# The same code with an override check that never fires: its inner `linear` calls then reach the mode.
+_unfolded_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+_unfolded_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightCall:
+    """One call that contracts a known weight with another tensor (or looks rows of it up).
+
+    `weight_on_left` tells which operand is the weight; `contraction` counts dims of the operands as the call saw them.
+    """
+
+    op: Op
+    func: Callable[..., Any]
+    arguments: Arguments
+    contraction: Contraction
+    view: View
+    weight_on_left: bool
+
+    @property
+    def weight(self) -> Tensor:
+        operand: Tensor = self.arguments.get(self.op.left if self.weight_on_left else self.op.right)
+        return operand
+
+    @property
+    def input(self) -> Tensor:
+        operand: Tensor = self.arguments.get(self.op.right if self.weight_on_left else self.op.left)
+        return operand
+
+    @property
+    def weight_contracted(self) -> tuple[int, ...]:
+        return self.contraction.left if self.weight_on_left else self.contraction.right
+
+    @property
+    def input_contracted(self) -> tuple[int, ...]:
+        return self.contraction.right if self.weight_on_left else self.contraction.left
+
+    def run(self) -> Any:
+        """The call as the model made it."""
+        return self.func(*self.arguments.args, **self.arguments.kwargs)
+
+    def run_with(self, weight: Tensor, input: Tensor) -> Any:
+        """The call with other operands."""
+        left, right = (weight, input) if self.weight_on_left else (input, weight)
+        changed = self.arguments.replaced(self.op.left, left).replaced(self.op.right, right)
+        return self.func(*changed.args, **changed.kwargs)
+
+
+class Interception(TorchFunctionMode):
+    """Watches the given weights; a subclass decides what a call on one of them returns.
+
+    weights: name -> parameter; other parameters pass through unseen.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.views = WeightViews(weights)
+        self._surroundings: list[ExitStack] = []
+
+    def on_weight(self, call: WeightCall) -> Any:
+        """What the call returns. The default changes nothing."""
+        return call.run()
+
+    def on_other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Any call that does not contract a watched weight."""
+        output = func(*args, **kwargs)
+        self.views.follow(func, args, kwargs, output)
+        return output
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            # The mode is off while it handles a call; without it on again the inner calls would pass unseen.
+            with self:
+                return _unfolded_attention(*args, **kwargs)
+        call = self._weight_call(func, args, kwargs)
+        return self.on_other(func, args, kwargs) if call is None else self.on_weight(call)
+
+    def _weight_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WeightCall | None:
+        op, arguments = OPS.get(func), Arguments(args, kwargs)
+        if op is None and func is torch.functional.einsum:
+            parsed = einsum_op(arguments)
+            op, arguments = parsed if parsed is not None else (None, arguments)
+        if op is None:
+            return None
+        left, right = arguments.get(op.left), arguments.get(op.right)
+        left_view, right_view = self.views.find(left), self.views.find(right)
+        view = left_view or right_view
+        if view is None or (left_view is not None and right_view is not None):
+            return None
+        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+            return None
+        contraction = op.contraction(left, right, arguments)
+        return WeightCall(op, func, arguments, contraction, view, weight_on_left=view is left_view)
+
+    def __enter__(self) -> Self:
+        surroundings = ExitStack()
+        surroundings.enter_context(_everything_visible())
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._surroundings.append(surroundings)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        finally:
+            self._surroundings.pop().close()
+
+
+@contextmanager
+def _everything_visible() -> Iterator[None]:
+    """Turn off the two ways in which torch runs many ops as one; both are on again afterwards."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -1,0 +1,101 @@
+"""What discovery found in a model: every parameter, accounted for.
+
+Invariant: each parameter of the model is in exactly one place: a `Layer`, or an `OtherParameter` with the reason why
+precision is not chosen for it. Torch-free, so that planning can be tested on invented inventories.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A weight parameter and the op it feeds.
+
+    contracted: the parameter's dims that the op sums over (None if its calls differ); the others index outputs.
+    inputs, outputs: widths of one product (None for lookups and where the layout is not known).
+    flops: of the discovery batch, over all calls. siblings: name of the group that reads the same input (may share its
+    quantised form). fused: name of the group that engines run as one (must share a scheme).
+    in_linear_module: it is only read by calls of the nn.Linear that owns it, so that a module swap serves it.
+    also_read_by: other calls that read the weight and contract nothing. dead: why it cannot matter, or None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    element_bytes: int
+    ops: tuple[str, ...]
+    calls: int
+    flops: int
+    contracted: tuple[int, ...] | None
+    inputs: int | None
+    outputs: int | None
+    lookup: bool = False
+    positions_mixed: bool = False
+    in_linear_module: bool = False
+    tied: tuple[str, ...] = ()
+    siblings: str | None = None
+    fused: str | None = None
+    dead: str | None = None
+    also_read_by: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OtherParameter:
+    """A parameter for which precision is not chosen, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    tied: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """All parameters of a model and where its FLOPs are, for one batch.
+
+    weight_flops: in calls that contract a parameter, hidden ones included. hidden_flops: (reason, FLOPs) of weight
+    products that no layer stands for. activation_flops: activation x activation products (attention, interactions).
+    """
+
+    layers: tuple[Layer, ...]
+    others: tuple[OtherParameter, ...]
+    units: int
+    hidden_flops: tuple[tuple[str, int], ...]
+    activation_flops: int
+
+    @property
+    def layer_flops(self) -> int:
+        return sum(layer.flops for layer in self.layers)
+
+    @property
+    def weight_flops(self) -> int:
+        return self.layer_flops + sum(flops for _, flops in self.hidden_flops)
+
+    @property
+    def covered(self) -> float:
+        """The share of the weight FLOPs that are in layers; 1.0 for a model without any."""
+        return self.layer_flops / self.weight_flops if self.weight_flops else 1.0
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.numel for layer in self.layers) + sum(other.numel for other in self.others)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name. Raises KeyError."""
+        return self._by_name()[name]
+
+    def _by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}

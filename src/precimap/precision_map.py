@@ -1,0 +1,260 @@
+"""PrecisionMap: layer -> scheme, total, with its evidence, its premise and its certificate.
+
+Invariant: a map names every layer of the model, also those kept at base precision, each with its verdict and reason; and
+it says what it was made from, so that using it elsewhere raises. It is the only thing that passes from choosing to
+running. A list of exceptions to a default (as `ignore` lists are) was not taken: a layer nobody looked at would run in
+low precision unseen. JSON, validated by pydantic; `docs/precision_map.schema.json` is its schema.
+"""
+
+import hashlib
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from precimap.durable import write_text
+from precimap.errors import MapError, PremiseMismatch, SchemeError
+from precimap.numerics.schemes import Scheme, scheme_from_row
+
+MAP_VERSION = 1
+LARGEST_FILE = 256 * 2**20  # a map of 100,000 layers is about 50 MB
+
+
+class Verdict(StrEnum):
+    """Why a layer has the precision it has."""
+
+    TOLERANT = "tolerant"  # its own drop is below the cutoff
+    SENSITIVE = "sensitive"  # its own drop is above the cutoff
+    SLOWER = "slower"  # low precision saves no time there
+    INELIGIBLE = "ineligible"  # it cannot take any of the schemes
+    PINNED = "pinned"  # the user keeps it
+    UNDECIDED = "undecided"  # its own drop cannot be told from the cutoff at this sample size
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Evidence(_Record):
+    """One layer measured alone under one scheme, on the search split: drop, its standard error and one-sided bounds."""
+
+    drop: float
+    error: float
+    lower: float | None
+    upper: float | None
+    n: int = Field(ge=1)
+    clusters: int = Field(ge=1)
+    changed: int = Field(ge=0)
+
+
+class Decision(_Record):
+    """What one layer does. `scheme` None means base precision; the input range belongs to static schemes.
+
+    `contracted` are the dims of the weight that its ops sum over, None where they differ: with the shape, all that
+    is needed to make the layer's codes again without looking at a batch.
+    """
+
+    scheme: str | None
+    verdict: Verdict
+    reason: str
+    shape: tuple[int, ...]
+    ops: tuple[str, ...]
+    contracted: tuple[int, ...] | None
+    input_scale: float | None = Field(default=None, gt=0)
+    input_zero: int | None = None
+    evidence: dict[str, Evidence] = Field(default_factory=dict)
+    flops_share: float = Field(default=0.0, ge=0, le=1)
+    bytes: int = Field(default=0, ge=0)
+
+
+class Certificate(_Record):
+    """The answer of the certify split about one map.
+
+    `upper` is the one-sided bound of the drop at confidence 1 - alpha (None: there is no finite one); the map is
+    certified when it is at most `margin`. `spent_alpha` is what this split has given away in all, this map included.
+    """
+
+    metric: str
+    certified: bool
+    verdict: str
+    claim: str
+    drop: float
+    error: float
+    upper: float | None
+    margin: float = Field(gt=0)
+    alpha: float = Field(gt=0, lt=1)
+    spent_alpha: float = Field(gt=0)
+    bound: str
+    baseline: float
+    n: int = Field(ge=1)
+    clusters: int = Field(ge=1)
+    changed: int = Field(ge=0)
+    needed: int | None
+    reported: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    split: str
+    map: str
+
+    def __str__(self) -> str:
+        upper = "none" if self.upper is None else f"{self.upper:+.5f}"
+        return (
+            f"{self.verdict}: {self.metric} drop {self.drop:+.5f} +- {self.error:.5f} (standard error), "
+            f"{100 * (1 - self.alpha):g} % upper bound {upper}, margin {self.margin:g}; n = {self.n}"
+            + (f" in {self.clusters} clusters" if self.clusters != self.n else "")
+            + f", {self.changed} changed. {self.claim}"
+        )
+
+
+class Premise(_Record):
+    """What a map was made from."""
+
+    weights: str
+    task: str
+    metric: str
+    calibration: str
+    search: str
+    certify: str
+    base_precision: str
+    device: str
+    precimap: str
+    torch: str
+
+
+class PrecisionMap(_Record):
+    """Layer -> scheme for one model. Make it with `precimap.search`, read it with `PrecisionMap.load`."""
+
+    version: int = MAP_VERSION
+    target: str
+    schemes: dict[str, dict[str, Any]]
+    layers: dict[str, Decision]
+    premise: Premise
+    certificate: Certificate | None = None
+
+    @model_validator(mode="after")
+    def _schemes_fit(self) -> Self:
+        if self.version != MAP_VERSION:
+            raise ValueError(f"expected version {MAP_VERSION}, got {self.version}")
+        try:
+            known = {name: scheme_from_row(name, row) for name, row in self.schemes.items()}
+        except SchemeError as error:
+            raise ValueError(str(error)) from error
+        for name, decision in self.layers.items():
+            if decision.scheme is None:
+                continue
+            if decision.scheme not in known:
+                raise ValueError(f"layer {name}: scheme {decision.scheme!r} is not among the map's schemes")
+            if known[decision.scheme].needs_calibration and decision.input_scale is None:
+                raise ValueError(f"layer {name}: scheme {decision.scheme} needs an input_scale")
+        return self
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """The scheme of a layer, None for base precision. Raises KeyError for a layer that is not in the map."""
+        chosen = self.layers[name].scheme
+        return None if chosen is None else scheme_from_row(chosen, self.schemes[chosen])
+
+    @property
+    def low(self) -> tuple[str, ...]:
+        """The layers in low precision."""
+        return tuple(name for name, decision in self.layers.items() if decision.scheme is not None)
+
+    @property
+    def flops_share(self) -> float:
+        """Share of the model's weight FLOPs whose product runs in low precision (weight-only schemes do not count)."""
+        return sum(d.flops_share for name, d in self.layers.items() if (s := self.scheme_of(name)) and s.computes_low)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what runs: weights, target, schemes and static ranges. Evidence and certificate do not enter."""
+        running = {
+            name: (d.scheme, self.schemes[d.scheme], d.input_scale, d.input_zero)
+            for name, d in sorted(self.layers.items())
+            if d.scheme is not None
+        }
+        text = json.dumps([self.premise.weights, self.target, running], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write the map as JSON; on any failure what was there before survives. Raises SaveError."""
+        write_text(Path(path), self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PrecisionMap":
+        """Read a map. Raises MapError that names the first thing which is wrong with the file."""
+        path = Path(path)
+        try:
+            if path.stat().st_size > LARGEST_FILE:
+                raise MapError(f"{path}: larger than {LARGEST_FILE >> 20} MB; this is not a precision map")
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise MapError(f"{path}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise MapError(f"{path}: expected a JSON text, got bytes that are not UTF-8") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, name: str = "map") -> "PrecisionMap":
+        """Read a map from its JSON text; `name` is how the messages call it. Raises MapError."""
+        try:
+            # Read twice: pydantic keeps the last of two equal keys, which would hide one of two decisions on a layer.
+            json.loads(text, object_pairs_hook=_no_duplicates)
+            return cls.model_validate_json(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise MapError(
+                f"{name}: expected a precision map in JSON, got something else or a part of one ({error})"
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise MapError(f"{name}: not a precision map of version {MAP_VERSION}: {where}: {first['msg']}") from error
+
+    def check(self, **now: str) -> None:
+        """Compare fields of the premise (weights=..., search=..., ...) with what they are now.
+
+        Raises PremiseMismatch that names each difference.
+        """
+        differing = [
+            f"{field}: the map was made for {getattr(self.premise, field)}, this is {value}"
+            for field, value in now.items()
+            if getattr(self.premise, field) != value
+        ]
+        if differing:
+            raise PremiseMismatch(f"the map does not belong here; {'; '.join(differing)}. Search again for this one.")
+
+    def diff(self, other: "PrecisionMap") -> tuple[str, ...]:
+        """What `other` does differently, a line each; empty when both run the same."""
+        lines = []
+        for name in dict.fromkeys((*self.layers, *other.layers)):
+            before, after = self.layers.get(name), other.layers.get(name)
+            if _running(before, self) != _running(after, other):
+                lines.append(f"{name}: {_said(before)} -> {_said(after)}")
+        if self.target != other.target:
+            lines.append(f"target: {self.target} -> {other.target}")
+        for field in Premise.model_fields:
+            if getattr(self.premise, field) != getattr(other.premise, field):
+                lines.append(f"premise {field}: {getattr(self.premise, field)} -> {getattr(other.premise, field)}")
+        return tuple(lines)
+
+
+def _running(decision: Decision | None, of: PrecisionMap) -> object:
+    if decision is None or decision.scheme is None:
+        return None if decision is None else "base precision"
+    return (decision.scheme, json.dumps(of.schemes[decision.scheme]), decision.input_scale, decision.input_zero)
+
+
+def _said(decision: Decision | None) -> str:
+    if decision is None:
+        return "not in the map"
+    if decision.scheme is None:
+        return "base precision"
+    return (
+        decision.scheme if decision.input_scale is None else f"{decision.scheme} (input scale {decision.input_scale:g})"
+    )
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise MapError(f"the key {twice!r} stands twice; a map names each layer once")
+    return row

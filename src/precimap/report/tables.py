@@ -1,0 +1,191 @@
+"""The values of a run as rich tables that fit 80 columns.
+
+Every number stands with its error and its n, in the table or in its caption.
+"""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from precimap.layers.inventory import Inventory
+from precimap.precision_map import Certificate, Decision, PrecisionMap, Verdict
+from precimap.report.run_record import RunRecord
+
+NAME_WIDTH = 36
+_STYLE = {
+    Verdict.TOLERANT: "green",
+    Verdict.SENSITIVE: "red",
+    Verdict.UNDECIDED: "yellow",
+    Verdict.INELIGIBLE: "dim",
+    Verdict.PINNED: "cyan",
+    Verdict.SLOWER: "magenta",
+}
+
+
+def short_name(name: str, width: int = NAME_WIDTH) -> str:
+    """A layer's name without `.weight`, its middle cut so that it fits."""
+    name = name.removesuffix(".weight")
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 3
+    return f"{name[:head]}…{name[-(width - 1 - head) :]}"
+
+
+def inventory_table(inventory: Inventory) -> RenderableType:
+    """Every parameter of a model: the layers, then the others by reason, then where the FLOPs are."""
+    table = Table(title=f"{len(inventory.layers)} layers", title_justify="left", box=None, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("op", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("FLOPs", justify="right")
+    table.add_column("shares", no_wrap=True)
+    for layer in inventory.layers:
+        share = layer.flops / inventory.weight_flops if inventory.weight_flops else 0.0
+        note = "dead" if layer.dead else ("scheme+input" if layer.fused and layer.siblings else "")
+        note = note or ("scheme" if layer.fused else "") or ("input" if layer.siblings else "")
+        shape = "x".join(map(str, layer.shape))
+        table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", note)
+    return Group(table, Text(), _others(inventory), Text(), _coverage(inventory))
+
+
+def _others(inventory: Inventory) -> RenderableType:
+    table = Table(title="other parameters", title_justify="left", box=None, pad_edge=False)
+    table.add_column("count", justify="right")
+    table.add_column("values", justify="right")
+    table.add_column("why precision is not chosen for them")
+    reasons: dict[str, list[int]] = {}
+    for other in inventory.others:
+        reasons.setdefault(other.reason, []).append(other.numel)
+    for reason, sizes in reasons.items():
+        table.add_row(str(len(sizes)), f"{sum(sizes):,}", reason)
+    return table
+
+
+def _coverage(inventory: Inventory) -> RenderableType:
+    lines = [
+        f"{inventory.parameters:,} parameters, all accounted for",
+        f"weight FLOPs: {inventory.weight_flops:,} in a batch of {inventory.units}, {inventory.covered:.1%} in layers",
+        f"activation x activation FLOPs (attention, interactions): {inventory.activation_flops:,}, always base precision",
+    ]
+    lines += [f"hidden from layers: {reason}, {flops:,} FLOPs" for reason, flops in inventory.hidden_flops]
+    lines += [f"dead: {layer.name}: {layer.dead}" for layer in inventory.layers if layer.dead]
+    return Text("\n".join(lines))
+
+
+def map_table(precision_map: PrecisionMap) -> RenderableType:
+    """Layer by layer: verdict, and the drop of that layer alone with its standard error and upper bound."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("FLOPs", justify="right")
+    table.add_column("drop", justify="right")
+    table.add_column("± s.e.", justify="right")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("runs in", no_wrap=True)
+    for name, decision in precision_map.layers.items():
+        drop, error = _own_drop(decision)
+        verdict = Text(decision.verdict.value, style=_STYLE[decision.verdict])
+        runs = decision.scheme or "base"
+        table.add_row(short_name(name, 32), f"{decision.flops_share:.1%}", drop, error, verdict, runs)
+    return table
+
+
+def _own_drop(decision: Decision) -> tuple[str, str]:
+    if not decision.evidence:
+        return "", ""
+    found = decision.evidence.get(decision.scheme or "") or next(iter(decision.evidence.values()))
+    return f"{found.drop:+.1e}", f"{found.error:.1e}"
+
+
+def certificate_text(certificate: Certificate) -> RenderableType:
+    """A certificate, a fact a line."""
+    upper = "none" if certificate.upper is None else f"{certificate.upper:+.5f}"
+    lines = [
+        f"drop of {certificate.metric}: {certificate.drop:+.5f} ± {certificate.error:.5f} (standard error), "
+        f"baseline {certificate.baseline:.5f}",
+        f"{1 - certificate.alpha:.2%} upper bound {upper}, margin {certificate.margin:g} ({certificate.bound})",
+        f"n = {certificate.n:,} units"
+        + (f" in {certificate.clusters:,} clusters" if certificate.clusters != certificate.n else "")
+        + f", {certificate.changed:,} changed; alpha spent on this split: {certificate.spent_alpha:g}",
+    ]
+    lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
+    lines.append(certificate.claim)
+    head = Text(certificate.verdict.upper(), style="bold green" if certificate.certified else "bold yellow")
+    return Group(head, Text("\n".join(f"  {line}" for line in lines)))
+
+
+def chain_table(run: RunRecord) -> RenderableType:
+    """The maps of the chain as wholes, on the search split and, as far as tested, on the certify split."""
+    table = Table(
+        title="whole maps, safest first (upper: one-sided bound)", title_justify="left", box=None, pad_edge=False
+    )
+    for heading in ("layers", "search drop", "± s.e.", "upper", "certify drop", "± s.e.", "upper", "certified"):
+        table.add_column(heading, justify="right")
+    tested = {certificate.map: certificate for certificate in run.certificates}
+    for measurement in run.joints:
+        value, certificate = measurement.value, tested.get(measurement.subject)
+        row = [str(len(value["low"])), *_drop_cells(value["drop"]["estimate"], value["drop"]["error"], value["upper"])]
+        if certificate is None:
+            row += ["", "", "", "not tested"]
+        else:
+            cells = _drop_cells(certificate.drop, certificate.error, certificate.upper)
+            row += [*cells, "yes" if certificate.certified else "no"]
+        table.add_row(*row)
+    return table
+
+
+def _drop_cells(drop: float, error: float, upper: float | None) -> tuple[str, str, str]:
+    return f"{drop:+.5f}", f"{error:.5f}", "none" if upper is None else f"{upper:+.5f}"
+
+
+def run_page(run: RunRecord) -> RenderableType:
+    """Everything about a run."""
+    parts: list[RenderableType] = []
+    if run.preflight is not None:
+        parts += [_preflight_text(run.preflight), Text()]
+    if run.map is not None:
+        parts += [map_table(run.map), Text(), _savings(run.map, run.floor), Text()]
+    else:
+        parts += [Text(f"unfinished: {len(run.probes)} layers were probed, no map was chosen", style="yellow")]
+    if run.joints:
+        parts += [chain_table(run), Text()]
+    parts += [certificate_text(run.map.certificate)] if run.map is not None and run.map.certificate is not None else []
+    if run.map is not None and run.map.certificate is None and run.certificates:
+        parts += [certificate_text(run.certificates[0])]
+    if run.answer is not None:
+        parts += [Text(f"answer: {run.answer}", style="bold")]
+    return Group(*parts)
+
+
+def _preflight_text(preflight: dict[str, Any]) -> RenderableType:
+    lines = [
+        f"{preflight['search_units']:,} units choose, about {preflight['certify_units']:,} certify: "
+        f"they can tell a drop of {preflight['detectable']:.5f} or more"
+    ]
+    return Text("\n".join([*lines, *(f"note: {note}" for note in preflight["notes"])]))
+
+
+def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> RenderableType:
+    before = sum(decision.bytes for decision in precision_map.layers.values())
+    after = sum(_bytes_after(precision_map, name) for name in precision_map.layers)
+    n = next((e.n for d in precision_map.layers.values() for e in d.evidence.values()), 0)
+    lines = [
+        f"drops of single layers: {precision_map.premise.metric}, n = {n}; positive is worse",
+        f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, "
+        f"{precision_map.flops_share:.1%} of the weight FLOPs; layer bytes {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
+    ]
+    if floor is not None:
+        drop = floor["drop"]
+        lines.append(f"noise floor (rounding every layer to BF16): {drop['estimate']:+.1e} ± {drop['error']:.1e}")
+    return Text("\n".join(lines))
+
+
+def _bytes_after(precision_map: PrecisionMap, name: str) -> float:
+    decision, scheme = precision_map.layers[name], precision_map.scheme_of(name)
+    if scheme is None:
+        return decision.bytes
+    values = 1
+    for size in decision.shape:
+        values *= size
+    return values * scheme.weight_bits / 8

@@ -1,0 +1,169 @@
+"""INT8 on x86 CPUs: `nn.Linear` layers through oneDNN's quantised matrix product.
+
+Invariant: the codes are those of `numerics.quantize`, for the weight and, at run time, for the input; oneDNN only
+multiplies them. `torch.ops.onednn.qlinear_pointwise` takes a static per-tensor input scale and per-channel weight
+scales; per-token scales are refused by the op, so they are refused here. FP8 is no alternative on these CPUs: oneDNN
+has no FP8 kernel for them, and torch's `_scaled_mm` is a reference loop of seconds per call.
+
+Without VNNI or AMX, x86 adds pairs of 8-bit products in 16 bits and saturates: 255 * 127 * 2 does not fit. Whether this CPU
+does is measured, not looked up; where it does, inputs must be 7 bits wide (scheme `int8-static-u7`).
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from precimap.errors import DeployError
+from precimap.layers.inventory import Layer
+from precimap.layers.quantized import QuantizedLayer
+from precimap.layers.views import plain_name
+from precimap.numerics.formats import INT8, UINT7, UINT8, Format
+from precimap.numerics.quantize import Affine, quantize
+from precimap.numerics.schemes import Granularity, Scheme
+from precimap.runtime.copying import shared_copy
+
+
+class Int8Linear(nn.Module):
+    """A linear layer [.., K] -> [.., N] with INT8 codes [N, K], float32 scales [N] and a static input scale and zero.
+
+    The codes are canonical and travel in the state dict; oneDNN's packed form is made from them here and cannot travel.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: QuantizedLayer, bias: Tensor | None, output_dtype: torch.dtype) -> None:
+        super().__init__()
+        if layer.scheme.input is None or layer.input_range is None:
+            raise DeployError(f"{layer.name}: expected a static input scale, got scheme {layer.scheme.name}")
+        self.register_buffer("codes", layer.codes)
+        self.register_buffer("scales", layer.weight_affine.scale.reshape(-1))
+        self.register_buffer("bias", bias)
+        self._zeros = torch.zeros(layer.codes.shape[0], dtype=torch.int32)
+        self._format = layer.scheme.input.format
+        self._affine = Affine(torch.tensor(layer.input_range.scale), torch.tensor(float(layer.input_range.zero)))
+        self._scale, self._zero = layer.input_range.scale, layer.input_range.zero
+        self._output_dtype = output_dtype
+        self._packed = torch.ops.onednn.qlinear_prepack(layer.codes, None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[.., K] in any float dtype -> [.., N] in the layer's base precision."""
+        rows = input.reshape(-1, input.shape[-1])
+        output: Tensor = torch.ops.onednn.qlinear_pointwise(
+            quantize(rows, self._format, self._affine),
+            self._scale,
+            self._zero,
+            self._packed,
+            self.scales,
+            self._zeros,
+            None if self.bias is None else self.bias.float(),
+            1.0,
+            0,
+            self._output_dtype,
+            "none",
+            [],
+            "",
+        )
+        return output.reshape(*input.shape[:-1], output.shape[-1])
+
+    def extra_repr(self) -> str:
+        n, k = self.codes.shape
+        return f"in_features={k}, out_features={n}, input={self._format.name}, scale={self._scale:g}, zero={self._zero}"
+
+
+class CpuInt8:
+    """The target `cpu-int8`: this CPU."""
+
+    name = "cpu-int8"
+    claim = "Measured on the deployed model: INT8 kernels of this CPU, not their emulation."
+
+    def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
+        """Why this CPU cannot run the layer in the scheme, or None."""
+        return _scheme_refusal(scheme) or _layer_refusal(layer)
+
+    @contextmanager
+    def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:
+        yield self.deployed(model, layers) if layers else model
+
+    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
+        """A copy of the model's tree, over the same tensors, with Int8Linear in place of the given layers.
+
+        Raises DeployError for a layer that is not the weight of an nn.Linear.
+        """
+        for layer in layers.values():
+            reason = _scheme_refusal(layer.scheme)
+            if reason is not None:
+                raise DeployError(f"{layer.name}: {reason}")
+        copied = shared_copy(model)
+        owners = {plain_name(f"{name}.weight"): (name, module) for name, module in copied.named_modules()}
+        for name, layer in layers.items():
+            path, module = owners.get(name, ("", None))
+            if type(module) is not nn.Linear:
+                raise DeployError(
+                    f"{name}: expected the weight of an nn.Linear, got {type(module).__name__}; keep it in the map"
+                )
+            bias: Tensor | None = module.bias
+            replacement = Int8Linear(layer, None if bias is None else bias.detach(), module.weight.dtype)
+            parent, _, attribute = path.rpartition(".")
+            if not path:
+                return replacement
+            setattr(copied.get_submodule(parent), attribute, replacement)
+        return copied
+
+
+CPU_INT8 = CpuInt8()
+
+
+def _scheme_refusal(scheme: Scheme) -> str | None:
+    if scheme.input is None or scheme.weight.format != INT8:
+        return "this CPU has no arithmetic for it; its INT8 kernels take INT8 weights and 8-bit inputs"
+    if scheme.input.dynamic or scheme.input.granularity is not Granularity.PER_TENSOR:
+        return "oneDNN's INT8 product takes one static input scale; use int8-static or int8-static-u7"
+    if scheme.weight.granularity is not Granularity.PER_CHANNEL or scheme.input.format not in (UINT8, UINT7):
+        return "oneDNN's INT8 product is used with per-channel weights and unsigned inputs"
+    if not has_qlinear():
+        return "this torch build has no oneDNN INT8 product (torch.ops.onednn.qlinear_pointwise)"
+    if not products_are_exact(scheme.input.format):
+        return "this CPU saturates sums of 8-bit products (no VNNI or AMX); use int8-static-u7"
+    return None
+
+
+def _layer_refusal(layer: Layer) -> str | None:
+    if not layer.in_linear_module:
+        return f"read by {', '.join(layer.ops)} outside an nn.Linear; the CPU's INT8 path serves nn.Linear modules"
+    if layer.tied:
+        return f"tied to {', '.join(layer.tied)}; the CPU's INT8 path would untie them"
+    if layer.dtype == "float32" or (layer.dtype == "bfloat16" and has_bf16()):
+        return None
+    return f"this CPU has no fast product with {layer.dtype} results; give the model in float32"
+
+
+@functools.cache
+def has_qlinear() -> bool:
+    """True when torch can multiply INT8 codes through oneDNN here."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.onednn, "qlinear_pointwise")
+
+
+@functools.cache
+def has_bf16() -> bool:
+    """True when this CPU multiplies BF16 in hardware (AVX512-BF16 or AMX); without it a product is ten times slower."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def products_are_exact(format: Format) -> bool:
+    """Whether sums of the largest products of this input format and INT8 come out exactly on this CPU."""
+    k = n = 64
+    inputs = torch.full((n, k), int(format.maximum), dtype=torch.uint8)
+    codes = torch.full((n, k), INT8.maximum, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(codes, None)
+    ones, zeros = torch.ones(n), torch.zeros(n, dtype=torch.int32)
+    found = torch.ops.onednn.qlinear_pointwise(
+        inputs, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return bool((found == int(format.maximum) * INT8.maximum * k).all())

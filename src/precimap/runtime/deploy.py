@@ -1,0 +1,118 @@
+"""deploy(): a precision map into a running model, or an error; never a silent fallback.
+
+Invariant: the deployed weights are the codes and scales that were measured (`quantize_map`), and the model's outputs are
+compared with the emulation before it is handed out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precimap.errors import DeployError
+from precimap.fingerprints import of_weights
+from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
+from precimap.numerics.fast import fake_quantize
+from precimap.numerics.quantize import Affine
+from precimap.precision_map import PrecisionMap
+from precimap.runtime import emulated
+from precimap.runtime.cpu_int8 import CPU_INT8, Int8Linear
+from precimap.task import Task, to_device
+
+Build = Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module]
+TARGETS: dict[str, Build] = {"emulated": emulated.deployed, CPU_INT8.name: CPU_INT8.deployed}
+
+# Float32 sums of exact integer products differ in their order only; a BF16 result is rounded once more.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Deployed against emulated outputs of one batch: largest absolute difference, and the largest |output|."""
+
+    largest_difference: float
+    largest_output: float
+    units: int
+
+    @property
+    def relative(self) -> float:
+        return self.largest_difference / self.largest_output if self.largest_output else self.largest_difference
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deployment:
+    """What a deployed model carries as `precimap`: its map, its target and the codes and scales it runs."""
+
+    map: PrecisionMap
+    target: str
+    layers: dict[str, QuantizedLayer]
+
+
+def deploy(model: nn.Module, precision_map: PrecisionMap, *, target: str | None = None) -> nn.Module:
+    """A model that computes as the map says, on this machine; `model` itself is not modified and shares its tensors.
+
+    target: `cpu-int8` or `emulated`; by default the map's own. Raises PremiseMismatch for a map of other weights and
+    DeployError for what the target cannot run.
+    """
+    precision_map.check(weights=of_weights(model))
+    return build(model, precision_map, quantize_map(model, precision_map), target or precision_map.target)
+
+
+def build(model: nn.Module, precision_map: PrecisionMap, layers: dict[str, QuantizedLayer], target: str) -> nn.Module:
+    """Deploy given codes and scales (fresh from the weights, or from a checkpoint), and check each layer."""
+    if target not in TARGETS:
+        raise DeployError(f"expected a target out of {', '.join(TARGETS)}, got {target!r}")
+    deployed = TARGETS[target](model, layers)
+    deployed.eval()
+    for name, module in deployed.named_modules():
+        if isinstance(module, Int8Linear):
+            _check_layer(name, module, layers)
+    object.__setattr__(deployed, "precimap", Deployment(precision_map, target, layers))
+    return deployed
+
+
+def deployment_of(deployed: nn.Module) -> Deployment:
+    """What a deployed model carries. Raises DeployError for any other model."""
+    carried = vars(deployed).get("precimap")
+    if not isinstance(carried, Deployment):
+        raise DeployError(f"expected a model that precimap.deploy returned, got {type(deployed).__name__}")
+    return carried
+
+
+def _check_layer(name: str, module: Int8Linear, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Compare one kernel with the emulation on inputs spread over its range and beyond."""
+    layer = next(layer for layer in layers.values() if layer.codes is module.codes)
+    assert layer.scheme.input is not None and layer.input_range is not None
+    scale, zero, format = layer.input_range.scale, layer.input_range.zero, layer.scheme.input.format
+    low, high = (format.minimum - zero) * scale, (format.maximum - zero) * scale
+    generator = torch.Generator().manual_seed(0)
+    inputs = low + (high - low) * (1.2 * torch.rand(16, layer.codes.shape[1], generator=generator) - 0.1)
+    rounded = fake_quantize(inputs, format, Affine(torch.tensor(scale), torch.tensor(float(zero))))
+    expected = nn.functional.linear(rounded, layer.weight(), None if module.bias is None else module.bias.float())
+    with torch.no_grad():
+        found = module(inputs)
+    allowed = TOLERANCE[found.dtype] * float((rounded.abs() @ layer.weight().abs().T).max())
+    difference = float((found.float() - expected).abs().max())
+    if not difference <= allowed:
+        raise DeployError(
+            f"{name or 'the model'}: the INT8 kernel differs from its emulation by {difference:.3g}, "
+            f"allowed are {allowed:.3g}; this CPU or torch build multiplies INT8 wrongly. Deploy with target='emulated' and report it."
+        )
+
+
+def agreement(task: Task, deployed: nn.Module, batch: Any) -> Agreement:
+    """Run one batch through the deployed model and through the emulation of its map, and compare the scores."""
+    carried = deployment_of(deployed)
+    batch = to_device(batch, task.device)
+    with torch.no_grad():
+        found = _scores(task, deployed, batch)
+        with quantized(task.model, carried.layers):
+            expected = _scores(task, task.model, batch)
+    difference = float((found.float() - expected.float()).abs().max())
+    return Agreement(difference, float(expected.abs().max()), expected.shape[0])
+
+
+def _scores(task: Task, model: nn.Module, batch: Any) -> Tensor:
+    return task.forward(model, batch)

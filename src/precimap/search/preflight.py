@@ -1,0 +1,207 @@
+"""One batch through everything, before hours are spent.
+
+Invariant: whatever can be known to be wrong from one batch and the splits' content is said here, in the user's terms, as
+a TaskError; what is only worth knowing is a note. The model is scored, never changed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precimap.errors import ModelError, TaskError
+from precimap.fingerprints import SplitFingerprint, of_split
+from precimap.layers.inventory import Inventory
+from precimap.layers.quantized import quantized
+from precimap.layers.refusals import refusal
+from precimap.layers.views import plain_name
+from precimap.metrics.paired import detectable_drop, differences
+from precimap.numerics.schemes import Granularity, Scheme
+from precimap.search.calibrate import Calibration
+from precimap.search.probe import prepare
+from precimap.task import Scored, Task, labels_of, score, to_device
+
+# Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
+INFLUENCE_TOLERANCE = 1e-4
+SHARED_UNITS_ALLOWED = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPrints:
+    """The content of the three splits."""
+
+    calibration: SplitFingerprint
+    search: SplitFingerprint
+    certify: SplitFingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What one batch showed. `detectable` is the drop that the certify split can tell from zero with 80 % power."""
+
+    search_units: int
+    certify_units: int
+    detectable: float
+    notes: tuple[str, ...]
+
+
+def fingerprint_splits(task: Task) -> SplitPrints:
+    """Hash the splits. Raises TaskError for an empty, shuffling or shared split."""
+    prints = {}
+    for name in ("calibration", "search", "certify"):
+        batches = getattr(task.splits, name)
+        prints[name] = of_split(batches)
+        if not prints[name].batches:
+            raise TaskError(
+                f"expected batches in the {name} split, got none (a generator can be read only once: give a list)"
+            )
+        if of_split(batches).whole != prints[name].whole:
+            raise TaskError(
+                f"the {name} split gives other batches when it is read again; drops are paired unit by unit, "
+                "so give a list, or a DataLoader with shuffle=False"
+            )
+    _check_disjoint(prints["search"], prints["certify"])
+    return SplitPrints(**prints)
+
+
+def _check_disjoint(search: SplitFingerprint, certify: SplitFingerprint) -> None:
+    shared = len(search.units & certify.units) / max(1, len(certify.units))
+    if search.whole == certify.whole or shared > SHARED_UNITS_ALLOWED:
+        raise TaskError(
+            f"{shared:.0%} of the certify split is also in the search split; a certificate needs data that chose nothing. "
+            "Split by user, query or time."
+        )
+
+
+def check_weights(task: Task) -> None:
+    """Raises ModelError for a model in training mode or with parameters that are not finite."""
+    if task.model.training:
+        raise ModelError("expected a model in evaluation mode, got one in training mode; call model.eval() first")
+    broken = [plain_name(n) for n, p in task.model.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        raise ModelError(f"expected finite weights, got NaN or Inf in {', '.join(broken[:5])}; repair the model first")
+
+
+def check_task(task: Task) -> str | None:
+    """Score the first search batch twice and with one unit replaced. Returns a note if units could not be told apart.
+
+    Raises TaskError for a forward that fails, that is not deterministic, or whose units influence each other.
+    """
+    batch = to_device(next(iter(task.splits.search)), task.device)
+    first, second = _score_one(task, batch), _score_one(task, batch)
+    if not (first.losses == second.losses).all():
+        raise TaskError(
+            "the same batch scored twice gives other losses; switch off dropout and sampling, and fix the seed in forward"
+        )
+    n = len(first.losses)
+    changed = _with_unit_replaced(batch, n)
+    if changed is None:
+        return "whether units influence each other was not checked: no tensor of the batch has one row per unit"
+    after = _score_one(task, changed)
+    moved = abs(after.losses[1:] - first.losses[1:]) > INFLUENCE_TOLERANCE * (1 + abs(first.losses[1:]))
+    if moved.any():
+        raise TaskError(
+            f"replacing one unit of a batch changed the losses of {int(moved.sum())} others; units must not influence each "
+            "other (in-batch negatives, batch statistics): score each against a frozen index, or make the group the unit"
+        )
+    return None
+
+
+def _score_one(task: Task, batch: Any) -> Scored:
+    try:
+        with quantized(task.model, {}):
+            return score(task, task.model, [batch])
+    except (TaskError, ModelError):
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"forward, loss or metric failed on the first search batch: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _with_unit_replaced(batch: Any, units: int) -> Any:
+    """The batch with its first unit overwritten by its last one; None where nothing has one row per unit."""
+    replaced = False
+
+    def visit(value: Any) -> Any:
+        nonlocal replaced
+        if isinstance(value, Tensor):
+            if value.dim() and value.shape[0] == units:
+                replaced = True
+                value = value.clone()
+                value[0] = value[-1]
+            return value
+        if isinstance(value, dict):
+            return {key: visit(item) for key, item in value.items()}
+        if isinstance(value, list) and len(value) == units and all(isinstance(item, str) for item in value):
+            replaced = True
+            return [value[-1], *value[1:]]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(visit(item) for item in value))
+        if isinstance(value, tuple | list):
+            return type(value)(visit(item) for item in value)
+        return value
+
+    changed = visit(batch) if units > 1 else None
+    return changed if replaced else None
+
+
+def check_baseline(task: Task, baseline: Scored) -> None:
+    """Raises TaskError when the search split's metric cannot show a drop at all."""
+    if len(baseline.values) < 2:
+        raise TaskError(f"expected at least 2 units in the search split, got {len(baseline.values)}")
+    if (baseline.values == baseline.values[0]).all() and task.metric.worst is None:
+        raise TaskError(
+            f"{task.metric.name} is {baseline.values[0]:g} for every unit of the search split; "
+            "a constant cannot show a drop. Are the labels right?"
+        )
+    labels = [labels_of(task, batch) for batch in task.splits.search]
+    if all(isinstance(label, Tensor) and label.dim() == 1 and label.is_floating_point() for label in labels):
+        joined = torch.cat([label.detach().cpu() for label in labels])
+        if bool((joined == joined[0]).all()):
+            raise TaskError(f"every label of the search split is {float(joined[0]):g}; it needs both classes")
+
+
+def detectable(
+    task: Task,
+    inventory: Inventory,
+    calibration: Calibration,
+    baseline: Scored,
+    schemes: Sequence[Scheme],
+    alpha: float,
+    n: int,
+) -> float:
+    """The drop that `n` units can tell from zero with 80 % power, from the spread that quantising everything causes.
+
+    Takes the first search batch, all layers in the first scheme they can take: the noisiest map there is.
+    """
+    choice = {}
+    for layer in inventory.layers:
+        possible = [scheme for scheme in schemes if refusal(layer, scheme) is None]
+        if possible:
+            choice[layer.name] = possible[0]
+    first = next(iter(task.splits.search))
+    with quantized(task.model, prepare(task, inventory, calibration, choice)):
+        scored = score(task, task.model, [first])
+    d = differences(task.metric, baseline.values[: len(scored.values)], scored.values)
+    return detectable_drop(float(d.std(ddof=1)) if len(d) > 1 else 0.0, n, alpha)
+
+
+def notes(inventory: Inventory, schemes: Sequence[Scheme]) -> tuple[str, ...]:
+    """What is worth knowing before the search."""
+    found = []
+    coupled = [
+        s.name
+        for s in schemes
+        if s.input is not None and s.input.dynamic and s.input.granularity is Granularity.PER_TENSOR
+    ]
+    if coupled:
+        found.append(
+            f"{', '.join(coupled)}: one dynamic scale for the whole input, so a unit's score depends on its batch"
+        )
+    if inventory.hidden_flops:
+        hidden = "; ".join(f"{reason} ({flops:,} FLOPs)" for reason, flops in inventory.hidden_flops)
+        found.append(f"weight products that no layer stands for: {hidden}")
+    return tuple(found)

@@ -1,0 +1,186 @@
+"""A Task: the model, the data and the metric that its owners live by.
+
+Invariant: scoring a split gives one value per unit, in the order of the split, so that two precision maps can be compared
+unit by unit. The user's own functions do the work; precimap never looks into a batch beyond moving it to the model's
+device. A trainer-like base class to inherit from was not taken: four functions say the same and need no lifecycle.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from precimap.errors import TaskError
+from precimap.metrics.metric import Loss, Metric
+from precimap.metrics.paired import Units
+
+Batches = Iterable[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Three disjoint, re-iterable collections of batches (lists, or a DataLoader that does not shuffle).
+
+    calibration: fits scales, its labels are not read. search: chooses. certify: judges the chosen map, once.
+    """
+
+    calibration: Batches
+    search: Batches
+    certify: Batches
+
+
+def default_labels(batch: Any) -> Any:
+    """`batch["labels"]` or `batch["label"]` of a mapping, the last item of a tuple or list."""
+    if isinstance(batch, Mapping):
+        for key in ("labels", "label"):
+            if key in batch:
+                return batch[key]
+        raise TaskError(
+            f"expected a batch with 'labels' or 'label', got the keys {', '.join(map(str, batch))}; "
+            "give Task(labels=...) a function of the batch"
+        )
+    if isinstance(batch, tuple | list) and batch:
+        return batch[-1]
+    raise TaskError(
+        f"cannot find the labels in a {type(batch).__name__}; give Task(labels=...) a function of the batch"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be kept, and how it is measured.
+
+    model: in evaluation mode, at its base precision, on its device. forward(model, batch) -> scores, one row per unit.
+    loss(scores, batch) -> [units], differentiable where possible. metric: the gate; `reported` metrics are measured
+    beside it and decide nothing. labels(batch) -> what the metric takes. clusters(batch) -> [units] integers: units of
+    one user, query or session are resampled together. weights(batch) -> [units] positive sample weights.
+    """
+
+    model: nn.Module
+    _: KW_ONLY
+    splits: Splits
+    forward: Callable[[Any, Any], Tensor]
+    loss: Callable[[Tensor, Any], Tensor]
+    metric: Metric
+    labels: Callable[[Any], Any] = default_labels
+    clusters: Callable[[Any], Any] | None = None
+    weights: Callable[[Any], Any] | None = None
+    reported: tuple[Metric, ...] = ()
+    name: str = "task"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter is."""
+        for parameter in self.model.parameters():
+            return parameter.device
+        return torch.device("cpu")
+
+    @property
+    def base_precision(self) -> str:
+        """The dtype that most of the model's parameters have, such as `bfloat16`."""
+        sizes: dict[str, int] = {}
+        for parameter in self.model.parameters():
+            name = str(parameter.dtype).removeprefix("torch.")
+            sizes[name] = sizes.get(name, 0) + parameter.numel()
+        return max(sizes, key=lambda name: sizes[name]) if sizes else "none"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """One value per unit: of the metric, of the loss, and of each reported metric (float64)."""
+
+    values: np.ndarray
+    losses: np.ndarray
+    reported: dict[str, np.ndarray]
+    units: Units
+
+
+def score(task: Task, model: Any, batches: Batches, after_batch: Callable[[int], None] | None = None) -> Scored:
+    """Score every unit of `batches` with `model` (the task's own, or one deployed from it).
+
+    after_batch is called with the number of units done so far. Raises TaskError when the user's functions return
+    something of another shape, or scores that are not numbers.
+    """
+    parts: list[_Part] = []
+    done = 0
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            part = _score_batch(task, model, to_device(batch, task.device), number)
+            parts.append(part)
+            done += len(part.values)
+            if after_batch is not None:
+                after_batch(done)
+    if not done:
+        raise TaskError("expected at least one unit in the split, got none")
+    join = np.concatenate
+    clusters = None if task.clusters is None else join([p.clusters for p in parts])
+    weights = None if task.weights is None else join([p.weights for p in parts])
+    return Scored(
+        join([p.values for p in parts]),
+        join([p.losses for p in parts]),
+        {metric.name: join([p.reported[metric.name] for p in parts]) for metric in task.reported},
+        Units(clusters=clusters, weights=weights, n=done),
+    )
+
+
+def labels_of(task: Task, batch: Any) -> Any:
+    """The labels of a batch; None for a task whose metrics are all losses, which read none."""
+    return None if all(isinstance(m, Loss) for m in (task.metric, *task.reported)) else task.labels(batch)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    values: np.ndarray
+    losses: np.ndarray
+    reported: dict[str, np.ndarray]
+    clusters: np.ndarray
+    weights: np.ndarray
+
+
+def _score_batch(task: Task, model: Any, batch: Any, number: int) -> _Part:
+    scores: Any = task.forward(model, batch)
+    if not isinstance(scores, Tensor) or scores.dim() == 0:
+        raise TaskError(
+            f"batch {number}: expected forward to return a tensor with one row per unit, got {scores!r:.60}"
+        )
+    if torch.isnan(scores).any():
+        raise TaskError(f"batch {number}: forward returned NaN scores; the model or this batch is broken")
+    losses: Any = task.loss(scores, batch)
+    units = scores.shape[0]
+    if not isinstance(losses, Tensor) or losses.shape != (units,):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise TaskError(f"batch {number}: expected loss to return one value per unit, [{units}], got {shape}")
+    labels = labels_of(task, batch)
+    empty = np.zeros(0)
+    return _Part(
+        values=_column(task.metric.per_unit(scores, labels, losses), units, task.metric.name),
+        losses=_column(losses, units, "loss"),
+        reported={m.name: _column(m.per_unit(scores, labels, losses), units, m.name) for m in task.reported},
+        clusters=empty if task.clusters is None else _column(task.clusters(batch), units, "clusters").astype(np.int64),
+        weights=empty if task.weights is None else _column(task.weights(batch), units, "weights"),
+    )
+
+
+def _column(values: Any, units: int, what: str) -> np.ndarray:
+    column = torch.as_tensor(values).detach().double().cpu().numpy()
+    if column.shape != (units,):
+        raise TaskError(f"expected {what} to give one value per unit, [{units}], got the shape {column.shape}")
+    if not np.isfinite(column).all():
+        raise TaskError(f"{what} is NaN or infinite for {int((~np.isfinite(column)).sum())} of {units} units")
+    return column
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on `device`; objects with a `to` of their own are asked."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch

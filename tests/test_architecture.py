@@ -1,0 +1,107 @@
+"""The folders show the architecture, and imports run one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "precimap"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# Left may never import right; parts of one step may import each other unless they are listed as strangers.
+ORDER = (
+    {"errors", "durable", "journal"},
+    {"numerics"},
+    {"precision_map"},
+    {"layers", "fingerprints"},
+    {"metrics"},
+    {"task", "task_file"},
+    {"search", "runtime"},
+    {"report"},
+    {"demos"},
+    {"cli", "__init__", "__main__"},
+)
+STRANGERS = {("search", "runtime"), ("runtime", "search")}
+TORCH_FREE = (
+    *("errors", "durable", "journal", "precision_map", "numerics/formats", "numerics/schemes"),
+    *("layers/inventory", "layers/groups", "search/allocate"),
+)
+CORE_LIBRARIES = {"torch", "numpy", "scipy", "pydantic", "safetensors", "typer", "rich", "precimap"}
+LONGEST_FILE, LONGEST_FUNCTION = 320, 60
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, function-level imports included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            if node.module == "precimap":
+                names.update(f"precimap.{alias.name}" for alias in node.names)
+    return names
+
+
+def rank(part: str) -> int:
+    for number, parts in enumerate(ORDER):
+        if part in parts:
+            return number
+    raise AssertionError(f"{part} has no place in the import order")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_run_one_way(path: Path) -> None:
+    part = part_of(path)
+    for name in imported(path):
+        if name.startswith("precimap."):
+            other = name.split(".")[1]
+            assert rank(other) <= rank(part), f"{part} imports {other}, which is to its right"
+            assert (part, other) not in STRANGERS, (
+                f"{part} imports {other}; they meet in scheme, map and quantiser only"
+            )
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_planning_needs_no_torch(name: str) -> None:
+    libraries = {module.split(".")[0] for module in imported(SOURCE / f"{name}.py")}
+    assert "torch" not in libraries
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_core_stands_on_few_libraries(path: Path) -> None:
+    import sys
+
+    if part_of(path) == "demos":
+        return
+    libraries = {module.split(".")[0] for module in imported(path)}
+    assert libraries - set(sys.stdlib_module_names) <= CORE_LIBRARIES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= LONGEST_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno + 1 <= LONGEST_FUNCTION, f"{node.name} is too long"
+
+
+def test_no_file_is_a_drawer() -> None:
+    assert not [path for path in FILES if path.stem in ("utils", "helpers", "common", "misc")]
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert not [path for path in FILES if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+def test_the_rule_finds_a_wrong_import(tmp_path: Path) -> None:
+    planted = tmp_path / "planted.py"
+    planted.write_text("def late():\n    from precimap.search.pipeline import search\n")
+    assert "precimap.search.pipeline" in imported(planted)
+    assert rank("search") > rank("layers")
