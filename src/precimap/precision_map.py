@@ -66,7 +66,7 @@ class Decision(_Record):
     input_zero: int | None = None
     evidence: dict[str, Evidence] = Field(default_factory=dict)
     flops_share: float = Field(default=0.0, ge=0, le=1)
-    bytes: int = Field(default=0, ge=0)
+    bytes: int = Field(default=0, ge=0, lt=2**63)
 
 
 class Certificate(_Record):
@@ -199,14 +199,14 @@ class PrecisionMap(_Record):
             # Read twice: pydantic keeps the last of two equal keys, which would hide one of two decisions on a layer.
             json.loads(text, object_pairs_hook=_no_duplicates)
             return cls.model_validate_json(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise MapError(
-                f"{name}: expected a precision map in JSON, got something else or a part of one ({error})"
-            ) from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the whole"
             raise MapError(f"{name}: not a precision map of version {MAP_VERSION}: {where}: {first['msg']}") from error
+        except (ValueError, RecursionError) as error:
+            raise MapError(
+                f"{name}: expected a precision map in JSON, got something else or a part of one ({error})"
+            ) from error
 
     def check(self, **now: str) -> None:
         """Compare fields of the premise (weights=..., search=..., ...) with what they are now.

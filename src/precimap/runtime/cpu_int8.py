@@ -22,7 +22,7 @@ from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import plain_name
 from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.quantize import Affine, quantize
-from precimap.numerics.schemes import Granularity, Scheme
+from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.runtime.copying import shared_copy
 
 
@@ -167,3 +167,11 @@ def products_are_exact(format: Format) -> bool:
         inputs, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return bool((found == int(format.maximum) * INT8.maximum * k).all())
+
+
+def int8_scheme() -> str:
+    """The name of the widest INT8 scheme that this CPU multiplies exactly. Raises DeployError if there is none."""
+    for name in ("int8-static", "int8-static-u7"):
+        if _scheme_refusal(SCHEMES[name]) is None:
+            return name
+    raise DeployError(f"this machine runs no INT8 scheme: {_scheme_refusal(SCHEMES['int8-static-u7'])}")
