@@ -128,7 +128,12 @@ def score(task: Task, model: Any, batches: Batches, after_batch: Callable[[int],
 
 def labels_of(task: Task, batch: Any) -> Any:
     """The labels of a batch; None for a task whose metrics are all losses, which read none."""
-    return None if all(isinstance(m, Loss) for m in (task.metric, *task.reported)) else task.labels(batch)
+    if all(isinstance(metric, Loss) for metric in (task.metric, *task.reported)):
+        return None
+    labels = task.labels(batch)
+    if labels is None:
+        raise TaskError(f"{task.metric.name} reads labels, and Task(labels=...) returned None for this batch")
+    return labels
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,7 +24,8 @@ def load_task(reference: str) -> Task:
     module = _module(location)
     function = getattr(module, function_name, None)
     if not callable(function):
-        found = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
+        own = [n for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__ and callable(v)]
+        found = ", ".join(n for n in own if not n.startswith("_")) or "none"
         raise TaskError(
             f"{location}: expected a function {function_name}() that returns a Task; functions there: {found}"
         )

@@ -210,7 +210,7 @@ def _layers(
 def _linear_calls(model: nn.Module) -> Iterator[Counter[str]]:
     """Count the calls of each plain nn.Linear, by the name of its weight; a subclass may do anything with it."""
     calls: Counter[str] = Counter()
-    names = {id(m): plain_name(f"{n}.weight") for n, m in model.named_modules() if type(m) is nn.Linear}
+    names = {id(m): plain_name(f"{n}.weight".lstrip(".")) for n, m in model.named_modules() if type(m) is nn.Linear}
 
     def count(module: nn.Module, _: Any) -> None:
         if id(module) in names:

@@ -8,9 +8,10 @@ Three things would hide calls and are taken care of: `F.multi_head_attention_for
 calls visible), the fused encoder fast path (off inside the block), and `torch.compile` (runs eagerly inside the block).
 """
 
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -140,8 +141,10 @@ def _everything_visible() -> Iterator[None]:
     """Turn off the two ways in which torch runs many ops as one; both are on again afterwards."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # Without dynamo nothing is compiled; importing it takes seconds.
+    compiled_code = "torch._dynamo" in sys.modules
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager") if compiled_code else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

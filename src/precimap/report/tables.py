@@ -67,7 +67,7 @@ def _coverage(inventory: Inventory) -> RenderableType:
     lines = [
         f"{inventory.parameters:,} parameters, all accounted for",
         f"weight FLOPs: {inventory.weight_flops:,} in a batch of {inventory.units}, {inventory.covered:.1%} in layers",
-        f"activation x activation FLOPs (attention, interactions): {inventory.activation_flops:,}, always base precision",
+        f"activation x activation FLOPs: {inventory.activation_flops:,}, always in base precision",
     ]
     lines += [f"hidden from layers: {reason}, {flops:,} FLOPs" for reason, flops in inventory.hidden_flops]
     lines += [f"dead: {layer.name}: {layer.dead}" for layer in inventory.layers if layer.dead]

@@ -99,7 +99,7 @@ class CpuInt8:
             if reason is not None:
                 raise DeployError(f"{layer.name}: {reason}")
         copied = shared_copy(model)
-        owners = {plain_name(f"{name}.weight"): (name, module) for name, module in copied.named_modules()}
+        owners = {plain_name(f"{name}.weight".lstrip(".")): (name, module) for name, module in copied.named_modules()}
         for name, layer in layers.items():
             path, module = owners.get(name, ("", None))
             if type(module) is not nn.Linear:

@@ -152,6 +152,8 @@ def check_baseline(task: Task, baseline: Scored) -> None:
     """Raises TaskError when the search split's metric cannot show a drop at all."""
     if len(baseline.values) < 2:
         raise TaskError(f"expected at least 2 units in the search split, got {len(baseline.values)}")
+    if baseline.units.clusters is not None and (baseline.units.clusters == baseline.units.clusters[0]).all():
+        raise TaskError("every unit of the search split is in one cluster; the spread of a drop needs at least two")
     if (baseline.values == baseline.values[0]).all() and task.metric.worst is None:
         raise TaskError(
             f"{task.metric.name} is {baseline.values[0]:g} for every unit of the search split; "

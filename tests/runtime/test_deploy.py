@@ -1,0 +1,275 @@
+"""What is deployed is what was measured: the same codes, outputs within tolerance, refusals instead of fallbacks."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_tasks import planted_task
+from torch import Tensor, nn
+
+from precimap import CPU_INT8, PrecisionMap, SearchResult, deploy, load_deployed, save_deployed, search
+from precimap.errors import DeployError, MapError, PremiseMismatch, SaveError
+from precimap.layers.discover import discover
+from precimap.layers.quantized import InputRange, quantize_layer, quantize_map, quantized
+from precimap.numerics.formats import UINT7, UINT8
+from precimap.numerics.schemes import SCHEMES, scheme
+from precimap.runtime import cpu_int8
+from precimap.runtime.cpu_int8 import Int8Linear, has_bf16, int8_scheme, products_are_exact
+from precimap.runtime.deploy import agreement
+from precimap.runtime.timing import interleaved
+from precimap.task import Task
+
+X = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return planted_task()
+
+
+@pytest.fixture(scope="module")
+def int8(task: Task, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    folder = tmp_path_factory.mktemp("int8")
+    return search(task, schemes=[int8_scheme()], target=CPU_INT8, margin=0.2, ledger=folder)
+
+
+@pytest.fixture(scope="module")
+def fp8(task: Task, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    return search(task, schemes=["fp8"], margin=0.2, ledger=tmp_path_factory.mktemp("fp8"))
+
+
+def test_int8_runs_the_codes_of_the_map(task: Task, int8: SearchResult) -> None:
+    fast = deploy(task.model, int8.map)
+    expected = quantize_map(task.model, int8.map)
+    swapped = {f"{name}.weight": m for name, m in fast.named_modules() if isinstance(m, Int8Linear)}
+    assert set(swapped) == set(int8.map.low) == set(expected)
+    for name, module in swapped.items():
+        assert module.codes.dtype == torch.int8
+        assert torch.equal(module.codes, expected[name].codes)
+        assert torch.equal(module.scales, expected[name].weight_affine.scale.reshape(-1))
+
+
+def test_int8_outputs_are_those_of_the_emulation(task: Task, int8: SearchResult) -> None:
+    found = agreement(task, deploy(task.model, int8.map), task.splits.calibration[0])
+    assert found.units == 125
+    assert found.relative < 1e-5
+
+
+def test_emulated_outputs_are_those_of_the_search_to_the_bit(task: Task, fp8: SearchResult) -> None:
+    fast = deploy(task.model, fp8.map)
+    with torch.no_grad():
+        found = fast(X)
+        with quantized(task.model, quantize_map(task.model, fp8.map)):
+            expected = task.model(X)
+        plain = task.model(X)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, plain)
+
+
+def test_the_user_s_model_is_untouched_and_shares_its_tensors(task: Task, int8: SearchResult) -> None:
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    fast = deploy(task.model, int8.map)
+    assert type(task.model.first) is nn.Linear
+    assert all(torch.equal(before[name], tensor) for name, tensor in task.model.state_dict().items())
+    assert fast.dead.weight.data_ptr() == task.model.dead.weight.data_ptr()
+
+
+@pytest.mark.parametrize("which", ["fp8", "int8"])
+def test_a_checkpoint_computes_the_same_bits(
+    which: str, task: Task, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    result: SearchResult = request.getfixturevalue(which)
+    fast = deploy(task.model, result.map)
+    save_deployed(fast, task.model, tmp_path / "model.safetensors")
+    skeleton = type(task.model)().eval()
+    with torch.no_grad():
+        for parameter in skeleton.parameters():
+            parameter.zero_()
+    loaded = load_deployed(skeleton, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(X), fast(X))
+    assert all(not p.any() for p in skeleton.parameters()), "the skeleton's own weights stay as they were"
+
+
+def test_a_checkpoint_holds_codes_and_not_the_weights_they_replace(
+    task: Task, int8: SearchResult, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    save_deployed(deploy(task.model, int8.map), task.model, tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["first.weight.codes"].dtype == torch.int8
+    assert "first.weight" not in tensors
+    assert torch.equal(tensors["dead.weight"], task.model.dead.weight)
+
+
+def test_broken_checkpoints_are_refused(task: Task, int8: SearchResult, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    save_deployed(deploy(task.model, int8.map), task.model, path)
+    whole = path.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MapError, match="safetensors"):
+        load_deployed(task.model, tmp_path / "cut.safetensors")
+    save_file({"first.weight": task.model.first.weight.detach()}, tmp_path / "plain.safetensors")
+    with pytest.raises(MapError, match="without a map"):
+        load_deployed(task.model, tmp_path / "plain.safetensors")
+    with pytest.raises(MapError, match="another architecture"):
+        load_deployed(nn.Linear(64, 128), path)
+    with pytest.raises(DeployError, match=r"precimap\.deploy"):
+        save_deployed(task.model, task.model, path)
+    assert path.read_bytes() == whole
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(
+    task: Task, int8: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    path = tmp_path / "model.safetensors"
+    fast = deploy(task.model, int8.map)
+    save_deployed(fast, task.model, path)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SaveError, match="No space left"):
+        save_deployed(fast, task.model, path)
+    assert path.read_bytes() == before
+
+
+def test_another_model_is_refused(task: Task, int8: SearchResult) -> None:
+    other = type(task.model)().eval()
+    with torch.no_grad():
+        other.first.weight[0, 0] += 1e-3
+    with pytest.raises(PremiseMismatch, match="weights"):
+        deploy(other, int8.map)
+
+
+def test_a_layer_that_the_model_lacks_is_named(task: Task, int8: SearchResult) -> None:
+    layers = {**int8.map.layers, "nowhere.weight": int8.map.layers["first.weight"]}
+    wrong = int8.map.model_copy(update={"layers": layers})
+    with pytest.raises(MapError, match=r"nowhere\.weight"):
+        deploy(task.model, wrong)
+
+
+def test_there_is_no_silent_fallback(task: Task, fp8: SearchResult) -> None:
+    with pytest.raises(DeployError, match="no arithmetic for it"):
+        deploy(task.model, fp8.map, target="cpu-int8")
+    with pytest.raises(DeployError, match="expected a target out of"):
+        deploy(task.model, fp8.map, target="cuda")
+
+
+def test_a_kernel_that_multiplies_wrongly_is_caught(
+    task: Task, int8: SearchResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted saturation, as x86 without VNNI does it."""
+    plain = Int8Linear.forward
+    monkeypatch.setattr(Int8Linear, "forward", lambda self, x: plain(self, x).clamp(-0.5, 0.5))
+    with pytest.raises(DeployError, match="differs from its emulation"):
+        deploy(task.model, int8.map)
+
+
+def test_int8_kernels_are_exact_or_refused() -> None:
+    """The largest products, the case in which 16-bit sums saturate: exact against integer arithmetic, or refused."""
+    assert products_are_exact(UINT7)
+    generator = torch.Generator().manual_seed(0)
+    for format, name in ((UINT8, "int8-static"), (UINT7, "int8-static-u7")):
+        if not products_are_exact(format):
+            assert "saturates" in str(CPU_INT8.refusal(_linear_layer(), scheme(name)))
+            continue
+        codes = torch.randint(-127, 128, (48, 256), generator=generator, dtype=torch.int8)
+        inputs = torch.randint(0, format.maximum + 1, (33, 256), generator=generator, dtype=torch.uint8)
+        inputs[0], codes[0], codes[1] = format.maximum, 127, -127
+        packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        found = torch.ops.onednn.qlinear_pointwise(
+            inputs, 1.0, 0, packed, torch.ones(48), torch.zeros(48, dtype=torch.int32), None, 1.0, 0,
+            torch.float32, "none", [], "",
+        )  # fmt: skip
+        assert torch.equal(found, (inputs.long() @ codes.long().T).float())
+
+
+def _linear_layer(**changes: Any) -> Any:
+    from dataclasses import replace
+
+    inventory = discover(nn.Linear(32, 16).eval(), lambda m, b: m(b), torch.randn(2, 32))
+    return replace(inventory.layer("weight"), **changes)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64), (1, 64), (64,)])
+def test_int8_linear_takes_inputs_of_any_rank(bias: bool, shape: tuple[int, ...]) -> None:
+    linear = nn.Linear(64, 48, bias=bias).eval()
+    layer = quantize_layer("weight", linear.weight, (1,), scheme(int8_scheme()), InputRange(0.05, 60))
+    fast = CPU_INT8.deployed(linear, {"weight": layer})
+    x = torch.randn(shape)
+    with torch.no_grad(), quantized(linear, {"weight": layer}):
+        expected = linear(x)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cpu_refusals_name_their_reason() -> None:
+    layer, static = _linear_layer(), scheme(int8_scheme())
+    assert CPU_INT8.refusal(layer, static) is None
+    for name in sorted(set(SCHEMES) - {"int8-static", "int8-static-u7"}):
+        assert CPU_INT8.refusal(layer, SCHEMES[name]) is not None, name
+    for changes, reason in (
+        ({"in_linear_module": False, "ops": ("addmm",)}, "addmm"),
+        ({"tied": ("table.weight",)}, "table.weight"),
+        ({"dtype": "float16"}, "float16"),
+    ):
+        assert reason in str(CPU_INT8.refusal(_linear_layer(**changes), static))
+    assert (CPU_INT8.refusal(_linear_layer(dtype="bfloat16"), static) is None) == has_bf16()
+
+
+def test_a_machine_without_kernels_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_int8, "has_qlinear", lambda: False)
+    assert "no oneDNN" in str(CPU_INT8.refusal(_linear_layer(), scheme("int8-static")))
+    with pytest.raises(DeployError, match="no INT8 scheme"):
+        int8_scheme()
+
+
+def test_a_subclass_of_linear_is_not_swapped() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = Doubling(32, 16).eval()
+    inventory = discover(model, lambda m, b: m(b), torch.randn(2, 32))
+    assert "outside an nn.Linear" in str(CPU_INT8.refusal(inventory.layer("weight"), scheme(int8_scheme())))
+    layer = quantize_layer("weight", model.weight, (1,), scheme(int8_scheme()), InputRange(0.05, 60))
+    with pytest.raises(DeployError, match="Doubling"):
+        CPU_INT8.deployed(model, {"weight": layer})
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    class Locked(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.stream = (i for i in range(3))
+
+    with pytest.raises(DeployError, match="cannot be copied"):
+        CPU_INT8.deployed(Locked(), {})
+
+
+def test_a_map_survives_the_file_and_deploys(task: Task, int8: SearchResult, tmp_path: Path) -> None:
+    int8.map.save(tmp_path / "map.json")
+    with torch.no_grad():
+        assert torch.equal(
+            deploy(task.model, PrecisionMap.load(tmp_path / "map.json"))(X), deploy(task.model, int8.map)(X)
+        )
+
+
+def test_ratios_are_taken_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that slows down by half in the middle of a run does not change a ratio."""
+    clock = itertools.accumulate([0, 1, 0, 4, 0, 1, 0, 4, 0, 2, 0, 8, 0, 2, 0, 8])
+    monkeypatch.setattr("precimap.runtime.timing.time.perf_counter", lambda: next(clock))
+    timings = interleaved({"fast": lambda: None, "slow": lambda: None}, rounds=4)
+    ratio = timings.speedup("fast", over="slow")
+    assert (ratio.median, ratio.lower_quartile, ratio.upper_quartile, ratio.rounds) == (4, 4, 4, 4)

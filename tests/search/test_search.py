@@ -1,0 +1,330 @@
+"""The whole way on a small model whose truth is planted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_tasks import batches, planted_task
+from torch import Tensor, nn
+
+from precimap import CPU_INT8, PrecisionMap, SearchResult, Splits, search
+from precimap.errors import AlphaSpent, InputError, JournalError, ModelError, PremiseMismatch, SchemeError, TaskError
+from precimap.journal import open_journal
+from precimap.layers.quantized import quantize_map, quantized
+from precimap.metrics import NDCG, Loss
+from precimap.precision_map import Verdict
+from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.search.recertify import recertify
+from precimap.task import score
+
+# A drop of 0.2 nats is far above what FP8 does here and far below what the planted layer does under one scale.
+MARGIN = 0.2
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    """One FP8 search of the planted task."""
+    folder = tmp_path_factory.mktemp("search")
+    return search(planted_task(), schemes=["fp8", "fp8-tensor"], margin=MARGIN, ledger=folder, run=folder / "run")
+
+
+def test_the_planted_outliers_are_sensitive_to_one_scale_and_tolerant_of_one_per_channel(tmp_path: Path) -> None:
+    verdicts = {}
+    for number, scheme in enumerate(("fp8-tensor", "fp8")):
+        found = search(planted_task(), schemes=[scheme], margin=MARGIN, ledger=tmp_path / str(number))
+        verdicts[scheme] = {name: decision.verdict for name, decision in found.map.layers.items()}
+        assert found.certified
+    assert verdicts["fp8-tensor"]["outlier.weight"] is Verdict.SENSITIVE
+    assert verdicts["fp8"]["outlier.weight"] is Verdict.TOLERANT
+    harmless = ("first.weight", "last.weight")
+    assert all(verdicts[scheme][name] is Verdict.TOLERANT for scheme in verdicts for name in harmless)
+
+
+def test_the_sensitive_layer_is_kept_and_the_harmless_ones_are_not(tmp_path: Path) -> None:
+    found = search(planted_task(), schemes=["fp8-tensor"], margin=MARGIN, ledger=tmp_path)
+    assert found.map.low == ("first.weight", "last.weight")
+    everything = {p.layer: p.comparison.drop.estimate for p in found.probes}
+    assert everything["outlier.weight"] > 3 * MARGIN
+
+
+def test_the_planted_dead_layer_is_reported(result: SearchResult) -> None:
+    assert result.inventory.layer("dead.weight").dead == "its result does not reach the output"
+    decision = result.map.layers["dead.weight"]
+    assert (decision.scheme, decision.verdict) == (None, Verdict.INELIGIBLE)
+    assert "dead" in decision.reason
+
+
+def test_the_map_is_total_and_certified(result: SearchResult) -> None:
+    task = planted_task()
+    assert set(result.map.layers) == {"first.weight", "outlier.weight", "dead.weight", "last.weight"}
+    assert set(result.map.low) == {"first.weight", "outlier.weight", "last.weight"}
+    certificate = result.certificate
+    assert certificate is not None
+    assert certificate.certified
+    assert certificate.upper is not None
+    assert certificate.drop < certificate.upper <= MARGIN
+    assert (certificate.n, certificate.map) == (1000, result.map.fingerprint)
+    result.map.check(weights=result.map.premise.weights, metric=task.metric.name)
+    assert result.map.flops_share == pytest.approx(
+        1 - result.inventory.layer("dead.weight").flops / result.inventory.weight_flops
+    )
+
+
+def test_the_certificate_is_what_scoring_the_map_gives(result: SearchResult) -> None:
+    task = planted_task()
+    with quantized(task.model, quantize_map(task.model, result.map)):
+        low = score(task, task.model, task.splits.certify)
+    with quantized(task.model, {}):
+        base = score(task, task.model, task.splits.certify)
+    assert result.certificate is not None
+    assert result.certificate.drop == pytest.approx(float((low.values - base.values).mean()), abs=1e-12)
+
+
+def test_every_measurement_is_in_the_journal(tmp_path: Path) -> None:
+    found = search(planted_task(), schemes=["fp8"], margin=MARGIN, ledger=tmp_path, run=tmp_path / "run")
+    with open_journal(tmp_path / "run") as journal:
+        rows = journal.measurements("probe")
+        assert [(row.subject, row.value["comparison"]["drop"]["estimate"]) for row in rows] == [
+            (probe.layer, probe.comparison.drop.estimate) for probe in found.probes
+        ]
+        assert len(journal.measurements("joint")) == len(found.chain)
+        assert len(journal.measurements("certificate")) == len(found.certificates)
+    assert PrecisionMap.load(tmp_path / "run" / "map.json") == found.map
+    with pytest.raises(JournalError, match="holds a run already"):
+        search(planted_task(), schemes=["fp8"], margin=MARGIN, ledger=tmp_path, run=tmp_path / "run")
+
+
+def test_the_chain_is_nested_and_passed_on_the_search_split(result: SearchResult) -> None:
+    for before, after in zip(result.chain, result.chain[1:], strict=False):
+        assert set(before.map.low) < set(after.map.low)
+    assert {c.map for c in result.certificates} <= {joint.map.fingerprint for joint in result.chain if joint.passed}
+
+
+def test_the_model_is_the_same_to_the_bit_after_a_search(tmp_path: Path) -> None:
+    task = planted_task()
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in task.model.modules()]
+    search(task, schemes=["fp8"], margin=MARGIN, ledger=tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in task.model.state_dict().items())
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in task.model.modules()]
+    assert type(task.model.first) is nn.Linear
+
+
+def test_the_model_is_the_same_to_the_bit_after_an_exception_inside_a_search(tmp_path: Path) -> None:
+    task = planted_task()
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    calls = 0
+
+    def failing(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise RuntimeError("planted")
+        scores: Tensor = model(batch["x"])
+        return scores
+
+    with torch.no_grad():
+        plain = task.model(task.splits.search[0]["x"])
+    with pytest.raises(RuntimeError, match="planted"):
+        search(replace(task, forward=failing), schemes=["fp8"], margin=MARGIN, ledger=tmp_path)
+    assert calls > 20
+    assert all(torch.equal(before[name], tensor) for name, tensor in task.model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(task.model(task.splits.search[0]["x"]), plain)
+
+
+def test_two_searches_decide_the_same(tmp_path: Path) -> None:
+    maps = [search(planted_task(), schemes=["fp8"], margin=MARGIN, ledger=tmp_path / str(i)).map for i in range(2)]
+    assert maps[0] == maps[1]
+
+
+def test_a_pinned_layer_stays(tmp_path: Path) -> None:
+    found = search(planted_task(), schemes=["fp8"], margin=MARGIN, pinned=["la*"], ledger=tmp_path)
+    assert found.map.layers["last.weight"].verdict is Verdict.PINNED
+    assert set(found.map.low) == {"first.weight", "outlier.weight"}
+    with pytest.raises(InputError, match="matches a layer"):
+        search(planted_task(), schemes=["fp8"], margin=MARGIN, pinned=["nothing*"], ledger=tmp_path)
+
+
+def test_a_margin_that_nothing_meets_keeps_the_baseline(tmp_path: Path) -> None:
+    found = search(planted_task(), schemes=["fp8"], margin=1e-7, ledger=tmp_path)
+    assert found.map.low == ()
+    assert not found.certified
+    assert found.answer.startswith("keep the baseline")
+    assert not list(tmp_path.iterdir()), "no alpha is spent when no map reaches the certify split"
+
+
+def test_the_certify_split_remembers(tmp_path: Path) -> None:
+    first = search(planted_task(), schemes=["fp8"], margin=MARGIN, ledger=tmp_path)
+    again = search(planted_task(), schemes=["fp8"], margin=MARGIN, ledger=tmp_path)
+    assert again.map == first.map
+    with pytest.raises(AlphaSpent, match="fresh"):
+        search(planted_task(), schemes=["fp8-e5m2"], margin=MARGIN, ledger=tmp_path)
+    other = search(planted_task(), schemes=["fp8-e5m2"], margin=MARGIN, ledger=tmp_path, alpha_budget=0.1)
+    assert other.certificate is not None
+    assert other.certificate.spent_alpha == pytest.approx(0.1)
+
+
+def test_a_map_is_judged_again_for_free_only_for_a_wider_margin(tmp_path: Path, result: SearchResult) -> None:
+    task = planted_task()
+    wider = recertify(task, result.map, target=_emulated(), margin=2 * MARGIN, ledger=tmp_path / "none")
+    assert wider.certificate is not None
+    assert result.certificate is not None
+    assert wider.certificate.upper == result.certificate.upper
+    assert not (tmp_path / "none").exists()
+    narrow = recertify(task, result.map, target=_emulated(), margin=MARGIN / 100, ledger=tmp_path / "some")
+    assert narrow.certificate is not None
+    assert not narrow.certificate.certified
+    assert (tmp_path / "some").exists()
+
+
+def _emulated() -> Any:
+    from precimap import EMULATED
+
+    return EMULATED
+
+
+def test_a_map_of_another_model_is_refused(result: SearchResult, tmp_path: Path) -> None:
+    task = planted_task()
+    with torch.no_grad():
+        task.model.first.weight[0, 0] += 1e-3
+    with pytest.raises(PremiseMismatch, match="weights"):
+        recertify(task, result.map, target=_emulated(), margin=MARGIN, ledger=tmp_path)
+
+
+def test_the_deployed_model_is_what_is_certified_on_this_cpu(tmp_path: Path) -> None:
+    found = search(planted_task(), schemes=[int8_scheme()], target=CPU_INT8, margin=MARGIN, ledger=tmp_path)
+    assert found.certificate is not None
+    assert found.certified
+    assert "deployed model" in found.certificate.claim
+    task = planted_task()
+    with CPU_INT8.running(task.model, quantize_map(task.model, found.map)) as deployed:
+        low = score(task, deployed, task.splits.certify)
+    base = score(task, task.model, task.splits.certify)
+    assert found.certificate.drop == pytest.approx(float((low.values - base.values).mean()), abs=1e-12)
+
+
+# What is wrong with the input, and what the message must say.
+BROKEN = {
+    "training mode": (lambda t: t.model.train(), ModelError, r"model\.eval\(\)"),
+    "nan weight": (lambda t: t.model.first.weight.data[0].fill_(float("nan")), ModelError, "first.weight"),
+    "nan input": (lambda t: t.splits.search[0]["x"][0].fill_(float("nan")), TaskError, "NaN"),
+    "nan calibration": (lambda t: t.splits.calibration[0]["x"][0].fill_(float("nan")), ModelError, "first.weight"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_models_and_data_are_refused(case: str, tmp_path: Path) -> None:
+    spoil, error, message = BROKEN[case]
+    task = planted_task()
+    spoil(task)
+    with pytest.raises(error, match=message):
+        search(task, schemes=["fp8-static"], margin=MARGIN, ledger=tmp_path)
+
+
+def _in_batch(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return scores.sum(1) - scores.sum(1).mean()
+
+
+REPLACED: dict[str, tuple[dict[str, Any], str]] = {
+    "shared split": ({"splits": "shared"}, "also in the search split"),
+    "empty split": ({"splits": "empty"}, "certify split, got none"),
+    "generator": ({"splits": "generator"}, "list"),
+    "shuffling": ({"splits": "shuffling"}, "shuffle=False"),
+    "failing forward": ({"forward": lambda m, b: m(b["y"])}, "KeyError"),
+    "no tensor": ({"forward": lambda m, b: [1.0]}, "one row per unit"),
+    "random forward": ({"forward": lambda m, b: m(b["x"]) + torch.randn(1)}, "scored twice"),
+    "loss of one number": ({"loss": lambda s, b: s.mean()}, r"one value per unit, \[125\]"),
+    "units that influence each other": ({"loss": _in_batch}, "influence"),
+    "constant metric": ({"loss": lambda s, b: s.sum(1) * 0 + 1}, "constant cannot show a drop"),
+    "no labels": ({"metric": NDCG(10), "labels": lambda b: None}, "returned None"),
+    "infinite loss": ({"loss": lambda s, b: s.sum(1) / 0}, "not finite"),
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_bad_tasks_are_refused_in_the_user_s_terms(case: str, tmp_path: Path) -> None:
+    changes, message = REPLACED[case]
+    task = planted_task()
+    if "splits" in changes:
+        changes = {"splits": _splits(changes["splits"], task)}
+    with pytest.raises(TaskError, match=message):
+        search(replace(task, **changes), schemes=["fp8"], margin=MARGIN, ledger=tmp_path)
+
+
+def _splits(kind: str, task: Any) -> Splits:
+    calibration, searched, certify = task.splits.calibration, task.splits.search, task.splits.certify
+    made: dict[str, Any] = {
+        "shared": (calibration, searched, [*searched[1:], searched[0]]),
+        "empty": (calibration, searched, []),
+        "generator": (calibration, (batch for batch in searched), certify),
+        "shuffling": (calibration, _Shuffling(searched), certify),
+    }
+    return Splits(*made[kind])
+
+
+class _Shuffling:
+    def __init__(self, batches: list[Any]) -> None:
+        self._batches, self._first = batches, True
+
+    def __iter__(self) -> Any:
+        self._first = not self._first
+        return iter(self._batches if self._first else self._batches[::-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"margin": 0.0}, InputError, "above zero"),
+        ({"margin": -1.0}, InputError, "above zero"),
+        ({"margin": float("nan")}, InputError, "above zero"),
+        ({"confidence": 1.0}, InputError, "confidence"),
+        ({"cutoff": -1.0}, InputError, "cutoff"),
+        ({"schemes": []}, InputError, "at least one"),
+        ({"schemes": ["fp3"]}, SchemeError, "fp8-static"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"schemes": ["fp8"], "margin": MARGIN, "ledger": tmp_path, **changes}
+    with pytest.raises(error, match=message):
+        search(planted_task(), **arguments)
+
+
+def test_clusters_widen_the_error(tmp_path: Path) -> None:
+    task = planted_task()
+    clustered = replace(task, clusters=lambda b: torch.arange(len(b["x"])) // 25)
+    plain = search(task, schemes=["fp8"], margin=MARGIN, ledger=tmp_path / "a")
+    found = search(clustered, schemes=["fp8"], margin=MARGIN, ledger=tmp_path / "b")
+    assert found.certificate is not None
+    assert plain.certificate is not None
+    assert found.certificate.clusters == 5
+    assert found.certificate.drop == plain.certificate.drop
+    assert found.certificate.upper is not None
+    assert plain.certificate.upper is not None
+    assert found.certificate.upper > plain.certificate.upper
+
+
+def test_an_unseen_layer_on_the_calibration_split_is_named(tmp_path: Path) -> None:
+    task = planted_task()
+
+    def skipping(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        scores: Tensor = model(batch["x"]) if len(batch["x"]) > 10 else model.last(torch.zeros(len(batch["x"]), 64))
+        return scores
+
+    small = batches(task.model, 10, 9, size=10)
+    changed = replace(task, forward=skipping, splits=replace(task.splits, calibration=small))
+    with pytest.raises(TaskError, match="never called on the calibration split"):
+        search(changed, schemes=["fp8-static"], margin=MARGIN, ledger=tmp_path)
+
+
+def test_the_metric_beside_the_gate_is_reported(tmp_path: Path) -> None:
+    task = replace(planted_task(), metric=Loss(), reported=(NDCG(10),))
+    found = search(task, schemes=["fp8"], margin=MARGIN, ledger=tmp_path, run=tmp_path / "run")
+    assert found.certificate is not None
+    assert set(found.certificate.reported) == {"nDCG@10"}
+    assert json.loads((tmp_path / "run" / "map.json").read_text())["certificate"]["reported"]["nDCG@10"]

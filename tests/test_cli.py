@@ -1,0 +1,151 @@
+"""The command line as its users meet it: exit codes, one clear message, stdout for results, stderr for the rest."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from precimap.cli import main
+
+TASK = """
+from small_tasks import planted_task
+def task():
+    return planted_task()
+def broken():
+    return planted_task().nothing
+def wrong():
+    return 3
+"""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def in_a_process(*arguments: str, cwd: Path) -> Ran:
+    """Run the command as a shell would."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "80"}
+    found = subprocess.run(
+        [sys.executable, "-c", "from precimap.cli import main; main()", *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    return Ran(found.returncode, found.stdout, found.stderr)
+
+
+@pytest.fixture
+def precimap(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run the command in this process, which saves importing torch each time."""
+
+    def run(*arguments: str) -> Ran:
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr(sys, "argv", ["precimap", *arguments])
+        for name in ("mine", "syntax", "imports"):
+            sys.modules.pop(name, None)
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("cli")
+    (made / "mine.py").write_text(TASK)
+    (made / "syntax.py").write_text("def task(:\n")
+    (made / "imports.py").write_text("\nimport nothing_of_this_name\n")
+    return made
+
+
+@pytest.fixture(scope="module")
+def searched(folder: Path) -> Ran:
+    return in_a_process("search", "mine.py", "--scheme", "fp8", "--margin", "0.2", "--run", "run", cwd=folder)
+
+
+def test_search_report_certify_and_deploy(folder: Path, searched: Ran, precimap: Callable[..., Ran]) -> None:
+    assert searched.returncode == 0, searched.stderr
+    assert "CERTIFIED" in searched.stdout
+    assert "probe" in searched.stderr
+    assert max(map(len, searched.stdout.splitlines())) <= 80
+    again = precimap("report", "run")
+    assert (again.returncode, again.stdout) == (0, searched.stdout)
+    row = json.loads(precimap("report", "run", "--json").stdout)
+    assert row["certified"]
+    assert row["map"] == json.loads((folder / "run" / "map.json").read_text())
+    judged = precimap("certify", "mine.py", "run/map.json", "--margin", "0.3", "--json")
+    assert judged.returncode == 0
+    assert json.loads(judged.stdout)["certified"]
+    deployed = precimap("deploy", "mine.py", "run/map.json", "--output", "fast.safetensors", "--json")
+    assert deployed.returncode == 0, deployed.stderr
+    assert json.loads(deployed.stdout)["largest_difference"] == 0
+    assert (folder / "fast.safetensors").stat().st_size > 1000
+
+
+def test_no_is_exit_code_1(precimap: Callable[..., Ran]) -> None:
+    found = precimap("search", "mine.py", "--scheme", "fp8", "--margin", "1e-7", "--run", "no", "--json")
+    assert found.returncode == 1
+    assert json.loads(found.stdout)["certified"] is False
+
+
+def test_layers_accounts_for_all_parameters(precimap: Callable[..., Ran]) -> None:
+    found = precimap("layers", "mine.py")
+    assert found.returncode == 0
+    assert "19,696 parameters, all accounted for" in found.stdout
+    assert "dead: dead.weight" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("layers", "nowhere.py"), "does not exist"),
+        (("layers", "syntax.py"), "line 1"),
+        (("layers", "imports.py"), "line 2"),
+        (("layers", "mine.py:broken"), "failed (line 6)"),
+        (("layers", "mine.py:wrong"), "got int"),
+        (("layers", "mine.py:absent"), "functions there: task, broken, wrong"),
+        (("layers", "no.such.module:task"), "does not import"),
+        (("search", "mine.py", "--scheme", "fp3", "--margin", "1", "--run", "x"), "fp8-static"),
+        (("search", "mine.py", "--scheme", "fp8", "--margin", "0", "--run", "x"), "above zero"),
+        (
+            ("search", "mine.py", "--scheme", "fp8-static", "--margin", "1", "--run", "x", "--input-range", "max"),
+            "percentile",
+        ),
+        (("report", "nowhere"), "run directory"),
+        (("certify", "mine.py", "mine.py", "--margin", "1"), "expected a precision map"),
+    ],
+)
+def test_wrong_input_is_exit_code_2_with_one_message(
+    arguments: tuple[str, ...], message: str, folder: Path, precimap: Callable[..., Ran]
+) -> None:
+    found = precimap(*arguments)
+    assert found.returncode == 2
+    assert found.stdout == ""
+    assert "Traceback" not in found.stderr
+    assert message in " ".join(found.stderr.split())
+    assert not (folder / "x").exists()
+
+
+def test_a_missing_option_is_exit_code_2(precimap: Callable[..., Ran]) -> None:
+    assert precimap("search", "mine.py").returncode == 2
+
+
+def test_the_shell_can_complete(precimap: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_PRECIMAP_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "precimap se")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert precimap().stdout.split() == ["search"]
