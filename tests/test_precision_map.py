@@ -101,7 +101,9 @@ HOSTILE = {
     "a layer twice": '{"layers": {"a": 1, "a": 2}}',
     "scheme with an unknown format": _changed(schemes={"fp8": {"weight": {"format": "e9m9"}, "input": None}}),
     "range rule that is code": _changed(
-        schemes={"fp8": {**SCHEMES["fp8"].row(), "weight": {**SCHEMES["fp8"].weight.row(), "range": "__import__('os')"}}}
+        schemes={
+            "fp8": {**SCHEMES["fp8"].row(), "weight": {**SCHEMES["fp8"].weight.row(), "range": "__import__('os')"}}
+        }
     ),
 }
 

@@ -209,7 +209,7 @@ def _show(row: dict[str, Any], page: RenderableType, as_json: bool) -> None:
 def main() -> None:
     """The entry point: one clear message and exit code 2 for wrong input, no traceback."""
     try:
-        app()
+        app(prog_name="precimap")
     except PrecimapError as error:
         _errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         _errors.print(str(error), markup=False, highlight=False)

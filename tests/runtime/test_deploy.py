@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_tasks import planted_task
 from torch import Tensor, nn
 
 from precimap import CPU_INT8, PrecisionMap, SearchResult, deploy, load_deployed, save_deployed, search
@@ -20,6 +19,7 @@ from precimap.runtime.cpu_int8 import Int8Linear, has_bf16, int8_scheme, product
 from precimap.runtime.deploy import agreement
 from precimap.runtime.timing import interleaved
 from precimap.task import Task
+from small_tasks import planted_task
 
 X = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_tasks import batches, planted_task
 from torch import Tensor, nn
 
 from precimap import CPU_INT8, PrecisionMap, SearchResult, Splits, search
@@ -19,6 +18,7 @@ from precimap.precision_map import Verdict
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.recertify import recertify
 from precimap.task import score
+from small_tasks import batches, planted_task
 
 # A drop of 0.2 nats is far above what FP8 does here and far below what the planted layer does under one scale.
 MARGIN = 0.2

@@ -1,5 +1,10 @@
-"""Progress on stderr: one bar for each stage, with the time it has taken and the time it will still take."""
+"""Progress on stderr: one bar for each stage, with the time it has taken and the time it will still take.
 
+Where stderr is no terminal (a log file, CI) a bar would be noise: there, each stage gets a line when it starts and, if it
+is long, one every half minute.
+"""
+
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,10 +14,15 @@ from rich.progress import Progress as Bars
 
 from precimap.search.progress import Progress
 
+SECONDS_BETWEEN_LINES = 30.0
+
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A Progress function that draws; a stage appears with its first call. The ETA is that of the current stage."""
+    """A Progress function that draws; a stage appears with its first call. The time left is that of the stage."""
+    if not console.is_terminal:
+        yield _lines(console)
+        return
     columns = (
         TextColumn("{task.description:<20}"),
         BarColumn(bar_width=20),
@@ -30,3 +40,20 @@ def progress_bar(console: Console) -> Iterator[Progress]:
             bars.update(stages[stage], completed=done, total=total)
 
         yield advance
+
+
+def _lines(console: Console) -> Progress:
+    started: dict[str, float] = {}
+    last_line = float("-inf")
+
+    def advance(stage: str, done: int, total: int) -> None:
+        nonlocal last_line
+        now = time.monotonic()
+        new = stage not in started
+        begun = started.setdefault(stage, now)
+        if new or now - last_line >= SECONDS_BETWEEN_LINES:
+            last_line = now
+            left = f", about {(now - begun) * (total - done) / done:.0f} s left" if done and now > begun else ""
+            console.print(f"{stage}: {done} of {total}{left}", markup=False, highlight=False)
+
+    return advance

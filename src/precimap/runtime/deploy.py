@@ -97,8 +97,8 @@ def _check_layer(name: str, module: Int8Linear, layers: Mapping[str, QuantizedLa
     difference = float((found.float() - expected).abs().max())
     if not difference <= allowed:
         raise DeployError(
-            f"{name or 'the model'}: the INT8 kernel differs from its emulation by {difference:.3g}, "
-            f"allowed are {allowed:.3g}; this CPU or torch build multiplies INT8 wrongly. Deploy with target='emulated' and report it."
+            f"{name or 'the model'}: the INT8 kernel differs from its emulation by {difference:.3g}, allowed are "
+            f"{allowed:.3g}; this CPU or torch build multiplies INT8 wrongly. Deploy with target='emulated' and report it."
         )
 
 

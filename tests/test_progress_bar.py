@@ -1,0 +1,32 @@
+"""Progress tells stages, and an ETA that follows from what was done."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from precimap.report.progress_bar import progress_bar
+
+
+def test_a_log_gets_a_line_a_stage_and_an_honest_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("precimap.report.progress_bar.time.monotonic", lambda: now)
+    log = io.StringIO()
+    with progress_bar(Console(file=log)) as progress:
+        progress("probe", 0, 40)
+        for done, second in ((1, 105.0), (10, 150.0), (11, 155.0)):
+            now = second
+            progress("probe", done, 40)
+        now = 156.0
+        progress("certify", 0, 3)
+    assert log.getvalue().splitlines() == ["probe: 0 of 40", "probe: 10 of 40, about 150 s left", "certify: 0 of 3"]
+
+
+def test_a_terminal_gets_bars() -> None:
+    screen = io.StringIO()
+    with progress_bar(Console(file=screen, force_terminal=True, width=80)) as progress:
+        progress("probe", 3, 40)
+    shown = screen.getvalue()
+    assert "probe" in shown
+    assert "3/40" in shown
+    assert "left" in shown
