@@ -24,11 +24,11 @@ from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
 from precimap.report.progress_bar import progress_bar
 from precimap.report.run_record import read_run
-from precimap.report.tables import certificate_text, inventory_table, run_page
+from precimap.report.tables import certificate_text, inventory_table, preflight_text, run_page
 from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
-from precimap.runtime.deploy import agreement
 from precimap.runtime.deploy import deploy as deploy_map
+from precimap.runtime.deploy import deployment_of
 from precimap.search.pipeline import search as search_task
 from precimap.search.preflight import check_weights
 from precimap.search.recertify import recertify
@@ -114,6 +114,7 @@ def search(
             alpha_budget=alpha_budget,
             run=run,
             progress=progress,
+            on_preflight=lambda found: _errors.print(preflight_text(asdict(found))),
         )
     record = read_run(run)
     _show(record.as_row(), run_page(record), as_json)
@@ -161,8 +162,9 @@ def deploy(
     """Deploy a map, compare it with its emulation on one batch, and save it."""
     loaded, given = load_task(task), PrecisionMap.load(precision_map)
     started = time.perf_counter()
-    deployed = deploy_map(loaded.model, given, target=None if target is None else target.value)
-    found = agreement(loaded, deployed, next(iter(loaded.splits.calibration)))
+    deployed = deploy_map(loaded.model, given, target=None if target is None else target.value, task=loaded)
+    found = deployment_of(deployed).agreement
+    assert found is not None
     save_deployed(deployed, loaded.model, output)
     row = {"file": str(output), "layers": len(given.low), "target": (target or given.target), **asdict(found)}
     text = (

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from real_models import ncf_candidates, ncf_mlp, ncf_scores
 from scipy import stats
 from torch import Tensor, nn
 
 from precimap.metrics import LogLoss, Recall
 from precimap.metrics.paired import Floats, Units, differences, paired_drop, upper_bound
+from real_models import ncf_candidates, ncf_mlp, ncf_scores
 
 ALPHA = 0.05
 DRAWS = 2000

@@ -16,7 +16,7 @@ from precimap.numerics.formats import UINT7, UINT8
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.runtime import cpu_int8
 from precimap.runtime.cpu_int8 import Int8Linear, has_bf16, int8_scheme, products_are_exact
-from precimap.runtime.deploy import agreement
+from precimap.runtime.deploy import deployment_of
 from precimap.runtime.timing import interleaved
 from precimap.task import Task
 from small_tasks import planted_task
@@ -52,7 +52,8 @@ def test_int8_runs_the_codes_of_the_map(task: Task, int8: SearchResult) -> None:
 
 
 def test_int8_outputs_are_those_of_the_emulation(task: Task, int8: SearchResult) -> None:
-    found = agreement(task, deploy(task.model, int8.map), task.splits.calibration[0])
+    found = deployment_of(deploy(task.model, int8.map, task=task)).agreement
+    assert found is not None
     assert found.units == 125
     assert found.relative < 1e-5
 

@@ -1,5 +1,7 @@
 """The threshold rule on invented tables: nested, ordered, never a sensitive layer, groups whole."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +27,7 @@ def tables(draw: st.DrawFn) -> list[Candidate]:
 def test_a_chain_is_nested_ordered_and_safe(candidates: list[Candidate], cutoff: float) -> None:
     chain = threshold(candidates, SCHEMES, cutoff)
     assert len(chain) <= LONGEST_CHAIN
-    for before, after in zip(chain, chain[1:], strict=False):
+    for before, after in itertools.pairwise(chain):
         assert before.choice.items() < after.choice.items()
         assert before.cutoff < after.cutoff
     table = {(c.layer, c.scheme): c for c in candidates}

@@ -13,7 +13,7 @@ from precimap import CPU_INT8, PrecisionMap, SearchResult, Splits, search
 from precimap.errors import AlphaSpent, InputError, JournalError, ModelError, PremiseMismatch, SchemeError, TaskError
 from precimap.journal import open_journal
 from precimap.layers.quantized import quantize_map, quantized
-from precimap.metrics import NDCG, Loss
+from precimap.metrics import NDCG, LogLoss, Loss
 from precimap.precision_map import Verdict
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.recertify import recertify
@@ -229,6 +229,12 @@ def _in_batch(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return scores.sum(1) - scores.sum(1).mean()
 
 
+# A click model of one logit whose labels are all 1.
+ONE_CLASS: dict[str, Any] = {
+    "forward": lambda m, b: m(b["x"])[:, 0],
+    "loss": lambda s, b: torch.nn.functional.softplus(-s),
+    "labels": lambda b: torch.ones(len(b["x"])),
+}
 REPLACED: dict[str, tuple[dict[str, Any], str]] = {
     "shared split": ({"splits": "shared"}, "also in the search split"),
     "empty split": ({"splits": "empty"}, "certify split, got none"),
@@ -240,6 +246,7 @@ REPLACED: dict[str, tuple[dict[str, Any], str]] = {
     "loss of one number": ({"loss": lambda s, b: s.mean()}, r"one value per unit, \[125\]"),
     "units that influence each other": ({"loss": _in_batch}, "influence"),
     "constant metric": ({"loss": lambda s, b: s.sum(1) * 0 + 1}, "constant cannot show a drop"),
+    "one class": ({"metric": LogLoss(), **ONE_CLASS}, "both classes"),
     "no labels": ({"metric": NDCG(10), "labels": lambda b: None}, "returned None"),
     "infinite loss": ({"loss": lambda s, b: s.sum(1) / 0}, "not finite"),
 }

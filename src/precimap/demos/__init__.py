@@ -1,0 +1,7 @@
+"""The embedded default: a real model and real text, offline.
+
+docstrings.py       real questions and answers: the docstrings installed on this machine
+minilm.py           all-MiniLM-L6-v2
+semantic_search.py  both as a Task, from the side of the queries or of the documents
+demo.py             the main job on it, end to end
+"""

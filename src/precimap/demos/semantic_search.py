@@ -50,9 +50,7 @@ def documents() -> Task:
     return document_task(load_encoder(), load_tokenizer())
 
 
-def query_task(
-    encoder: Encoder, tokenizer: Any, sizes: Sizes = DEFAULT_SIZES, progress: Progress = silent
-) -> Task:
+def query_task(encoder: Encoder, tokenizer: Any, sizes: Sizes = DEFAULT_SIZES, progress: Progress = silent) -> Task:
     """The Task of a given encoder, seen from its queries. Embeds all documents first (about a minute on two cores)."""
     pairs, splits = _pairs(sizes)
     index = _index(encoder, tokenizer, [pair.document for pair in pairs], DOCUMENT_TOKENS, progress)
@@ -60,9 +58,7 @@ def query_task(
     return _task(encoder, index, Splits(*batches), "queries")
 
 
-def document_task(
-    encoder: Encoder, tokenizer: Any, sizes: Sizes = DEFAULT_SIZES, progress: Progress = silent
-) -> Task:
+def document_task(encoder: Encoder, tokenizer: Any, sizes: Sizes = DEFAULT_SIZES, progress: Progress = silent) -> Task:
     """The Task of a given encoder, seen from its documents."""
     pairs, splits = _pairs(sizes)
     index = _index(encoder, tokenizer, [pair.query for pair in pairs], QUERY_TOKENS, progress)

@@ -143,7 +143,7 @@ def run_page(run: RunRecord) -> RenderableType:
     """Everything about a run."""
     parts: list[RenderableType] = []
     if run.preflight is not None:
-        parts += [_preflight_text(run.preflight), Text()]
+        parts += [preflight_text(run.preflight), Text()]
     if run.map is not None:
         parts += [map_table(run.map), Text(), _savings(run.map, run.floor), Text()]
     else:
@@ -158,7 +158,8 @@ def run_page(run: RunRecord) -> RenderableType:
     return Group(*parts)
 
 
-def _preflight_text(preflight: dict[str, Any]) -> RenderableType:
+def preflight_text(preflight: dict[str, Any]) -> RenderableType:
+    """What the splits can tell, and what is worth knowing."""
     lines = [
         f"{preflight['search_units']:,} units choose, about {preflight['certify_units']:,} certify: "
         f"they can tell a drop of {preflight['detectable']:.5f} or more"

@@ -5,11 +5,10 @@ compared with the emulation before it is handed out.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from precimap.errors import DeployError
 from precimap.fingerprints import of_weights
@@ -48,16 +47,26 @@ class Deployment:
     map: PrecisionMap
     target: str
     layers: dict[str, QuantizedLayer]
+    agreement: Agreement | None = None
 
 
-def deploy(model: nn.Module, precision_map: PrecisionMap, *, target: str | None = None) -> nn.Module:
+def deploy(
+    model: nn.Module, precision_map: PrecisionMap, *, target: str | None = None, task: Task | None = None
+) -> nn.Module:
     """A model that computes as the map says, on this machine; `model` itself is not modified and shares its tensors.
 
-    target: `cpu-int8` or `emulated`; by default the map's own. Raises PremiseMismatch for a map of other weights and
-    DeployError for what the target cannot run.
+    target: `cpu-int8` or `emulated`; by default the map's own. task: if given, the deployed model and the emulation
+    score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel is
+    compared with its emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what
+    the target cannot run or runs wrongly.
     """
     precision_map.check(weights=of_weights(model))
-    return build(model, precision_map, quantize_map(model, precision_map), target or precision_map.target)
+    layers = quantize_map(model, precision_map)
+    deployed = build(model, precision_map, layers, target or precision_map.target)
+    if task is not None:
+        found = agreement(task, deployed, layers)
+        _carry(deployed, replace(deployment_of(deployed), agreement=found))
+    return deployed
 
 
 def build(model: nn.Module, precision_map: PrecisionMap, layers: dict[str, QuantizedLayer], target: str) -> nn.Module:
@@ -69,8 +78,13 @@ def build(model: nn.Module, precision_map: PrecisionMap, layers: dict[str, Quant
     for name, module in deployed.named_modules():
         if isinstance(module, Int8Linear):
             _check_layer(name, module, layers)
-    object.__setattr__(deployed, "precimap", Deployment(precision_map, target, layers))
+    _carry(deployed, Deployment(precision_map, target, layers))
     return deployed
+
+
+def _carry(deployed: nn.Module, deployment: Deployment) -> None:
+    """Set `deployed.precimap` as a plain attribute, outside the module's parameters, buffers and submodules."""
+    object.__setattr__(deployed, "precimap", deployment)
 
 
 def deployment_of(deployed: nn.Module) -> Deployment:
@@ -102,17 +116,12 @@ def _check_layer(name: str, module: Int8Linear, layers: Mapping[str, QuantizedLa
         )
 
 
-def agreement(task: Task, deployed: nn.Module, batch: Any) -> Agreement:
-    """Run one batch through the deployed model and through the emulation of its map, and compare the scores."""
-    carried = deployment_of(deployed)
-    batch = to_device(batch, task.device)
+def agreement(task: Task, deployed: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Agreement:
+    """Score the first calibration batch with the deployed model and with the emulation of `layers`, and compare."""
+    batch = to_device(next(iter(task.splits.calibration)), task.device)
     with torch.no_grad():
-        found = _scores(task, deployed, batch)
-        with quantized(task.model, carried.layers):
-            expected = _scores(task, task.model, batch)
+        found = task.forward(deployed, batch)
+        with quantized(task.model, layers):
+            expected = task.forward(task.model, batch)
     difference = float((found.float() - expected.float()).abs().max())
     return Agreement(difference, float(expected.abs().max()), expected.shape[0])
-
-
-def _scores(task: Task, model: nn.Module, batch: Any) -> Tensor:
-    return task.forward(model, batch)

