@@ -249,6 +249,23 @@ def test_a_subclass_of_linear_is_not_swapped() -> None:
         CPU_INT8.deployed(model, {"weight": layer})
 
 
+def test_the_fused_encoder_path_does_not_bypass_the_kernels() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(3, 5, 32)
+    inventory = discover(model, lambda m, b: m(b), x)
+    chosen = scheme(int8_scheme())
+    names = [found.name for found in inventory.layers if CPU_INT8.refusal(found, chosen) is None]
+    assert names == [f"layers.{i}.linear{k}.weight" for i in range(2) for k in (1, 2)]
+    weights = dict(model.named_parameters())
+    layers = {n: quantize_layer(n, weights[n], (1,), chosen, InputRange(0.05, 60)) for n in names}
+    with torch.no_grad():
+        found = CPU_INT8.deployed(model, layers)(x)
+        with quantized(model, layers):
+            expected = model(x)
+        assert not torch.allclose(found, model(x), atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     class Locked(nn.Linear):
         def __init__(self) -> None:

@@ -112,6 +112,10 @@ class CpuInt8:
             if not path:
                 return replacement
             setattr(copied.get_submodule(parent), attribute, replacement)
+        for module in copied.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                # Its fused path reads weights past their modules; this attribute is how the layer itself rules it out.
+                module.activation_relu_or_gelu = 0
         return copied
 
 

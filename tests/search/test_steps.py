@@ -1,0 +1,235 @@
+"""The single steps of a search: calibration, eligibility, probes, the fixed sequence."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from precimap.layers.discover import discover
+from precimap.layers.inventory import Inventory, Layer
+from precimap.layers.quantized import QuantizedLayer
+from precimap.layers.target import EMULATED, Emulated
+from precimap.metrics.paired import upper_bound
+from precimap.numerics.schemes import MinimumError, Percentile, scheme
+from precimap.precision_map import PrecisionMap
+from precimap.search.assemble import Findings, assemble, premise_of
+from precimap.search.calibrate import Calibration, calibrate
+from precimap.search.certify import Question, certify
+from precimap.search.eligibility import eligibility
+from precimap.search.preflight import fingerprint_splits
+from precimap.search.probe import compare, probe, rounding_floor, score_baseline
+from precimap.search.progress import silent
+from precimap.task import Task, score
+from small_tasks import planted_task
+
+NAMES = ("first.weight", "outlier.weight", "last.weight")
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return planted_task()
+
+
+@pytest.fixture(scope="module")
+def inventory(task: Task) -> Inventory:
+    return discover(task.model, task.forward, task.splits.search[0])
+
+
+@pytest.fixture(scope="module")
+def calibration(task: Task) -> Calibration:
+    return calibrate(task, NAMES, silent)
+
+
+def inputs_of_last(task: Task) -> Tensor:
+    """What `last` reads on the calibration split, by hand."""
+    model, mask = task.model, torch.ones(64)
+    mask[0] = 0
+    with torch.no_grad():
+        rows = [torch.relu(model.outlier(torch.relu(model.first(b["x"]))) * mask) for b in task.splits.calibration]
+    return torch.cat(rows)
+
+
+def test_amax_ranges_reach_the_extremes(task: Task, calibration: Calibration) -> None:
+    values = inputs_of_last(task)
+    found = calibration.input_range("last.weight", scheme("int8-static"))
+    assert found is not None
+    assert found.zero == 0  # after a ReLU nothing is negative
+    assert found.scale == pytest.approx(float(values.max()) / 255, rel=1e-6)
+    signed = torch.cat([b["x"] for b in task.splits.calibration])
+    found = calibration.input_range("first.weight", scheme("int8-static"))
+    assert found is not None
+    assert found.scale == pytest.approx(float(signed.max() - signed.min()) / 255, rel=1e-6)
+    assert found.zero == round(-float(signed.min()) / found.scale)
+    symmetric = calibration.input_range("first.weight", scheme("fp8-static"))
+    assert symmetric is not None
+    assert symmetric.scale == pytest.approx(float(signed.abs().max()) / 448, rel=1e-6)
+
+
+def test_other_rules_clip(calibration: Calibration) -> None:
+    plain = calibration.input_range("last.weight", scheme("int8-static"))
+    clipped = calibration.input_range("last.weight", scheme("int8-static").with_range(Percentile(99.0)))
+    least = calibration.input_range("last.weight", scheme("int8-static").with_range(MinimumError()))
+    assert plain is not None
+    assert clipped is not None
+    assert least is not None
+    assert clipped.scale < 0.8 * plain.scale
+    assert clipped.scale < least.scale <= plain.scale
+
+
+def test_dynamic_schemes_need_no_range(calibration: Calibration) -> None:
+    assert calibration.input_range("last.weight", scheme("fp8")) is None
+
+
+def test_an_unquantised_model_probes_to_exactly_zero(task: Task) -> None:
+    baseline = score_baseline(task, task.splits.search)
+    again = compare(task, baseline, score_baseline(task, task.splits.search), 0.05)
+    assert (again.drop.estimate, again.drop.error, again.drop.changed) == (0, 0, 0)
+
+
+def test_a_probe_is_the_paired_difference_of_the_quantised_layer(
+    task: Task, inventory: Inventory, calibration: Calibration
+) -> None:
+    """By hand: the last layer's weight alone in FP8, weight only, computed without any interception."""
+    found = probe(
+        task,
+        inventory,
+        calibration,
+        score_baseline(task, task.splits.search),
+        "last.weight",
+        scheme("fp8-weight"),
+        0.05,
+    )
+    weight = task.model.last.weight.detach()
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    coded = ((weight * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale
+    model = planted_task().model
+    with torch.no_grad():
+        model.last.weight.copy_(coded)
+    d = score(task, model, task.splits.search).losses - score(task, task.model, task.splits.search).losses
+    assert found.comparison.drop.estimate == pytest.approx(d.mean(), abs=1e-7)
+    assert found.comparison.drop.error == pytest.approx(d.std(ddof=1) / np.sqrt(len(d)), rel=1e-3)
+
+
+def test_the_floor_is_what_rounding_to_bf16_does(task: Task, inventory: Inventory) -> None:
+    floor = rounding_floor(task, inventory, score_baseline(task, task.splits.search), 0.05)
+    assert floor.drop.changed == floor.drop.n
+    assert 0 < abs(floor.drop.estimate) < 0.01
+
+
+def _layer(name: str, fused: str | None = None, outputs: int = 32) -> Layer:
+    return Layer(name, (outputs, 32), "float32", 4, ("linear",), 1, 1, (1,), 32, outputs, fused=fused)
+
+
+def test_a_fused_group_is_out_when_one_member_is() -> None:
+    layers = (_layer("q", "qkv"), _layer("k", "qkv", outputs=24), _layer("o"))
+    found = eligibility(Inventory(layers, (), 1, (), 0), (scheme("fp8"),), EMULATED, ())
+    assert found.open_pairs() == (("o", "fp8"),)
+    assert found.reasons("q") == ("engines fuse it with k, which stays in base precision",)
+    assert "24" in found.reasons("k")[0]
+
+
+def test_a_pin_pins_the_group() -> None:
+    layers = (_layer("q", "qkv"), _layer("k", "qkv"), _layer("o"))
+    found = eligibility(Inventory(layers, (), 1, (), 0), (scheme("fp8"),), EMULATED, ("q",))
+    assert found.open_pairs() == (("o", "fp8"),)
+
+
+class _Scripted(Emulated):
+    """A target whose models score as told: each map adds a constant to the loss of every unit."""
+
+    def __init__(self, drops: dict[int, float]) -> None:
+        self.drops, self.asked = drops, []  # type: ignore[var-annotated]
+
+    @contextmanager
+    def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:
+        self.asked.append(len(layers))
+        yield lambda x: (model(x), self.drops[len(layers)])  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("drops", "asked", "answers"),
+    [
+        ({0: 0.0, 1: 0.01, 2: 0.02, 3: 0.03}, [0, 1, 2, 3], [True, True, True]),
+        ({0: 0.0, 1: 0.01, 2: 0.30, 3: 0.03}, [0, 1, 2], [True, False]),
+        ({0: 0.0, 1: 0.30, 2: 0.01, 3: 0.01}, [0, 1], [False]),
+    ],
+)
+def test_the_sequence_stops_at_the_first_failure(
+    task: Task,
+    inventory: Inventory,
+    calibration: Calibration,
+    drops: dict[int, float],
+    asked: list[int],
+    answers: list[bool],
+) -> None:
+    chain = [_map(task, inventory, calibration, NAMES[: k + 1]) for k in range(3)]
+    target = _Scripted(drops)
+    noise = torch.Generator().manual_seed(0)
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        scores, drop = model(batch["x"])
+        return torch.cat([scores, drop + (drop > 0) * 0.001 * torch.randn(len(scores), 1, generator=noise)], 1)
+
+    scripted = replace(
+        task,
+        forward=forward,
+        loss=lambda s, b: nn.functional.cross_entropy(s[:, :-1], b["labels"], reduction="none") + s[:, -1],
+    )
+    question = Question(margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
+    certificates = certify(scripted, target, chain, question, silent)
+    assert target.asked == asked
+    assert [c.certified for c in certificates] == answers
+    for certificate, joint in zip(certificates, chain, strict=False):
+        assert certificate.map == joint.fingerprint
+    if not answers[-1]:
+        assert certificates[-1].verdict == "no: the drop is above the margin"
+
+
+def _map(task: Task, inventory: Inventory, calibration: Calibration, names: tuple[str, ...]) -> PrecisionMap:
+    chosen = scheme("fp8")
+    findings = Findings(
+        inventory=inventory,
+        schemes=(chosen,),
+        eligibility=eligibility(inventory, (chosen,), EMULATED, ()),
+        calibration=calibration,
+        probes=(),
+        cutoff=0.01,
+        target="emulated",
+        premise=premise_of(task, "w", fingerprint_splits(task), "0"),
+    )
+    return assemble(findings, dict.fromkeys(names, "fp8"))
+
+
+def test_too_few_units_is_an_answer_with_a_number(task: Task, inventory: Inventory, calibration: Calibration) -> None:
+    """20 units, a small drop and much noise: not certified, and the sample size that would do certifies indeed."""
+    generator = torch.Generator().manual_seed(3)
+    few = replace(task, splits=replace(task.splits, certify=[{k: v[:20] for k, v in task.splits.certify[0].items()}]))
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        scores, drop = model(batch["x"])
+        return torch.cat([scores, drop + (drop > 0) * 0.4 * torch.randn(len(scores), 1, generator=generator)], 1)
+
+    scripted = replace(
+        few,
+        forward=forward,
+        loss=lambda s, b: nn.functional.cross_entropy(s[:, :-1], b["labels"], reduction="none") + s[:, -1],
+    )
+    chain = [_map(task, inventory, calibration, NAMES[:1])]
+    question = Question(margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
+    (found,) = certify(scripted, _Scripted({0: 0.0, 1: 0.01}), chain, question, silent)
+    assert not found.certified
+    assert found.needed is not None
+    assert 20 < found.needed < 1000
+    assert f"needs about {found.needed}" in found.verdict
+    d = 0.01 + 0.4 * torch.randn(2 * found.needed, generator=generator).double().numpy()
+    assert upper_bound(d, _units(len(d)), 0.05, None) <= 0.1
+
+
+def _units(n: int):
+    from precimap.metrics.paired import Units
+
+    return Units(n=n)
