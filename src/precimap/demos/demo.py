@@ -110,7 +110,12 @@ def _times(ratio: Ratio) -> str:
 
 
 def run_demo(out: Path, model: str | None, progress: Progress, sizes: Sizes = DEFAULT_SIZES) -> DemoResult:
-    """Search, certify, deploy and time; everything is written below `out`. Raises InputError without the demo extra."""
+    """Search, certify, deploy and time; everything is written below `out`.
+
+    Raises InputError without the demo extra, or for a directory that holds something already.
+    """
+    if out.exists():
+        raise InputError(f"expected a new directory for the demo, got {out}, which exists")
     try:
         encoder, tokenizer = load_encoder(model), load_tokenizer(model)
     except ImportError as error:
@@ -129,6 +134,15 @@ def run_demo(out: Path, model: str | None, progress: Progress, sizes: Sizes = DE
     )
     found, speed = _deployed(task, result.map, out)
     return DemoResult(read_run(out / "fp8"), read_run(out / "int8"), found, speed, _files(out))
+
+
+def unused_directory(wanted: Path) -> Path:
+    """`wanted`, or the first of `wanted-2`, `wanted-3`, ... that does not exist."""
+    number, found = 1, wanted
+    while found.exists():
+        number += 1
+        found = wanted.with_name(f"{wanted.name}-{number}")
+    return found
 
 
 def _named(prefix: str, progress: Progress) -> Progress:

@@ -116,7 +116,7 @@ def _task(encoder: Encoder, index: Tensor, splits: Splits, side: str) -> Task:
         splits=splits,
         forward=forward,
         loss=loss,
-        metric=Loss(),
+        metric=Loss("log-loss"),
         reported=(MRR(10), NDCG(10)),
         name=f"semantic search over the Python documentation: {side}, index {of_value(index)}",
     )

@@ -41,9 +41,9 @@ class Metric(Protocol):
 
 @dataclass(frozen=True)
 class Loss:
-    """The task's own loss of each unit, as it is."""
+    """The task's own loss of each unit, as it is; `name` is what reports call it."""
 
-    name: ClassVar[str] = "loss"
+    name: str = "loss"
     higher_is_better: ClassVar[bool] = False
     worst: ClassVar[float | None] = None
 
