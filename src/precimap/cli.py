@@ -16,7 +16,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from precimap.demos.demo import run_demo, unused_directory
-from precimap.errors import PrecimapError
+from precimap.errors import MapError, PrecimapError
 from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics.schemes import SCHEMES, range_rule_from_row
@@ -133,6 +133,8 @@ def certify(
 ) -> None:
     """Judge one map on the certify split. Exit code 1 when it is not certified."""
     loaded, given = load_task(task), PrecisionMap.load(precision_map)
+    if given.target not in set(TargetName):
+        raise MapError(f"{precision_map}: expected a target out of {', '.join(TargetName)}, got {given.target!r}")
     target = TARGETS[TargetName(given.target)]
     with progress_bar(_errors) as progress:
         certified = recertify(

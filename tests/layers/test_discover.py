@@ -8,7 +8,7 @@ import zoo
 from precimap.layers.discover import discover
 from precimap.layers.groups import fused_by_engines
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import quantized
+from precimap.layers.quantized import quantize_layer, quantized
 from precimap.layers.refusals import refusal
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import SCHEMES
@@ -69,6 +69,26 @@ def test_the_baseline_path_gives_the_model_s_own_bits(specimen: zoo.Specimen) ->
     with quantized(specimen.model, {}):
         assert torch.equal(specimen(), plain)
     discovered(specimen)
+    with quantized(specimen.model, {}):
+        assert torch.equal(specimen(), plain)
+
+
+def test_every_layer_can_be_emulated_at_its_own_call_sites(specimen: zoo.Specimen) -> None:
+    """Each alone, in every scheme it can take: the output is finite and moves, and the model's own bits come back."""
+    inventory, weights = discovered(specimen), parameter_names(specimen.model)
+    with quantized(specimen.model, {}):
+        plain = specimen()
+    for layer in inventory.layers[:12]:
+        for name in ("fp8-tensor", "int8", "fp8-weight"):
+            if refusal(layer, SCHEMES[name]) is not None:
+                continue
+            low = quantize_layer(layer.name, weights[layer.name], layer.contracted, SCHEMES[name], None)
+            with quantized(specimen.model, {layer.name: low}):
+                found = specimen()
+            assert torch.isfinite(found).all()
+            assert found.shape == plain.shape
+            assert not torch.equal(found, plain), (layer.name, name)
+            torch.testing.assert_close(found, plain, rtol=0.5, atol=0.5 * float(plain.abs().max()))
     with quantized(specimen.model, {}):
         assert torch.equal(specimen(), plain)
 

@@ -1,6 +1,5 @@
 """What is deployed is what was measured: the same codes, outputs within tolerance, refusals instead of fallbacks."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.runtime import cpu_int8
 from precimap.runtime.cpu_int8 import Int8Linear, has_bf16, int8_scheme, products_are_exact
 from precimap.runtime.deploy import deployment_of
-from precimap.runtime.timing import interleaved
+from precimap.runtime.timing import interleaved, ratio
 from precimap.task import Task
 from small_tasks import planted_task
 
@@ -284,10 +283,17 @@ def test_a_map_survives_the_file_and_deploys(task: Task, int8: SearchResult, tmp
         )
 
 
-def test_ratios_are_taken_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that slows down by half in the middle of a run does not change a ratio."""
-    clock = itertools.accumulate([0, 1, 0, 4, 0, 1, 0, 4, 0, 2, 0, 8, 0, 2, 0, 8])
-    monkeypatch.setattr("precimap.runtime.timing.time.perf_counter", lambda: next(clock))
-    timings = interleaved({"fast": lambda: None, "slow": lambda: None}, rounds=4)
-    ratio = timings.speedup("fast", over="slow")
-    assert (ratio.median, ratio.lower_quartile, ratio.upper_quartile, ratio.rounds) == (4, 4, 4, 4)
+def test_ratios_are_taken_within_turns() -> None:
+    """A machine that becomes twice as slow in the middle of a run does not change a ratio."""
+    now, slowness, turn = 0.0, 1.0, 0
+
+    def run(seconds: float) -> None:
+        nonlocal now, turn, slowness
+        now += seconds * slowness
+        turn += 1
+        slowness = 2.0 if turn > 8 else 1.0
+
+    seconds = interleaved({"fast": lambda: run(1), "slow": lambda: run(4)}, turns=4, clock=lambda: now)
+    assert seconds["fast"] == [1, 1, 2, 2]
+    found = ratio(seconds["slow"], seconds["fast"])
+    assert (found.median, found.lower, found.upper, found.n) == (4, 4, 4, 4)

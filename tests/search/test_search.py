@@ -260,6 +260,7 @@ def test_bad_tasks_are_refused_in_the_user_s_terms(case: str, tmp_path: Path) ->
         changes = {"splits": _splits(changes["splits"], task)}
     with pytest.raises(TaskError, match=message):
         search(replace(task, **changes), schemes=["fp8"], margin=MARGIN, ledger=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def _splits(kind: str, task: Any) -> Splits:

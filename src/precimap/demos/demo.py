@@ -27,7 +27,7 @@ from precimap.report.tables import run_page
 from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8, has_bf16, int8_scheme
 from precimap.runtime.deploy import Agreement, deploy, deployment_of
-from precimap.runtime.timing import Ratio, interleaved
+from precimap.runtime.timing import Spread, interleaved, ratio, spread
 from precimap.search.pipeline import search
 from precimap.search.progress import Progress
 from precimap.task import Task
@@ -36,7 +36,7 @@ from precimap.task import Task
 MARGIN = 0.01
 CONFIDENCE = 0.975
 ALPHA_BUDGET = 0.05
-ROUNDS = 7
+TURNS = 7
 
 BF16, FLOAT32, DEPLOYED = "bf16", "float32", "int8 map"
 
@@ -45,9 +45,9 @@ BF16, FLOAT32, DEPLOYED = "bf16", "float32", "int8 map"
 class Speed:
     """The deployed model against the same model in BF16 and in float32, on one batch of queries."""
 
-    over_bf16: Ratio
-    over_float32: Ratio
-    milliseconds: dict[str, float]
+    over_bf16: Spread
+    over_float32: Spread
+    milliseconds: dict[str, Spread]
     batch: tuple[int, ...]
 
 
@@ -97,16 +97,12 @@ class DemoResult:
         lines = [
             f"agreement with the emulation: {found.largest_difference:.2g} of outputs up to "
             f"{found.largest_output:.3g} (n = {found.units})",
-            f"speed on a batch of {speed.batch[0]} queries of {speed.batch[1]} tokens, {ROUNDS} interleaved rounds:",
-            f"  {_times(speed.over_bf16)} the BF16 model{native}",
-            f"  {_times(speed.over_float32)} the float32 model",
-            "  " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in speed.milliseconds.items()),
+            f"speed on {speed.batch[0]} queries of {speed.batch[1]} tokens, {TURNS} interleaved turns, median [quartiles]:",
+            f"  times as fast as the BF16 model:    {speed.over_bf16:.2f}{native}",
+            f"  times as fast as the float32 model: {speed.over_float32:.2f}",
+            *(f"  {name:<9} {ms:.1f} ms" for name, ms in speed.milliseconds.items()),
         ]
         return Text("\n".join(lines))
-
-
-def _times(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f}x [{ratio.lower_quartile:.2f}, {ratio.upper_quartile:.2f}] as fast as"
 
 
 def run_demo(out: Path, model: str | None, progress: Progress, sizes: Sizes = DEFAULT_SIZES) -> DemoResult:
@@ -169,11 +165,11 @@ def _speed(task: Task, fast: nn.Module, batch: dict[str, Tensor]) -> Speed:
         BF16: lambda: task.forward(half, batch),
     }
     with torch.no_grad():
-        timings = interleaved(calls, ROUNDS)
+        seconds = interleaved(calls, TURNS)
     return Speed(
-        timings.speedup(DEPLOYED, over=BF16),
-        timings.speedup(DEPLOYED, over=FLOAT32),
-        {name: 1e3 * timings.median(name) for name in calls},
+        ratio(seconds[BF16], seconds[DEPLOYED]),
+        ratio(seconds[FLOAT32], seconds[DEPLOYED]),
+        {name: spread([1e3 * value for value in seconds[name]]) for name in calls},
         tuple(batch["input_ids"].shape),
     )
 

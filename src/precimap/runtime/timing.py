@@ -1,51 +1,67 @@
 """Speed as a ratio, measured interleaved in one run.
 
-Invariant: a time never stands alone. Rounds run every candidate once, in turn, so that a machine that slows down slows all
-of them; a ratio is taken within each round and reported as the median with its spread over rounds.
+Invariant: a time never stands alone. Cases are timed in turns and not one after the other, because on a shared machine the
+load changes within a run; a ratio is taken inside each turn and its median reported, so that a slow turn slows both
+sides of it.
 """
 
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
+import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Ratio:
-    """How many times faster than the other one: median over rounds, and the quartiles."""
+class Spread:
+    """Median and quartiles of `n` measurements, in the unit of the measurements."""
 
     median: float
-    lower_quartile: float
-    upper_quartile: float
-    rounds: int
+    lower: float
+    upper: float
+    n: int
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} [{self.lower:{spec}}, {self.upper:{spec}}]"
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds of each candidate in each round."""
+def interleaved(
+    cases: Mapping[str, Callable[[], object]],
+    turns: int,
+    clock: Callable[[], float] = time.perf_counter,
+    device: torch.device | None = None,
+) -> dict[str, list[float]]:
+    """Seconds by `clock` of each case in each turn; every turn starts with another case.
 
-    seconds: dict[str, tuple[float, ...]]
+    A case runs once untimed just before it is timed, so that it finds caches and allocator as it leaves them itself and
+    not as its neighbour did. `time.process_time` suits what runs on one thread: other work does not lengthen it.
+    """
+    names = list(cases)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(turns):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            cases[name]()
+            _wait_for(device)
+            start = clock()
+            cases[name]()
+            _wait_for(device)
+            seconds[name].append(clock() - start)
+    return seconds
 
-    def median(self, name: str) -> float:
-        """Seconds of one call, the median over rounds."""
-        return statistics.median(self.seconds[name])
 
-    def speedup(self, name: str, over: str) -> Ratio:
-        """How many times faster `name` is than `over`, from the ratios within each round."""
-        ratios = [slow / fast for fast, slow in zip(self.seconds[name], self.seconds[over], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-        return Ratio(middle, low, high, len(ratios))
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles."""
+    lower, median, upper = (float(value) for value in np.percentile(np.asarray(values), (25, 50, 75)))
+    return Spread(median, lower, upper, len(values))
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> Timings:
-    """Call each candidate once to warm it up, then `rounds` times in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - started)
-    return Timings({name: tuple(values) for name, values in seconds.items()})
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
+    """How many times longer `slow` took, taken within each turn."""
+    return spread([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+def _wait_for(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -100,11 +100,15 @@ def search(
         raise InputError("expected at least one scheme, got none")
     preflight.check_weights(task)
     prints = preflight.fingerprint_splits(task)
+    note = preflight.check_task(task)
+    inventory = discover(task.model, task.forward, to_device(next(iter(task.splits.search)), task.device))
+    allowed = eligibility(inventory, chosen, target, pinned)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
     with ExitStack() as stack:
         journal = None if run is None else stack.enter_context(new_journal(Path(run), premise.model_dump()))
         steps = _Steps(task, chosen, limits, target, premise, journal, progress, on_preflight)
-        result = _searched(steps, pinned, prints, Path(ledger) if ledger else state_directory())
+        seen = _Seen(prints, note, inventory, allowed)
+        result = _searched(steps, seen, Path(ledger) if ledger else state_directory())
         if run is not None:
             result.map.save(Path(run) / "map.json")
         return result
@@ -128,16 +132,23 @@ class _Steps:
             self.journal.record(kind, subject, value, scheme)
 
 
-def _searched(steps: _Steps, pinned: Sequence[str], prints: preflight.SplitPrints, ledger: Path) -> SearchResult:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What is known before a run directory is made: wrong input leaves none behind."""
+
+    prints: preflight.SplitPrints
+    note: str | None
+    inventory: Inventory
+    allowed: Eligibility
+
+
+def _searched(steps: _Steps, seen: _Seen, ledger: Path) -> SearchResult:
     task, alpha = steps.task, steps.limits.alpha
-    note = preflight.check_task(task)
-    first = to_device(next(iter(task.splits.search)), task.device)
-    inventory = discover(task.model, task.forward, first)
-    allowed = eligibility(inventory, steps.schemes, steps.target, pinned)
+    inventory, allowed = seen.inventory, seen.allowed
     calibration = calibrate(task, tuple(layer.name for layer in inventory.layers), steps.progress)
     baseline = score_baseline(task, task.splits.search)
     preflight.check_baseline(task, baseline)
-    checked = _preflight(steps, inventory, calibration, baseline, prints, note)
+    checked = _preflight(steps, seen, calibration, baseline)
     floor = rounding_floor(task, inventory, baseline, alpha)
     steps.record("floor", "all layers", asdict(floor), "bf16")
     probes = _probe_all(steps, inventory, calibration, baseline, allowed)
@@ -148,25 +159,19 @@ def _searched(steps: _Steps, pinned: Sequence[str], prints: preflight.SplitPrint
     limit = steps.limits.cutoff or default_cutoff(steps.limits.margin, candidates)
     findings = Findings(inventory, steps.schemes, allowed, calibration, probes, limit, steps.target.name, steps.premise)
     chain = _chain(steps, findings, threshold(candidates, [s.name for s in steps.schemes], limit), baseline)
-    certificates = _certified(steps, [joint.map for joint in chain if joint.passed], prints, ledger)
+    certificates = _certified(steps, [joint.map for joint in chain if joint.passed], seen.prints, ledger)
     final, certificate, answer = _answer(findings, chain, certificates)
     steps.record("summary", final.fingerprint, {"answer": answer, "map": json.loads(final.model_dump_json())})
     return SearchResult(final, certificate, answer, checked, inventory, floor, probes, chain, certificates)
 
 
-def _preflight(
-    steps: _Steps,
-    inventory: Inventory,
-    calibration: Calibration,
-    baseline: Scored,
-    prints: preflight.SplitPrints,
-    note: str | None,
-) -> preflight.Preflight:
-    units = round(len(baseline.values) * prints.certify.batches / prints.search.batches)
+def _preflight(steps: _Steps, seen: _Seen, calibration: Calibration, baseline: Scored) -> preflight.Preflight:
+    inventory = seen.inventory
+    units = round(len(baseline.values) * seen.prints.certify.batches / seen.prints.search.batches)
     drop = preflight.detectable(
         steps.task, inventory, calibration, baseline, steps.schemes, steps.limits.alpha, max(2, units)
     )
-    notes = preflight.notes(inventory, steps.schemes) + ((note,) if note else ())
+    notes = preflight.notes(inventory, steps.schemes) + ((seen.note,) if seen.note else ())
     checked = preflight.Preflight(len(baseline.values), units, drop, notes)
     steps.record("preflight", steps.task.name, asdict(checked))
     steps.record("inventory", steps.task.name, asdict(inventory))
