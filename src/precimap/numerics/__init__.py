@@ -1,0 +1,8 @@
+"""WHAT a low-precision number is: tensors in, tensors out, and no model.
+
+formats.py   the formats, as rows of plain numbers
+schemes.py   formats, granularities and range rules of one layer's weight and input
+quantize.py  values to codes and back: the one quantiser, written to be read
+fast.py      the same bits at the speed that a search needs
+ranges.py    how a scale is chosen: from a tensor, or from calibrated limits
+"""

@@ -74,9 +74,7 @@ E5M2_FNUZ = FloatFormat(
     "e5m2-fnuz", 8, 5, 2, bias=16, maximum=57344.0, torch_dtype="float8_e5m2fnuz", has_negative_zero=False
 )
 E2M1 = FloatFormat("e2m1", 4, 2, 1, bias=1, maximum=6.0, torch_dtype=None)
-BF16 = FloatFormat(
-    "bf16", 16, 8, 7, bias=127, maximum=3.3895313892515355e38, torch_dtype="bfloat16", has_infinity=True
-)
+BF16 = FloatFormat("bf16", 16, 8, 7, bias=127, maximum=3.3895313892515355e38, torch_dtype="bfloat16", has_infinity=True)
 FP16 = FloatFormat("fp16", 16, 5, 10, bias=15, maximum=65504.0, torch_dtype="float16", has_infinity=True)
 
 # Symmetric: -128 is left out, so that negating a weight never saturates (as compressed-tensors and oneDNN users do).

@@ -1,7 +1,7 @@
 """A scheme: the formats, granularities and range rules of one layer's weight and input.
 
-Invariant: a scheme is a value. Two schemes with equal fields are the same scheme, and `Scheme.row()` written to a map and
-read back by `scheme_from_row` is equal to it. Composed of two small records instead of a class per combination; a
+Invariant: a scheme is a value. Two schemes with equal fields are the same scheme, and `Scheme.row()` written to a map
+and read back by `scheme_from_row` is equal to it. Composed of two small records instead of a class per combination; a
 name is only a short way to write one down. Imports no torch.
 """
 
@@ -63,9 +63,7 @@ def range_rule_from_row(text: str) -> RangeRule:
             return MinimumError(int(number)) if number else MinimumError()
     except ValueError:
         pass
-    raise SchemeError(
-        f"expected a range rule amax, percentile:P (50 < P < 100) or mse:STEPS (2 to 1000), got {text!r}"
-    )
+    raise SchemeError(f"expected a range rule amax, percentile:P (50 < P < 100) or mse:STEPS (2 to 1000), got {text!r}")
 
 
 @dataclass(frozen=True, slots=True)
