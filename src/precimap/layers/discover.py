@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from precimap.errors import ModelError
 from precimap.layers.groups import fused_by_engines
@@ -208,19 +207,21 @@ def _layers(
 
 @contextmanager
 def _linear_calls(model: nn.Module) -> Iterator[Counter[str]]:
-    """Count the calls of each plain nn.Linear, by the name of its weight; a subclass may do anything with it."""
+    """Count the calls of each plain nn.Linear, by the name of its weight; a subclass may do anything with it.
+
+    Hooks on the modules themselves, taken off again: torch.compile warns about hooks that are global.
+    """
     calls: Counter[str] = Counter()
-    names = {id(m): plain_name(f"{n}.weight".lstrip(".")) for n, m in model.named_modules() if type(m) is nn.Linear}
-
-    def count(module: nn.Module, _: Any) -> None:
-        if id(module) in names:
-            calls[names[id(module)]] += 1
-
-    hook = register_module_forward_pre_hook(count)
+    hooks = []
+    for path, module in model.named_modules():
+        if type(module) is nn.Linear:
+            name = plain_name(f"{path}.weight".lstrip("."))
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: calls.update([name])))
     try:
         yield calls
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _siblings(seen: dict[str, _Seen]) -> dict[str, str]:
