@@ -37,7 +37,7 @@ class Emulated:
     """Quantise-dequantise around the original ops, on any device."""
 
     name = "emulated"
-    claim = "Codes and scales are exact; outputs are emulated in float32, a GPU's sums differ in their last bits."
+    claim = "Exact codes and scales, emulated outputs: a GPU's sums differ in last bits."
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         return None

@@ -3,6 +3,8 @@
 Every number stands with its error and its n, in the table or in its caption.
 """
 
+import math
+from collections import Counter
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,10 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from precimap.layers.inventory import Inventory
+from precimap.numerics.schemes import Granularity
 from precimap.precision_map import Certificate, Decision, PrecisionMap, Verdict
 from precimap.report.run_record import RunRecord
 
 NAME_WIDTH = 36
+SCALE_BYTES = 4  # float32
+_WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
 _STYLE = {
     Verdict.TOLERANT: "green",
     Verdict.SENSITIVE: "red",
@@ -25,12 +30,13 @@ _STYLE = {
 
 
 def short_name(name: str, width: int = NAME_WIDTH) -> str:
-    """A layer's name without `.weight`, its middle cut so that it fits."""
+    """A layer's name without `.weight`, and without the leading parts that do not fit: the end tells layers apart."""
     name = name.removesuffix(".weight")
-    if len(name) <= width:
-        return name
-    head = (width - 1) // 3
-    return f"{name[:head]}…{name[-(width - 1 - head) :]}"
+    parts = name.split(".")
+    while len(name) > width and len(parts) > 1:
+        parts = parts[1:]
+        name = "…" + ".".join(parts)
+    return name if len(name) <= width else "…" + name[-(width - 1) :]
 
 
 def inventory_table(inventory: Inventory) -> RenderableType:
@@ -88,7 +94,9 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
         verdict = Text(decision.verdict.value, style=_STYLE[decision.verdict])
         runs = decision.scheme or "base"
         table.add_row(short_name(name, 32), f"{decision.flops_share:.1%}", drop, error, verdict, runs)
-    return table
+    reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
+    notes = [Text(f"{count} x {reason}", style="dim") for reason, count in reasons.items()]
+    return Group(table, *notes)
 
 
 def _own_drop(decision: Decision) -> tuple[str, str]:
@@ -104,7 +112,8 @@ def certificate_text(certificate: Certificate) -> RenderableType:
     lines = [
         f"drop of {certificate.metric}: {certificate.drop:+.5f} ± {certificate.error:.5f} (standard error), "
         f"baseline {certificate.baseline:.5f}",
-        f"{1 - certificate.alpha:.2%} upper bound {upper}, margin {certificate.margin:g} ({certificate.bound})",
+        f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
+        f"bound: {certificate.bound}",
         f"n = {certificate.n:,} units"
         + (f" in {certificate.clusters:,} clusters" if certificate.clusters != certificate.n else "")
         + f", {certificate.changed:,} changed; alpha spent on this split: {certificate.spent_alpha:g}",
@@ -118,9 +127,12 @@ def certificate_text(certificate: Certificate) -> RenderableType:
 def chain_table(run: RunRecord) -> RenderableType:
     """The maps of the chain as wholes, on the search split and, as far as tested, on the certify split."""
     table = Table(
-        title="whole maps, safest first (upper: one-sided bound)", title_justify="left", box=None, pad_edge=False
+        title="drops of whole maps, safest first (upper: one-sided bound)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
     )
-    for heading in ("layers", "search drop", "± s.e.", "upper", "certify drop", "± s.e.", "upper", "certified"):
+    for heading in ("layers", "search", "± s.e.", "upper", "certify", "± s.e.", "upper", "certified"):
         table.add_column(heading, justify="right")
     tested = {certificate.map: certificate for certificate in run.certificates}
     for measurement in run.joints:
@@ -174,7 +186,8 @@ def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> Rende
     lines = [
         f"drops of single layers: {precision_map.premise.metric}, n = {n}; positive is worse",
         f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, "
-        f"{precision_map.flops_share:.1%} of the weight FLOPs; layer bytes {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
+        f"{precision_map.flops_share:.1%} of the weight FLOPs",
+        f"bytes of all layers: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
     ]
     if floor is not None:
         drop = floor["drop"]
@@ -186,7 +199,7 @@ def _bytes_after(precision_map: PrecisionMap, name: str) -> float:
     decision, scheme = precision_map.layers[name], precision_map.scheme_of(name)
     if scheme is None:
         return decision.bytes
-    values = 1
-    for size in decision.shape:
-        values *= size
-    return values * scheme.weight_bits / 8
+    values = math.prod(decision.shape)
+    per_channel = scheme.weight.granularity is Granularity.PER_CHANNEL
+    scales = values // math.prod(decision.shape[d] for d in decision.contracted or ()) if per_channel else 1
+    return values * scheme.weight_bits / 8 + scales * SCALE_BYTES

@@ -17,7 +17,7 @@ from precimap.search.probe import Comparison, compare
 from precimap.search.progress import Progress
 from precimap.task import Scored, Task, score
 
-BOUND = "cluster t raised for skewness, with one pseudo-cluster of the worst loss"
+BOUND = "cluster t raised for skewness, plus one pseudo-cluster of worst loss"
 
 
 @dataclass(frozen=True, slots=True)
