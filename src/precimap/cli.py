@@ -171,8 +171,8 @@ def deploy(
     row = {"file": str(output), "layers": len(given.low), "target": (target or given.target), **asdict(found)}
     text = (
         f"{len(given.low)} layers deployed for {row['target']} in {time.perf_counter() - started:.1f} s\n"
-        f"largest difference to the emulation {found.largest_difference:.3g}, of outputs up to "
-        f"{found.largest_output:.3g} (n = {found.units} units)\nsaved {output}"
+        f"difference to the emulation: rms {found.rms_difference:.2g}, largest {found.largest_difference:.2g}, "
+        f"of scores up to {found.largest_output:.3g} (n = {found.units})\nsaved {output}"
     )
     _show(row, text, as_json)
 

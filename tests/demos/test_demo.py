@@ -36,7 +36,7 @@ def test_it_makes_two_maps_and_deploys_one(demo: tuple[DemoResult, set[str]]) ->
     assert len(fp8.layers) == len(int8.layers) == 40
     assert "dead" in fp8.layers["transformer.pooler.dense.weight"].reason
     assert len(result.fp8.probes) == len(result.int8.probes) == 36
-    assert result.agreement.relative < 1e-4
+    assert result.agreement.rms_difference < 1e-2 * result.agreement.largest_output
     assert all(Path(file).exists() for what, file in result.files.items() if what != "print a run again")
 
 

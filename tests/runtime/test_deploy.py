@@ -55,6 +55,7 @@ def test_int8_outputs_are_those_of_the_emulation(task: Task, int8: SearchResult)
     assert found is not None
     assert found.units == 125
     assert found.relative < 1e-5
+    assert 0 < found.rms_difference <= found.largest_difference
 
 
 def test_emulated_outputs_are_those_of_the_search_to_the_bit(task: Task, fp8: SearchResult) -> None:

@@ -95,8 +95,8 @@ class DemoResult:
         speed, found = self.speed, self.agreement
         native = "" if has_bf16() else " (this CPU has no BF16 arithmetic: it is slow there)"
         lines = [
-            f"agreement with the emulation: {found.largest_difference:.2g} of outputs up to "
-            f"{found.largest_output:.3g} (n = {found.units})",
+            f"difference to the emulation: rms {found.rms_difference:.2g}, largest {found.largest_difference:.2g}, "
+            f"of scores up to {found.largest_output:.3g} (n = {found.units})",
             f"speed on {speed.batch[0]} queries of {speed.batch[1]} tokens, {TURNS} interleaved turns, median [quartiles]:",
             f"  times as fast as the BF16 model:    {speed.over_bf16:.2f}{native}",
             f"  times as fast as the float32 model: {speed.over_float32:.2f}",
