@@ -7,7 +7,6 @@ import torch
 
 from precimap.numerics import formats
 from precimap.numerics.formats import (
-    BF16,
     E2M1,
     E4M3,
     E4M3_FNUZ,
@@ -15,31 +14,15 @@ from precimap.numerics.formats import (
     E5M2_FNUZ,
     E8M0,
     FORMATS,
-    FP16,
     INT8,
     UINT7,
     UINT8,
     FloatFormat,
     IntegerFormat,
 )
+from quantiser_oracle import DTYPES, every_value
 
-DTYPES: dict[FloatFormat, type] = {
-    E4M3: ml_dtypes.float8_e4m3fn,
-    E5M2: ml_dtypes.float8_e5m2,
-    E4M3_FNUZ: ml_dtypes.float8_e4m3fnuz,
-    E5M2_FNUZ: ml_dtypes.float8_e5m2fnuz,
-    E2M1: ml_dtypes.float4_e2m1fn,
-    BF16: ml_dtypes.bfloat16,
-    FP16: np.float16,
-}
 float_rows = pytest.mark.parametrize("row", DTYPES, ids=lambda row: row.name)
-
-
-def every_value(row: FloatFormat) -> np.ndarray:
-    """The float64 value of every code, in the order of the codes."""
-    codes = np.arange(2**row.bits, dtype=np.uint16 if row.bits == 16 else np.uint8)
-    with np.errstate(invalid="ignore"):  # half of the NaNs of BF16 are signalling ones
-        return codes.view(DTYPES[row]).astype(np.float64)
 
 
 def test_the_table_holds_every_row_under_its_own_name() -> None:

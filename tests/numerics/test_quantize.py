@@ -1,12 +1,8 @@
-"""One test over oracle, readable quantiser and fast twin, to the bit; then literal values, shapes and other libraries.
-
-The oracle trusts none of the rows: it looks values up in the table of all codes that ml_dtypes gives, in float64.
-"""
+"""One test over oracle, readable quantiser and fast twin, to the bit; then literal values, shapes, NaN and devices."""
 
 import math
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -29,68 +25,14 @@ from precimap.numerics.formats import (
     INT8,
     UINT7,
     UINT8,
-    FloatFormat,
     Format,
     IntegerFormat,
 )
 from precimap.numerics.quantize import Affine, dequantize, quantize, sqnr_db, storage_dtype
+from quantiser_oracle import bits, hard_values, oracle, raw
 
-DTYPES: dict[FloatFormat, type] = {
-    E4M3: ml_dtypes.float8_e4m3fn,
-    E5M2: ml_dtypes.float8_e5m2,
-    E4M3_FNUZ: ml_dtypes.float8_e4m3fnuz,
-    E5M2_FNUZ: ml_dtypes.float8_e5m2fnuz,
-    E2M1: ml_dtypes.float4_e2m1fn,
-    BF16: ml_dtypes.bfloat16,
-    FP16: np.float16,
-}
 SCALES = (1.0, 0.0123, 3.0, 2.0**-126, 2.0**-120 * 1.1, 1e30, 7.5e35)
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
-
-
-def oracle(x: np.ndarray, format: Format, scale: float, zero: float) -> tuple[np.ndarray, np.ndarray]:
-    """The codes (as unsigned or whole numbers) and the float32 values of a float32 array without NaN."""
-    with np.errstate(over="ignore"):  # an overflow of the product is meant to saturate, one of the value is infinite
-        scaled = (x * (np.float32(1) / np.float32(scale))).astype(np.float64)  # a float32 product
-        if isinstance(format, IntegerFormat):
-            codes = np.clip(np.rint(scaled) + zero, format.minimum, format.maximum)
-            values = codes - zero
-        else:
-            codes, values = nearest_in_table(scaled, format)
-        return codes.astype(np.int64), values.astype(np.float32) * np.float32(scale)
-
-
-def every_value(format: FloatFormat) -> np.ndarray:
-    """The float64 value of each code, by ml_dtypes."""
-    codes = np.arange(2**format.bits, dtype=np.uint16 if format.bits == 16 else np.uint8)
-    with np.errstate(invalid="ignore"):  # half of the NaNs of BF16 are signalling ones
-        return codes.view(DTYPES[format]).astype(np.float64)
-
-
-def nearest_in_table(scaled: np.ndarray, format: FloatFormat) -> tuple[np.ndarray, np.ndarray]:
-    signed = every_value(format)
-    sign_bit = len(signed) // 2
-    table = signed[:sign_bit][np.isfinite(signed[:sign_bit])]  # ascending: a value is at the place of its code
-    magnitude = np.minimum(np.abs(scaled), table[-1])
-    upper = np.searchsorted(table, magnitude).clip(1)  # table[upper - 1] <= magnitude <= table[upper]
-    down, up = magnitude - table[upper - 1], table[upper] - magnitude
-    code = np.where((up < down) | ((up == down) & (upper % 2 == 0)), upper, upper - 1)
-    no_negative_zero = np.isnan(signed[sign_bit])
-    negative = np.signbit(scaled) & ~((code == 0) & no_negative_zero)
-    return code + negative * sign_bit, np.where(negative, -table[code], table[code])
-
-
-def raw(codes: Tensor) -> np.ndarray:
-    """Codes as whole numbers: bit patterns of floats, values of integers."""
-    if codes.dtype in (torch.int8, torch.uint8):
-        return codes.numpy().astype(np.int64)
-    return codes.view(torch.uint16 if codes.element_size() == 2 else torch.uint8).numpy().astype(np.int64)
-
-
-def bits(values: Tensor | np.ndarray) -> np.ndarray:
-    array = values.numpy() if isinstance(values, Tensor) else values
-    assert array.dtype == np.float32
-    return array.view(np.uint32)
 
 
 def by_codes(x: Tensor, format: Format, affine: Affine) -> Tensor:
@@ -102,23 +44,6 @@ def by_codes(x: Tensor, format: Format, affine: Affine) -> Tensor:
 def affine_of(format: Format, scale: float, zero: float) -> Affine:
     asymmetric = isinstance(format, IntegerFormat) and zero != 0
     return Affine(torch.tensor(scale), torch.tensor(zero) if asymmetric else None)
-
-
-def hard_values(format: Format, scale: float) -> np.ndarray:
-    """Every boundary of the format at that scale, a step to each side, and all exponents with some fractions."""
-    if isinstance(format, IntegerFormat):
-        points = np.arange(-300, 301) / 2
-    else:
-        table = every_value(format)[: 2 ** (format.bits - 1)]
-        table = table[np.isfinite(table)]
-        points = np.concatenate([table, (table[1:] + table[:-1]) / 2, [table[-1] + (table[-1] - table[-2]) / 2]])
-    with np.errstate(over="ignore"):
-        near = (points * scale).astype(np.float32)
-    near = np.concatenate([near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))])
-    leading = np.arange(0, 0x7F80, 16, dtype=np.uint32)[:, None] << 16  # every exponent, three bits of fraction
-    wide = (leading + np.array([0, 1, 0x40000, 0x7FFFF], np.uint32)).view(np.float32).ravel()
-    everything = np.concatenate([near, wide, np.array([0, np.inf], np.float32)])
-    return np.concatenate([everything, -everything])[~np.isnan(np.concatenate([everything, everything]))]
 
 
 QUANTISERS: tuple[Callable[[Tensor, Format, Affine], Tensor], ...] = (by_codes, fake_quantize)
@@ -324,78 +249,6 @@ def test_a_float_format_refuses_a_zero() -> None:
     for call in (quantize, dequantize, fake_quantize):
         with pytest.raises(SchemeError, match="only for an integer format, got one for e4m3"):
             call(torch.ones(2), E4M3, affine)
-
-
-@pytest.mark.parametrize("format", [f for f in DTYPES if f.torch_dtype], ids=lambda format: format.name)
-def test_agrees_with_the_casts_of_torch_and_ml_dtypes_inside_the_range(format: FloatFormat) -> None:
-    x = hard_values(format, 1.0)
-    x = x[np.abs(x) <= format.maximum]
-    codes = raw(quantize(torch.from_numpy(x), format, Affine(torch.tensor(1.0), None)))
-    np.testing.assert_array_equal(codes, raw(torch.from_numpy(x).to(storage_dtype(format))))
-    stored = np.uint16 if format.bits == 16 else np.uint8
-    np.testing.assert_array_equal(codes, x.astype(DTYPES[format]).view(stored).astype(np.int64))
-
-
-def test_agrees_with_the_four_bit_cast_of_ml_dtypes() -> None:
-    x = hard_values(E2M1, 1.0)  # that cast saturates as well
-    codes = quantize(torch.from_numpy(x), E2M1, Affine(torch.tensor(1.0), None)).numpy()
-    np.testing.assert_array_equal(codes, x.astype(ml_dtypes.float4_e2m1fn).view(np.uint8))
-    assert codes.max() == 15
-
-
-def test_agrees_with_the_integer_fake_quantiser_of_torch() -> None:
-    # torch adds the zero before it rounds: the same everywhere but at ties, which a step of 0.3 never meets here.
-    x = torch.randn(10_000) * 20
-    theirs = torch.fake_quantize_per_tensor_affine(x, 0.3, 100, 0, 255)
-    affine = Affine(torch.tensor(0.3), torch.tensor(100.0))
-    assert torch.equal(fake_quantize(x, UINT8, affine), theirs)
-
-
-def tied_weight(format: Format) -> tuple[Tensor, Tensor]:
-    """A weight and its per-channel scales: ordinary rows, then rows of nothing but ties, over whole-number scales."""
-    ordinary = torch.randn(256, 512)
-    half_steps = torch.arange(-253, 254, 2) / 2
-    if isinstance(format, FloatFormat):
-        table = np.unique(every_value(format)[np.isfinite(every_value(format))])
-        half_steps = torch.from_numpy((table[1:] + table[:-1]) / 2).float()
-    scales = torch.arange(3, 99).float()[:, None]
-    ties = torch.nn.functional.pad(half_steps * scales, (0, 512 - len(half_steps)))
-    return torch.cat([ordinary, ties]), torch.cat([ordinary.abs().amax(1, keepdim=True) / format.maximum, scales])
-
-
-def assert_same_but_at_ties(codes: Tensor, theirs: Tensor, weight: Tensor, format: Format, scale: Tensor) -> int:
-    """How many codes differ: only where the division ties, and the product with the reciprocal just misses the tie."""
-    one = Affine(torch.ones_like(scale), None)
-    ours, other = (dequantize(each, format, one).double() for each in (codes, theirs))
-    apart = ours != other
-    assert not apart[:256].any(), "ordinary values do not meet ties"
-    np.testing.assert_array_equal(((ours + other) / 2)[apart], (weight.double() / scale.double())[apart])
-    return int(apart.sum())
-
-
-@pytest.mark.parametrize(("format", "kind"), [(INT8, "int"), (E4M3, "float")], ids=["int8", "fp8"])
-def test_weight_codes_are_those_of_compressed_tensors(format: Format, kind: str) -> None:
-    arguments = pytest.importorskip("compressed_tensors.quantization")
-    lifecycle = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
-    weight, scale = tied_weight(format)
-    codes = quantize(weight, format, Affine(scale, None))
-    how = arguments.QuantizationArgs(num_bits=8, type=kind, strategy="channel", symmetric=True)
-    theirs = lifecycle.quantize(weight, scale, torch.zeros_like(scale), how, dtype=codes.dtype)
-    assert assert_same_but_at_ties(codes, theirs, weight, format, scale) > 0, "it divides, so some ties must differ"
-
-
-@pytest.mark.parametrize("format", [INT8, E4M3], ids=["int8", "fp8"])
-def test_weight_codes_are_those_of_torchao(format: Format) -> None:
-    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
-    weight, scale = tied_weight(format)
-    codes = quantize(weight, format, Affine(scale, None))
-    if isinstance(format, IntegerFormat):  # it multiplies by the reciprocal as well: no tie differs
-        block = (1, weight.shape[1])
-        theirs = primitives.quantize_affine(weight, block, scale, torch.zeros_like(scale), torch.int8, -127, 127)
-        assert torch.equal(codes, theirs)
-    else:
-        theirs = primitives._quantize_affine_float8(weight, scale, torch.float8_e4m3fn)
-        assert assert_same_but_at_ties(codes, theirs, weight, format, scale) > 0, "it divides, so some ties must differ"
 
 
 def test_sqnr_is_the_ratio_of_energies_in_decibel() -> None:

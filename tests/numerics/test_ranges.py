@@ -212,6 +212,9 @@ def test_least_error_cuts_an_outlier_and_keeps_a_plain_range() -> None:
     assert fit(x, least, ()).scale < fit(x, amax, ()).scale
     levels = torch.arange(-127, 128).float()
     assert fit(levels, least, ()).scale == fit(levels, amax, ()).scale == 1
+    # Exact at the full range, and close again at half of it, where only the one large value saturates.
+    twice = torch.cat([torch.arange(100_000) % 11, torch.tensor([127])]).float()
+    assert fit(twice, least, ()).scale == 1
 
 
 # --- no input breaks a scale

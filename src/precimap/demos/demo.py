@@ -32,7 +32,7 @@ from precimap.search.pipeline import search
 from precimap.search.progress import Progress
 from precimap.task import Task
 
-# Nats of log-loss, of a baseline of about 3.5 over 2,400 documents: the right one loses 1 % of its probability.
+# Nats of log-loss, of a baseline of about 3.5 over 2,048 documents: the right one loses 1 % of its probability.
 MARGIN = 0.01
 CONFIDENCE = 0.975
 ALPHA_BUDGET = 0.05
@@ -93,12 +93,13 @@ class DemoResult:
 
     def _deployed_text(self) -> Text:
         speed, found = self.speed, self.agreement
-        native = "" if has_bf16() else " (this CPU has no BF16 arithmetic: it is slow there)"
+        native = [] if has_bf16() else ["  (this CPU has no BF16 arithmetic, which makes BF16 slow here)"]
         lines = [
-            f"difference to the emulation: rms {found.rms_difference:.2g}, largest {found.largest_difference:.2g}, "
-            f"of scores up to {found.largest_output:.3g} (n = {found.units})",
+            f"difference to the emulation (n = {found.units}): rms {found.rms_difference:.2g}, "
+            f"largest {found.largest_difference:.2g}, scores up to {found.largest_output:.3g}",
             f"speed on {speed.batch[0]} queries of {speed.batch[1]} tokens, {TURNS} interleaved turns, median [quartiles]:",
-            f"  times as fast as the BF16 model:    {speed.over_bf16:.2f}{native}",
+            f"  times as fast as the BF16 model:    {speed.over_bf16:.2f}",
+            *native,
             f"  times as fast as the float32 model: {speed.over_float32:.2f}",
             *(f"  {name:<9} {ms:.1f} ms" for name, ms in speed.milliseconds.items()),
         ]

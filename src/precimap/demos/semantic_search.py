@@ -32,9 +32,9 @@ class Sizes:
     """Units of each split; the pairs that are left over are in the index only. `pairs`: how many there are in all."""
 
     calibration: int = 128
-    search: int = 480
+    search: int = 400
     certify: int = 1200
-    pairs: int = 2400
+    pairs: int = 2048
 
 
 DEFAULT_SIZES = Sizes()

@@ -17,6 +17,7 @@ from precimap.precision_map import Certificate, Decision, PrecisionMap, Verdict
 from precimap.report.run_record import RunRecord
 
 NAME_WIDTH = 36
+NARROW_NAME_WIDTH = 26  # beside the longest scheme name
 SCALE_BYTES = 4  # float32
 _WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
 _STYLE = {
@@ -84,16 +85,15 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
     """Layer by layer: verdict, and the drop of that layer alone with its standard error and upper bound."""
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
-    table.add_column("FLOPs", justify="right")
-    table.add_column("drop", justify="right")
-    table.add_column("± s.e.", justify="right")
+    for heading in ("FLOPs", "drop", "± s.e."):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("runs in", no_wrap=True)
     for name, decision in precision_map.layers.items():
         drop, error = _own_drop(decision)
         verdict = Text(decision.verdict.value, style=_STYLE[decision.verdict])
         runs = decision.scheme or "base"
-        table.add_row(short_name(name, 32), f"{decision.flops_share:.1%}", drop, error, verdict, runs)
+        table.add_row(short_name(name, NARROW_NAME_WIDTH), f"{decision.flops_share:.1%}", drop, error, verdict, runs)
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
     notes = [Text(f"{count} x {reason}", style="dim") for reason, count in reasons.items()]
     return Group(table, *notes)
