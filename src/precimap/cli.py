@@ -51,9 +51,13 @@ class TargetName(StrEnum):
 
 
 class Probes(StrEnum):
-    """Which layers are measured directly. All: the literal one-at-a-time micro-benchmark."""
+    """Which layers are measured directly. All: the literal one-at-a-time micro-benchmark, and the only choice yet."""
 
     ALL = "all"
+
+    @property
+    def said(self) -> str:
+        return {Probes.ALL: "every eligible layer is probed on its own, under each scheme"}[self]
 
 
 TARGETS: dict[TargetName, Target] = {TargetName.EMULATED: EMULATED, TargetName.CPU_INT8: CPU_INT8}
@@ -94,7 +98,9 @@ def search(
     input_range: Annotated[
         str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")
     ] = "amax",
-    probe: Annotated[Probes, typer.Option(help="Which layers are probed directly.")] = Probes.ALL,
+    probe: Annotated[
+        Probes, typer.Option(help="Which layers are probed directly; all, one at a time, is the only choice yet.")
+    ] = Probes.ALL,
     alpha_budget: BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -102,6 +108,7 @@ def search(
     rule = range_rule_from_row(input_range)
     schemes = [found.with_range(rule) if found.needs_calibration else found for found in map(scheme_by_name, scheme)]
     loaded = load_task(task)
+    _errors.print(probe.said)
     with progress_bar(_errors) as progress:
         result = search_task(
             loaded,

@@ -151,6 +151,8 @@ def scheme(name: str) -> Scheme:
 
 def rounding_from_row(row: dict[str, object]) -> Rounding:
     """The inverse of `Rounding.row`. Raises SchemeError for a format, granularity or combination there is not."""
+    if not isinstance(row.get("dynamic"), bool) or not isinstance(row.get("symmetric"), bool):
+        raise SchemeError(f"expected dynamic and symmetric to be true or false, got {row!r}")
     try:
         rounding = Rounding(
             FORMATS[str(row["format"])],
