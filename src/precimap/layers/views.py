@@ -30,7 +30,6 @@ class View:
     name: str
     walks: tuple[Walk, ...]
     rebuild: Callable[[Tensor], Tensor]
-    steps: tuple[str, ...] = ()
 
     def parameter_dims(self, dims: tuple[int, ...]) -> frozenset[int] | None:
         """The parameter's dims that these dims of the view walk, or None where that is not known."""
@@ -110,7 +109,7 @@ class WeightViews:
                 return result
 
             walks = _walks(source, parent.walks, out)
-            self._views[out] = View(parent.name, walks, rebuild, (*parent.steps, call_name(func)))
+            self._views[out] = View(parent.name, walks, rebuild)
 
 
 def _tensors_of(output: Any) -> Iterator[tuple[int | None, Tensor]]:
