@@ -81,7 +81,7 @@ def test_search_report_certify_and_deploy(folder: Path, searched: Ran, precimap:
     assert searched.returncode == 0, searched.stderr
     assert "CERTIFIED" in searched.stdout
     told = searched.stderr.index("can tell a drop of")
-    assert told < searched.stderr.index("probe"), "what the units can detect is said before the long work"
+    assert told < searched.stderr.index("probe: 0 of 3"), "what the units can detect is said before the long work"
     assert max(map(len, searched.stdout.splitlines())) <= 80
     again = precimap("report", "run")
     assert (again.returncode, again.stdout) == (0, searched.stdout)
