@@ -170,15 +170,7 @@ def test_the_sequence_stops_at_the_first_failure(
     target = _Scripted(drops)
     noise = torch.Generator().manual_seed(0)
 
-    def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        scores, drop = model(batch["x"])
-        return torch.cat([scores, drop + (drop > 0) * 0.001 * torch.randn(len(scores), 1, generator=noise)], 1)
-
-    scripted = replace(
-        task,
-        forward=forward,
-        loss=lambda s, b: nn.functional.cross_entropy(s[:, :-1], b["labels"], reduction="none") + s[:, -1],
-    )
+    scripted = _scripted(task, 0.001, noise)
     question = Question(margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
     certificates = certify(scripted, target, chain, question, silent)
     assert target.asked == asked
@@ -187,6 +179,20 @@ def test_the_sequence_stops_at_the_first_failure(
         assert certificate.map == joint.fingerprint
     if not answers[-1]:
         assert certificates[-1].verdict == "no: the drop is above the margin"
+
+
+def _scripted(task: Task, sd: float, generator: torch.Generator) -> Task:
+    """The task on a `_Scripted` target: the scripted drop of a map, with noise, is added to each unit's loss."""
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        scores, drop = model(batch["x"])
+        return torch.cat([scores, drop + (drop > 0) * sd * torch.randn(len(scores), 1, generator=generator)], 1)
+
+    return replace(
+        task,
+        forward=forward,
+        loss=lambda s, b: nn.functional.cross_entropy(s[:, :-1], b["labels"], reduction="none") + s[:, -1],
+    )
 
 
 def _map(task: Task, inventory: Inventory, calibration: Calibration, names: tuple[str, ...]) -> PrecisionMap:
@@ -209,15 +215,7 @@ def test_too_few_units_is_an_answer_with_a_number(task: Task, inventory: Invento
     generator = torch.Generator().manual_seed(3)
     few = replace(task, splits=replace(task.splits, certify=[{k: v[:20] for k, v in task.splits.certify[0].items()}]))
 
-    def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        scores, drop = model(batch["x"])
-        return torch.cat([scores, drop + (drop > 0) * 0.4 * torch.randn(len(scores), 1, generator=generator)], 1)
-
-    scripted = replace(
-        few,
-        forward=forward,
-        loss=lambda s, b: nn.functional.cross_entropy(s[:, :-1], b["labels"], reduction="none") + s[:, -1],
-    )
+    scripted = _scripted(few, 0.4, generator)
     chain = [_map(task, inventory, calibration, NAMES[:1])]
     question = Question(margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
     (found,) = certify(scripted, _Scripted({0: 0.0, 1: 0.01}), chain, question, silent)

@@ -21,7 +21,7 @@ from precimap.numerics.fast import fake_quantize
 from precimap.numerics.quantize import Affine, dequantize, quantize
 from precimap.numerics.ranges import fit
 from precimap.numerics.schemes import Rounding, Scheme
-from precimap.precision_map import PrecisionMap
+from precimap.precision_map import Decision, PrecisionMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,11 @@ def quantize_layer(
     return QuantizedLayer(name, scheme, codes, affine, input_range if scheme.needs_calibration else None)
 
 
+def shipped_range(decision: Decision) -> InputRange | None:
+    """The static input range that a map ships for a layer; None for schemes without one."""
+    return None if decision.input_scale is None else InputRange(decision.input_scale, decision.input_zero or 0)
+
+
 def quantize_map(model: nn.Module, precision_map: PrecisionMap) -> dict[str, QuantizedLayer]:
     """Codes and scales of every layer that the map puts in low precision.
 
@@ -81,8 +86,9 @@ def quantize_map(model: nn.Module, precision_map: PrecisionMap) -> dict[str, Qua
         if name not in weights or tuple(weights[name].shape) != decision.shape:
             found = f"one of shape {tuple(weights[name].shape)}" if name in weights else "none of that name"
             raise MapError(f"the map has a layer {name} of shape {decision.shape}, the model has {found}")
-        given = None if decision.input_scale is None else InputRange(decision.input_scale, decision.input_zero or 0)
-        quantized_layers[name] = quantize_layer(name, weights[name], decision.contracted, scheme, given)
+        quantized_layers[name] = quantize_layer(
+            name, weights[name], decision.contracted, scheme, shipped_range(decision)
+        )
     return quantized_layers
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from precimap.durable import write_bytes
 from precimap.errors import MapError
-from precimap.layers.quantized import InputRange, QuantizedLayer
+from precimap.layers.quantized import QuantizedLayer, shipped_range
 from precimap.layers.views import parameter_names, plain_name
 from precimap.numerics.quantize import Affine, storage_dtype
 from precimap.precision_map import PrecisionMap
@@ -77,8 +77,7 @@ def _layer(name: str, precision_map: PrecisionMap, tensors: dict[str, Tensor], p
             f"{path}: layer {name}: expected codes {storage_dtype(scheme.weight.format)} {decision.shape}, "
             f"got {codes.dtype} {tuple(codes.shape)}"
         )
-    given = None if decision.input_scale is None else InputRange(decision.input_scale, decision.input_zero or 0)
-    return QuantizedLayer(name, scheme, codes, Affine(scale, tensors.get(f"{name}.zero")), given)
+    return QuantizedLayer(name, scheme, codes, Affine(scale, tensors.get(f"{name}.zero")), shipped_range(decision))
 
 
 def _with_base_tensors(

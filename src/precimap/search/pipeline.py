@@ -246,10 +246,10 @@ def _answer(
             f"keep the baseline: the safest map was not certified ({certificates[0].verdict})",
         )
     if chain:
-        upper, margin = chain[0].comparison.upper, "the margin"
+        upper = chain[0].comparison.upper
         return (
             baseline,
             None,
-            f"keep the baseline: already on the search split the safest map's bound {upper:.2g} is above {margin}",
+            f"keep the baseline: already on the search split the safest map's bound {upper:.2g} is above the margin",
         )
     return baseline, None, "keep the baseline: no layer is both eligible and not sensitive"
