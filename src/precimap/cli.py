@@ -32,7 +32,7 @@ from precimap.runtime.deploy import deployment_of
 from precimap.search.pipeline import search as search_task
 from precimap.search.preflight import check_weights
 from precimap.search.recertify import recertify
-from precimap.task import to_device
+from precimap.task import first_batch
 from precimap.task_file import load_task
 
 app = typer.Typer(
@@ -80,8 +80,7 @@ def layers(task: TaskArgument, as_json: JsonOption = False) -> None:
     """List every layer of the model, and why the other parameters are none."""
     loaded = load_task(task)
     check_weights(loaded)
-    batch = to_device(next(iter(loaded.splits.search)), loaded.device)
-    inventory = discover(loaded.model, loaded.forward, batch)
+    inventory = discover(loaded.model, loaded.forward, first_batch(loaded, loaded.splits.search))
     _show(asdict(inventory), inventory_table(inventory), as_json)
 
 

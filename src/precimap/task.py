@@ -178,6 +178,11 @@ def _column(values: Any, units: int, what: str) -> np.ndarray:
     return column
 
 
+def first_batch(task: Task, batches: Batches) -> Any:
+    """The first batch of a split, on the model's device."""
+    return to_device(next(iter(batches)), task.device)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on `device`; objects with a `to` of their own are asked."""
     if isinstance(batch, Tensor):

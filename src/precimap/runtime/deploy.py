@@ -18,7 +18,7 @@ from precimap.numerics.quantize import Affine
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
 from precimap.runtime.cpu_int8 import CPU_INT8, Int8Linear
-from precimap.task import Task, to_device
+from precimap.task import Task, first_batch
 
 Build = Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module]
 TARGETS: dict[str, Build] = {"emulated": emulated.deployed, CPU_INT8.name: CPU_INT8.deployed}
@@ -123,7 +123,7 @@ def _check_layer(name: str, module: Int8Linear, layers: Mapping[str, QuantizedLa
 
 def agreement(task: Task, deployed: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Agreement:
     """Score the first calibration batch with the deployed model and with the emulation of `layers`, and compare."""
-    batch = to_device(next(iter(task.splits.calibration)), task.device)
+    batch = first_batch(task, task.splits.calibration)
     with torch.no_grad():
         found = task.forward(deployed, batch)
         with quantized(task.model, layers):

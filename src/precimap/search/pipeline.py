@@ -32,7 +32,7 @@ from precimap.search.ledger import Ledger
 from precimap.search.limits import Limits, chain_fingerprint, state_directory
 from precimap.search.probe import Comparison, Probe, compare, probe, rounding_floor, score_baseline
 from precimap.search.progress import Progress, silent
-from precimap.task import Scored, Task, score, to_device
+from precimap.task import Scored, Task, first_batch, score
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def search(
     preflight.check_weights(task)
     prints = preflight.fingerprint_splits(task)
     note = preflight.check_task(task)
-    inventory = discover(task.model, task.forward, to_device(next(iter(task.splits.search)), task.device))
+    inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
     allowed = eligibility(inventory, chosen, target, pinned)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
     with ExitStack() as stack:

@@ -21,7 +21,7 @@ from precimap.metrics.paired import detectable_drop, differences
 from precimap.numerics.schemes import Granularity, Scheme
 from precimap.search.calibrate import Calibration
 from precimap.search.probe import prepare
-from precimap.task import Scored, Task, labels_of, score, to_device
+from precimap.task import Scored, Task, first_batch, labels_of, score
 
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
 INFLUENCE_TOLERANCE = 1e-4
@@ -89,7 +89,7 @@ def check_task(task: Task) -> str | None:
 
     Raises TaskError for a forward that fails, that is not deterministic, or whose units influence each other.
     """
-    batch = to_device(next(iter(task.splits.search)), task.device)
+    batch = first_batch(task, task.splits.search)
     first, second = _score_one(task, batch), _score_one(task, batch)
     if not (first.losses == second.losses).all():
         raise TaskError(
