@@ -246,6 +246,10 @@ REPLACED: dict[str, tuple[dict[str, Any], str]] = {
     "loss of one number": ({"loss": lambda s, b: s.mean()}, r"one value per unit, \[125\]"),
     "units that influence each other": ({"loss": _in_batch}, "influence"),
     "constant metric": ({"loss": lambda s, b: s.sum(1) * 0 + 1}, "constant cannot show a drop"),
+    "one class of whole numbers": (
+        {"metric": LogLoss(), **ONE_CLASS, "labels": lambda b: torch.ones(len(b["x"]), dtype=torch.int64)},
+        "both classes",
+    ),
     "one class": ({"metric": LogLoss(), **ONE_CLASS}, "both classes"),
     "no labels": ({"metric": NDCG(10), "labels": lambda b: None}, "returned None"),
     "infinite loss": ({"loss": lambda s, b: s.sum(1) / 0}, "not finite"),

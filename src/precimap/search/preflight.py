@@ -17,6 +17,7 @@ from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantized
 from precimap.layers.refusals import refusal
 from precimap.layers.views import plain_name
+from precimap.metrics.metric import LogLoss
 from precimap.metrics.paired import detectable_drop, differences
 from precimap.numerics.schemes import Granularity, Scheme
 from precimap.search.calibrate import Calibration
@@ -160,7 +161,9 @@ def check_baseline(task: Task, baseline: Scored) -> None:
             "a constant cannot show a drop. Are the labels right?"
         )
     labels = [labels_of(task, batch) for batch in task.splits.search]
-    if all(isinstance(label, Tensor) and label.dim() == 1 and label.is_floating_point() for label in labels):
+    # Whole-number labels are classes under log-loss; elsewhere they may index the one relevant candidate.
+    of_classes = isinstance(task.metric, LogLoss)
+    if all(isinstance(x, Tensor) and x.dim() == 1 and (of_classes or x.is_floating_point()) for x in labels):
         joined = torch.cat([label.detach().cpu() for label in labels])
         if bool((joined == joined[0]).all()):
             raise TaskError(f"every label of the search split is {float(joined[0]):g}; it needs both classes")
