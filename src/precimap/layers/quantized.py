@@ -18,6 +18,7 @@ from precimap.errors import MapError, ModelError, SchemeError
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import fake_quantize
+from precimap.numerics.grid_shift import GridShift
 from precimap.numerics.quantize import Affine, dequantize, quantize
 from precimap.numerics.ranges import fit
 from precimap.numerics.schemes import Rounding, Scheme
@@ -37,7 +38,8 @@ class QuantizedLayer:
     """A layer in low precision: what a map ships for it.
 
     codes: the parameter's shape, in the format's storage dtype. weight_affine: scales that broadcast against it.
-    input_range: only for static inputs.
+    input_range: only for static inputs. input_phase: what the scales of a dynamic input are multiplied by; 1 except in
+    a rounding draw. A static range carries its shift itself, so that whatever runs a layer runs the shifted one.
     """
 
     name: str
@@ -45,6 +47,7 @@ class QuantizedLayer:
     codes: Tensor
     weight_affine: Affine
     input_range: InputRange | None
+    input_phase: float = 1.0
 
     def weight(self) -> Tensor:
         """The weight that the codes stand for, float32, in the parameter's shape."""
@@ -52,11 +55,17 @@ class QuantizedLayer:
 
 
 def quantize_layer(
-    name: str, weight: Tensor, contracted: tuple[int, ...] | None, scheme: Scheme, input_range: InputRange | None
+    name: str,
+    weight: Tensor,
+    contracted: tuple[int, ...] | None,
+    scheme: Scheme,
+    input_range: InputRange | None,
+    shift: GridShift | None = None,
 ) -> QuantizedLayer:
     """Codes and scales of one layer; `contracted` are the weight's dims that its op sums over.
 
-    Raises ModelError for a weight that is not finite, SchemeError for a static scheme without a range.
+    shift: a rounding draw, on grids other than those that ship. Raises ModelError for a weight that is not finite,
+    SchemeError for a static scheme without a range, and for a shift of a format that cannot be shifted.
     """
     if not torch.isfinite(weight).all():
         raise ModelError(f"{name}: expected finite weights, got NaN or Inf; repair the model first")
@@ -64,8 +73,15 @@ def quantize_layer(
         raise SchemeError(f"{name}: scheme {scheme.name} has a static input range, and no calibration gave one")
     values = weight.detach().float()
     affine = fit(values, scheme.weight, contracted if contracted is not None else tuple(range(weight.dim())))
+    phase = 1.0
+    if shift is not None:
+        affine = shift.weight_affine(name, scheme.weight.format, affine)
+        phase = 1.0 if scheme.input is None else shift.input_phase(name, scheme.input.format)
     codes = quantize(values, scheme.weight.format, affine)
-    return QuantizedLayer(name, scheme, codes, affine, input_range if scheme.needs_calibration else None)
+    if input_range is None or not scheme.needs_calibration:
+        return QuantizedLayer(name, scheme, codes, affine, None, phase)
+    scale = float(torch.tensor(input_range.scale) * phase)  # a float32 value, as every shipped scale
+    return QuantizedLayer(name, scheme, codes, affine, InputRange(scale, input_range.zero))
 
 
 def shipped_range(decision: Decision) -> InputRange | None:
@@ -73,8 +89,10 @@ def shipped_range(decision: Decision) -> InputRange | None:
     return None if decision.input_scale is None else InputRange(decision.input_scale, decision.input_zero or 0)
 
 
-def quantize_map(model: nn.Module, precision_map: PrecisionMap) -> dict[str, QuantizedLayer]:
-    """Codes and scales of every layer that the map puts in low precision.
+def quantize_map(
+    model: nn.Module, precision_map: PrecisionMap, shift: GridShift | None = None
+) -> dict[str, QuantizedLayer]:
+    """Codes and scales of every layer that the map puts in low precision; `shift` as in `quantize_layer`.
 
     Raises MapError when the map names a layer that the model lacks, or one of another shape.
     """
@@ -87,7 +105,7 @@ def quantize_map(model: nn.Module, precision_map: PrecisionMap) -> dict[str, Qua
             found = f"one of shape {tuple(weights[name].shape)}" if name in weights else "none of that name"
             raise MapError(f"the map has a layer {name} of shape {decision.shape}, the model has {found}")
         quantized_layers[name] = quantize_layer(
-            name, weights[name], decision.contracted, scheme, shipped_range(decision)
+            name, weights[name], decision.contracted, scheme, shipped_range(decision), shift
         )
     return quantized_layers
 
@@ -101,28 +119,47 @@ class Emulation(Interception):
         super().__init__({name: weights[name] for name in layers})
         self._layers = layers
         self._weights = dequantized
+        self._inputs = SharedInputs()
 
     def on_weight(self, call: WeightCall) -> Any:
-        layer = self._layers[call.view.name]
-        if call.op.lookup and layer.scheme.computes_low:
-            return call.run()  # a tied table: the lookup itself stays in base precision, the product does not
-        weight = call.view.rebuild(self._weights[layer.name])
-        if call.op.lookup:
-            return call.run_with(weight.to(call.weight.dtype), call.input)
-        return _in_float32(call, weight, _rounded_input(call, layer))
+        return emulate(call, self._layers[call.view.name], self._weights[call.view.name], self._inputs)
 
 
-def _rounded_input(call: WeightCall, layer: QuantizedLayer) -> Tensor:
-    rounding = layer.scheme.input
-    if rounding is None:
-        return call.input
-    affine = _input_affine(call, rounding, layer.input_range)
-    return fake_quantize(call.input, rounding.format, affine)
+class SharedInputs:
+    """The last input that was rounded: layers that read the same tensor under the same rounding share the result."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+
+    def rounded(self, call: WeightCall, layer: QuantizedLayer) -> Tensor:
+        rounding, x = layer.scheme.input, call.input
+        if rounding is None:
+            return x
+        # An inference tensor has no version; nothing tells then whether it was changed in place.
+        version = object() if x.is_inference() else x._version
+        how = (rounding, layer.input_range, layer.input_phase, call.input_contracted, version)
+        if self._last is not None and self._last[0] is x and self._last[1] == how:
+            return self._last[2]
+        result = fake_quantize(x, rounding.format, _input_affine(call, rounding, layer))
+        self._last = (x, how, result)
+        return result
 
 
-def _input_affine(call: WeightCall, rounding: Rounding, input_range: InputRange | None) -> Affine:
+def emulate(call: WeightCall, layer: QuantizedLayer, dequantized: Tensor, inputs: SharedInputs) -> Any:
+    """What the call returns with its layer in low precision; `dequantized` is the layer's float32 weight."""
+    if call.op.lookup and layer.scheme.computes_low:
+        return call.run()  # a tied table: the lookup itself stays in base precision, the product does not
+    weight = call.view.rebuild(dequantized)
+    if call.op.lookup:
+        return call.run_with(weight.to(call.weight.dtype), call.input)
+    return _in_float32(call, weight, inputs.rounded(call, layer))
+
+
+def _input_affine(call: WeightCall, rounding: Rounding, layer: QuantizedLayer) -> Affine:
+    input_range = layer.input_range
     if input_range is None:
-        return fit(call.input.detach().float(), rounding, call.input_contracted)
+        fitted = fit(call.input.detach().float(), rounding, call.input_contracted)
+        return Affine(fitted.scale * layer.input_phase, fitted.zero)
     shape = [1] * call.input.dim()
     scale = torch.full(shape, input_range.scale, dtype=torch.float32, device=call.input.device)
     zero = None if rounding.symmetric else torch.full_like(scale, float(input_range.zero))
