@@ -1,0 +1,295 @@
+"""The knapsack's chain on invented tables: nested, optimal for its own cost, whole groups, bytes kept, order-free."""
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from precimap.errors import InputError
+from precimap.search.knapsack import Constraints, Step, bytes_at, chain
+from precimap.search.ladders import Option
+
+SCHEMES = ("a", "b", "c")
+BASE = 8
+MANY = 10_000  # longer than any path here: every prefix is in the chain
+
+quarters = st.integers(0, 40).map(lambda whole: whole / 4)  # exact in binary, so that sums can be compared exactly
+
+
+def sizes(options: Sequence[Option], extra: int = 0) -> dict[str, int]:
+    return {option.layer: BASE for option in options} | {f"kept{number}": BASE for number in range(extra)}
+
+
+@st.composite
+def tables(draw: st.DrawFn, layers: int = 6, grouped: bool = False) -> list[Option]:
+    options = []
+    groups = st.sampled_from([(None, None), ("g", None), ("g2", "s"), (None, "s"), (None, "t")])
+    for number in range(draw(st.integers(1, layers))):
+        fused, siblings = draw(groups) if grouped else (None, None)
+        for scheme in draw(st.lists(st.sampled_from(SCHEMES), min_size=1, unique=True)):
+            gain = draw(st.integers(-8, 40)) / 4
+            cost = draw(st.one_of(quarters, quarters, st.just(math.inf)))
+            size = draw(st.integers(1, BASE))
+            options.append(Option(f"l{number}", scheme, gain, cost, size, fused, siblings))
+    return options
+
+
+def every_map(options: Sequence[Option]) -> list[tuple[dict[str, str], float, float, int]]:
+    """Brute force over lone layers: (choice, gain, cost, bytes) of every map, never an infinite cost."""
+    rows: dict[str, list[Option | None]] = {}
+    for option in options:
+        rows.setdefault(option.layer, [None])
+        if option.cost < math.inf:
+            rows[option.layer].append(option)
+    maps = []
+    for picked in itertools.product(*rows.values()):
+        low = [option for option in picked if option is not None]
+        size = sum(o.bytes for o in low) + BASE * (len(picked) - len(low))
+        maps.append(({o.layer: o.scheme for o in low}, sum(o.gain for o in low), sum(o.cost for o in low), size))
+    return maps
+
+
+def bonus_of(choice: Mapping[str, str], options: Sequence[Option], bonus: Mapping[str, float]) -> float:
+    """The definition, read from the table: all siblings that can be low (and at least two) have one scheme."""
+    total = 0.0
+    for group, extra in bonus.items():
+        able = set()
+        for option in options:
+            fused = {o.layer for o in options if option.fused is not None and o.fused == option.fused} or {option.layer}
+            taken = {o.layer for o in options if o.layer in fused and o.scheme == option.scheme and o.cost < math.inf}
+            if option.siblings == group and taken == fused:
+                able.add(option.layer)
+        schemes = {choice.get(layer) for layer in able}
+        if len(able) > 1 and len(schemes) == 1 and None not in schemes:
+            total += extra
+    return total
+
+
+@given(tables(grouped=True), st.dictionaries(st.sampled_from(["s", "t"]), quarters), st.integers(1, 6), st.data())
+def test_a_chain_is_nested_and_adds_up(
+    options: list[Option], bonus: dict[str, float], longest: int, data: st.DataObject
+) -> None:
+    maps = chain(options, sizes(options, 2), longest=longest, bonus=bonus)
+    table = {(o.layer, o.scheme): o for o in options}
+    joint: dict[str, dict[str, list[Option]]] = {}
+    for option in options:
+        joint.setdefault(option.fused or option.layer, {}).setdefault(option.scheme, []).append(option)
+    assert len(maps) <= longest
+    for step in maps:
+        low = [table[pair] for pair in step.choice.items()]
+        assert step.choice
+        assert step.cost == sum(o.cost for o in low) < math.inf
+        assert step.gain == sum(o.gain for o in low) + bonus_of(step.choice, options, bonus)
+        assert step.bytes == BASE * (len(sizes(options, 2)) - len(low)) + sum(o.bytes for o in low)
+        for group in ("g", "g2"):
+            members = {o.layer for o in options if o.fused == group}
+            assert len({step.choice.get(layer) for layer in members}) <= 1
+    for before, after in itertools.pairwise(maps):
+        assert before.gain < after.gain
+        assert before.cost < after.cost
+        assert before.choice.keys() <= after.choice.keys()
+        for layer, scheme in before.choice.items():
+            key = table[layer, scheme].fused or layer
+            assert sum(o.cost for o in joint[key][scheme]) <= sum(o.cost for o in joint[key][after.choice[layer]])
+    shuffled = data.draw(st.permutations(options))
+    assert chain(shuffled, sizes(options, 2), longest=longest, bonus=bonus) == maps
+
+
+@given(tables(layers=5))
+def test_every_prefix_is_the_optimum_for_its_own_cost(options: list[Option]) -> None:
+    maps = every_map(options)
+    steps = chain(options, sizes(options), longest=MANY)
+    for step in steps:
+        assert step.gain >= max(gain for _, gain, cost, _ in maps if cost <= step.cost)
+    most = max(gain for _, gain, _, _ in maps)
+    assert (steps[-1].gain if steps else 0.0) == most  # the last map takes everything that gains
+
+
+def relaxed(options: Sequence[Option], budget: float) -> float:
+    """The most gain of fractional maps within a budget, from HiGHS: at least the optimum of whole ones."""
+    usable = [o for o in options if o.cost < math.inf]
+    layers = sorted({o.layer for o in usable})
+    one_each = np.array([[float(o.layer == layer) for o in usable] for layer in layers])
+    rows = np.vstack([[o.cost for o in usable], one_each])
+    found = linprog([-o.gain for o in usable], A_ub=rows, b_ub=[budget] + [1.0] * len(layers), bounds=(0, 1))
+    return -float(found.fun)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tables(), st.floats(0, 1))
+def test_no_relaxed_map_beats_the_path_by_more_than_one_step(options: list[Option], part: float) -> None:
+    steps = [Step({}, 0.0, 0.0, 0), *chain(options, sizes(options), longest=MANY)]
+    if not any(o.cost < math.inf for o in options):
+        assert steps[1:] == []
+        return
+    budget = part * steps[-1].cost
+    largest = max((b.gain - a.gain for a, b in itertools.pairwise(steps)), default=0.0)
+    best = max(step.gain for step in steps if step.cost <= budget)
+    assert best >= relaxed(options, budget) - largest - 1e-6
+    for step in steps[1:]:
+        assert step.gain == pytest.approx(relaxed(options, step.cost), abs=1e-6)
+
+
+@given(tables(layers=5), st.integers(0, 48), st.floats(-5, 5))
+def test_a_map_is_found_whenever_one_is_small_enough(options: list[Option], most: int, least: float) -> None:
+    smallest = min(size for *_, size in every_map(options)) + 2 * BASE
+    if smallest > most:
+        with pytest.raises(InputError, match=f"reach has {smallest}"):
+            chain(options, sizes(options, 2), Constraints(maximum_bytes=most))
+        return
+    steps = chain(options, sizes(options, 2), Constraints(-math.inf, most), MANY)
+    assert all(step.bytes <= most for step in steps)
+    if sum(sizes(options, 2).values()) > most:
+        assert steps
+    some = chain(options, sizes(options, 2), Constraints(least, most), MANY)
+    assert some == tuple(step for step in steps if step.gain >= least)
+
+
+def test_bytes_are_bought_where_they_are_cheapest_and_gain_follows() -> None:
+    options = [
+        Option("cheap", "w4", 0.0, 1.0, 2),
+        Option("dear", "w4", 0.0, 3.0, 2),
+        Option("fast", "fp8", 5.0, 1.0, 4),
+    ]
+    steps = chain(options, sizes(options), Constraints(maximum_bytes=18))
+    assert [step.choice for step in steps] == [{"cheap": "w4"}, {"cheap": "w4", "fast": "fp8"}]
+    assert chain(options, sizes(options))[-1].choice == {"fast": "fp8"}
+
+
+def test_a_step_waits_until_there_is_room() -> None:
+    # From 4 bits to FP8 the weight grows again: only after another layer has made room for it.
+    options = [Option("a", "w4", 0.0, 0.0, 2), Option("a", "fp8", 9.0, 1.0, 6), Option("b", "fp8", 1.0, 1.0, 4)]
+    steps = chain(options, sizes(options), Constraints(maximum_bytes=10))
+    assert [step.choice for step in steps] == [{"a": "w4"}, {"a": "w4", "b": "fp8"}, {"a": "fp8", "b": "fp8"}]
+
+
+def test_two_steps_that_fit_alone_are_not_both_taken() -> None:
+    options = [Option(layer, "w4", 0.0, 0.0, 2) for layer in "ab"]
+    options += [Option("a", "fp8", 9.0, 1.0, 6), Option("b", "fp8", 8.0, 1.0, 6)]
+    steps = chain(options, sizes(options), Constraints(maximum_bytes=8))
+    assert [step.choice for step in steps] == [{"a": "w4", "b": "w4"}, {"a": "fp8", "b": "w4"}]
+    assert [step.bytes for step in steps] == [4, 8]
+
+
+def test_siblings_that_only_pay_together_go_together() -> None:
+    narrow = [Option(layer, "fp8", -1.0, 1.0, 4, siblings="x") for layer in "qkv"]
+    other = Option("wide", "fp8", 1.0, 1.0, 4)
+    assert [step.choice for step in chain([*narrow, other], sizes([*narrow, other]))] == [{"wide": "fp8"}]
+    steps = chain([*narrow, other], sizes([*narrow, other]), bonus={"x": 9.0})
+    assert [step.choice for step in steps] == [dict.fromkeys("qkv", "fp8"), dict.fromkeys([*"qkv", "wide"], "fp8")]
+    assert [step.gain for step in steps] == [6.0, 7.0]
+
+
+def test_a_sibling_that_leaves_gives_the_bonus_back() -> None:
+    options = [Option(layer, "a", 1.0, 1.0, 4, siblings="x") for layer in "pq"]
+    options += [Option("p", "b", 3.0, 2.0, 4, siblings="x"), Option("z", "a", 1.0, 9.0, 4)]
+    last = chain(options, sizes(options), bonus={"x": 3.0})[-1]
+    assert last == Step({"p": "a", "q": "a", "z": "a"}, 6.0, 11.0, 12)
+    last = chain(options, sizes(options), bonus={"x": 1.0})[-1]
+    assert last == Step({"p": "b", "q": "a", "z": "a"}, 5.0, 12.0, 12)
+
+
+def test_siblings_that_only_pay_to_leave_together_do() -> None:
+    # The first to leave pays the bonus (2 per cost), the second does not (5): together (3.5) they come before z (3).
+    options = [Option(layer, "a", 10.0, 1.0, 4, siblings="x") for layer in "pq"]
+    options += [Option("p", "b", 15.0, 2.0, 4, siblings="x"), Option("q", "c", 15.0, 2.0, 4, siblings="x")]
+    options.append(Option("z", "a", 3.0, 1.0, 4))
+    steps = chain(options, sizes(options), bonus={"x": 3.0})
+    assert [step.choice for step in steps[:2]] == [{"p": "a", "q": "a"}, {"p": "b", "q": "c"}]
+    assert [step.gain for step in steps] == [23.0, 30.0, 33.0]
+
+
+def test_what_leaving_costs_is_seen_before_the_layer_leaves() -> None:
+    # p alone to c looks better per cost (2) than both to b (1.5), but it pays the bonus and can never come back.
+    options = [Option(layer, "a", 10.0, 1.0, 4, siblings="x") for layer in "pq"]
+    options += [Option(layer, "b", 11.5, 2.0, 4, siblings="x") for layer in "pq"]
+    options.append(Option("p", "c", 14.0, 3.0, 4, siblings="x"))
+    steps = chain(options, sizes(options), bonus={"x": 3.0})
+    assert [step.choice for step in steps] == [{"p": "a", "q": "a"}, {"p": "b", "q": "b"}]
+    assert [step.gain for step in steps] == [23.0, 26.0]
+
+
+def test_one_layer_earns_no_bonus_and_a_fused_group_always_does() -> None:
+    alone = [Option("q", "a", 1.0, 1.0, 4, siblings="x"), Option("k", "a", 1.0, math.inf, 4, siblings="x")]
+    assert chain(alone, sizes(alone), bonus={"x": 5.0})[-1].gain == 1.0
+    fused = [Option(layer, "a", 1.0, 1.0, 4, "qk", "x") for layer in "qk"]
+    assert chain(fused, sizes(fused), bonus={"x": 5.0})[-1].gain == 7.0
+
+
+def test_a_group_costs_what_was_measured_for_the_group() -> None:
+    options = [Option(layer, "a", 1.0, 1.0, 4, "qk") for layer in "qk"]
+    assert chain(options, sizes(options))[-1].cost == 2.0
+    assert chain(options, sizes(options), group_costs={("qk", "a"): 0.5})[-1].cost == 0.5
+    assert chain(options, sizes(options), group_costs={("qk", "a"): math.inf}) == ()
+    never = [Option("q", "a", 1.0, math.inf, 4, "qk"), options[1]]
+    assert chain(never, sizes(never), group_costs={("qk", "a"): 0.5}) == ()
+
+
+def test_a_long_path_is_spaced_evenly_in_gain() -> None:
+    options = [Option(f"l{number:03}", "a", 1.0, float(number), 4) for number in range(301)]
+    gains = [step.gain for step in chain(options, sizes(options))]
+    assert gains == [1.0 + 20 * place for place in range(16)]
+    # A layer that is most of the gain does not use up the places of the others.
+    options[5] = Option("l005", "a", 10_000.0, 5.0, 4)
+    assert len(chain(options, sizes(options))) == 16
+    assert [step.gain for step in chain(options, sizes(options), longest=1)] == [1.0]
+
+
+def test_what_is_free_is_all_in_the_first_map() -> None:
+    options = [Option(layer, "a", 1.0, 0.0, 4) for layer in "xyz"] + [Option("w", "a", 9.0, 1.0, 4)]
+    assert chain(options, sizes(options))[0].choice == dict.fromkeys("xyz", "a")
+
+
+def test_a_thousand_layers_and_six_schemes() -> None:
+    draw = random.Random(0)
+    options = [
+        Option(f"l{n:04}", f"s{s}", draw.random() * s, draw.random() * s, draw.choice([1, 2, 4]), siblings=f"g{n // 4}")
+        for n, s in itertools.product(range(1000), range(1, 7))
+    ]
+    bonus = {f"g{number}": 0.5 for number in range(250)}
+    steps = chain(options, sizes(options), Constraints(maximum_bytes=5000), bonus=bonus)
+    assert len(steps) == 16
+    assert all(step.bytes <= 5000 for step in steps)
+
+
+def test_effective_bits_are_bytes_of_all_weights() -> None:
+    assert bytes_at(4.5, {"a": 16, "b": 5}) == 11  # 94.5 bits
+    with pytest.raises(InputError, match="effective bits"):
+        bytes_at(0, {"a": 1})
+
+
+GOOD = Option("x", "a", 1.0, 1.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([Option("x", "a", 1.0, -0.1, 4)], "no credit"),
+        ([Option("x", "a", 1.0, math.nan, 4)], "cost of x"),
+        ([Option("x", "a", math.inf, 1.0, 4)], "gain of x"),
+        ([Option("x", "a", 1.0, 1.0, -4)], "size of x"),
+        ([Option("elsewhere", "a", 1.0, 1.0, 4)], "size of elsewhere"),
+        ([GOOD, GOOD], "twice"),
+        ([GOOD, Option("x", "b", 1.0, 1.0, 4, "g")], "different groups"),
+        ([Option("x", "a", 1.0, 1.0, 4, "g", "s"), Option("y", "a", 1.0, 1.0, 4, "g")], "reads one input"),
+    ],
+)
+def test_a_table_that_contradicts_itself_is_refused(options: list[Option], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        chain(options, {"x": BASE, "y": BASE})
+
+
+def test_other_numbers_that_make_no_sense_are_refused() -> None:
+    for bonus in ({"s": -1.0}, {"s": math.inf}):
+        with pytest.raises(InputError, match="bonus"):
+            chain([GOOD], {"x": BASE}, bonus=bonus)
+    with pytest.raises(InputError, match="group cost"):
+        chain([GOOD], {"x": BASE}, group_costs={("g", "a"): math.nan})
+    with pytest.raises(InputError, match="at least one map"):
+        chain([GOOD], {"x": BASE}, longest=0)
