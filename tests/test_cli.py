@@ -34,7 +34,8 @@ class Ran:
 
 def in_a_process(*arguments: str, cwd: Path) -> Ran:
     """Run the command as a shell would."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "80"}
+    state = {"PRECIMAP_STATE": str(cwd / "state")}  # this may run before the fixture that moves every test's state
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "80", **state}
     found = subprocess.run(
         [sys.executable, "-c", "from precimap.cli import main; main()", *arguments],
         cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=240,
@@ -81,7 +82,7 @@ def test_search_report_certify_and_deploy(folder: Path, searched: Ran, precimap:
     assert searched.returncode == 0, searched.stderr
     assert "CERTIFIED" in searched.stdout
     told = searched.stderr.index("can tell a drop of")
-    assert told < searched.stderr.index("probe: 0 of 3"), "what the units can detect is said before the long work"
+    assert told < searched.stderr.index("screen: 0 of"), "what the units can detect is said before the long work"
     assert max(map(len, searched.stdout.splitlines())) <= 80
     again = precimap("report", "run")
     assert (again.returncode, again.stdout) == (0, searched.stdout)

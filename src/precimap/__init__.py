@@ -7,17 +7,24 @@ from precimap.precision_map import Certificate, PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy
+from precimap.search.knapsack import Constraints
+from precimap.search.limits import Effort
 from precimap.search.pipeline import SearchResult, search
+from precimap.search.rules import Knapsack, Threshold
 from precimap.task import Splits, Task
 
 __all__ = [
     "CPU_INT8",
     "EMULATED",
     "Certificate",
+    "Constraints",
+    "Effort",
+    "Knapsack",
     "PrecisionMap",
     "SearchResult",
     "Splits",
     "Task",
+    "Threshold",
     "deploy",
     "discover",
     "load_deployed",

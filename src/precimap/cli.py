@@ -16,7 +16,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from precimap.demos.demo import run_demo, unused_directory
-from precimap.errors import MapError, PrecimapError
+from precimap.errors import InputError, MapError, PrecimapError
 from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics.schemes import SCHEMES, range_rule_from_row
@@ -29,9 +29,12 @@ from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
+from precimap.search.knapsack import UNCONSTRAINED, Constraints
+from precimap.search.limits import Effort
 from precimap.search.pipeline import search as search_task
 from precimap.search.preflight import check_weights
 from precimap.search.recertify import recertify
+from precimap.search.rules import Knapsack, Rule, Threshold
 from precimap.task import first_batch
 from precimap.task_file import load_task
 
@@ -51,13 +54,17 @@ class TargetName(StrEnum):
 
 
 class Probes(StrEnum):
-    """Which layers are measured directly. All: the literal one-at-a-time micro-benchmark, and the only choice yet."""
+    """Which layers are measured directly. Ambiguous: those that the screen leaves open, and a random audit of it."""
 
+    AMBIGUOUS = "ambiguous"
     ALL = "all"
 
-    @property
-    def said(self) -> str:
-        return {Probes.ALL: "every eligible layer is probed on its own, under each scheme"}[self]
+
+class RuleName(StrEnum):
+    """How a chain of maps is made."""
+
+    KNAPSACK = "knapsack"
+    THRESHOLD = "threshold"
 
 
 TARGETS: dict[TargetName, Target] = {TargetName.EMULATED: EMULATED, TargetName.CPU_INT8: CPU_INT8}
@@ -70,6 +77,11 @@ MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="A map.json tha
 TargetOption = Annotated[TargetName, typer.Option(help="What the map is for.")]
 MarginOption = Annotated[float, typer.Option(help="The largest drop you accept, in the metric's units.")]
 ConfidenceOption = Annotated[float, typer.Option(help="One-sided confidence of the certificate.")]
+RunOption = Annotated[
+    Path, typer.Option(help="Directory of the measurements and the map; taken up again if it exists.")
+]
+RuleOption = Annotated[RuleName, typer.Option(help="Most time saved for the margin, or each layer by itself.")]
+RangeOption = Annotated[str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")]
 BudgetOption = Annotated[
     float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")
 ]
@@ -89,35 +101,45 @@ def search(
     task: TaskArgument,
     margin: MarginOption,
     scheme: Annotated[list[str], typer.Option(help=f"Preferred first; out of {', '.join(SCHEMES)}.")],
-    run: Annotated[Path, typer.Option(help="A new directory for the measurements and the map.")],
+    run: RunOption,
     confidence: ConfidenceOption = 0.95,
+    rule: RuleOption = RuleName.KNAPSACK,
     cutoff: Annotated[float | None, typer.Option(help="Per layer; default margin / number of candidates.")] = None,
     target: TargetOption = TargetName.EMULATED,
     pin: Annotated[list[str] | None, typer.Option(help="Keep layers that match this shell pattern.")] = None,
-    input_range: Annotated[
-        str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")
-    ] = "amax",
-    probe: Annotated[
-        Probes, typer.Option(help="Which layers are probed directly; all, one at a time, is the only choice yet.")
-    ] = Probes.ALL,
+    input_range: RangeOption = "amax",
+    probe: Annotated[Probes, typer.Option(help="Which layers are measured one at a time.")] = Probes.AMBIGUOUS,
+    minimum_gain: Annotated[float, typer.Option(help="Least share of the FLOP time that a map must save.")] = 0.0,
+    maximum_bytes: Annotated[int | None, typer.Option(help="Of all layers together, under the map.")] = None,
+    rounding_draws: Annotated[int, typer.Option(help="Shifted rounding grids for the final map; 0: none.")] = 8,
+    screen_memory: Annotated[int, typer.Option(help="MB that the screen may hold for a batch.")] = 4096,
+    replay_memory: Annotated[int, typer.Option(help="MB of recorded results that probes may hold.")] = 4096,
+    max_minutes: Annotated[float | None, typer.Option(help="Then certify the best answer so far.")] = None,
     alpha_budget: BudgetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""
-    rule = range_rule_from_row(input_range)
-    schemes = [found.with_range(rule) if found.needs_calibration else found for found in map(scheme_by_name, scheme)]
+    asked = range_rule_from_row(input_range)
+    schemes = [found.with_range(asked) if found.needs_calibration else found for found in map(scheme_by_name, scheme)]
     loaded = load_task(task)
-    _errors.print(probe.said)
     with progress_bar(_errors) as progress:
         result = search_task(
             loaded,
             schemes=schemes,
             margin=margin,
             confidence=confidence,
+            rule=_rule(rule, Constraints(minimum_gain, maximum_bytes)),
             cutoff=cutoff,
             target=TARGETS[target],
             pinned=pin or (),
             alpha_budget=alpha_budget,
+            effort=Effort(
+                probe_all=probe is Probes.ALL,
+                screen_memory=screen_memory << 20,
+                replay_memory=replay_memory << 20,
+                rounding_draws=rounding_draws,
+                minutes=max_minutes,
+            ),
             run=run,
             progress=progress,
             on_preflight=lambda found: _errors.print(preflight_text(asdict(found))),
@@ -125,6 +147,14 @@ def search(
     record = read_run(run)
     _show(record.as_row(), run_page(record), as_json)
     raise typer.Exit(0 if result.certified else 1)
+
+
+def _rule(name: RuleName, constraints: Constraints) -> Rule:
+    if name is RuleName.KNAPSACK:
+        return Knapsack(constraints)
+    if constraints != UNCONSTRAINED:
+        raise InputError("expected --minimum-gain and --maximum-bytes with the knapsack; the threshold has no budget")
+    return Threshold()
 
 
 @app.command()

@@ -38,7 +38,7 @@ class _Record(BaseModel):
 
 
 class Evidence(_Record):
-    """One layer measured alone under one scheme, on the search split: drop, its standard error and one-sided bounds."""
+    """One layer alone under one scheme, on (a part of) the search split: drop, standard error, one-sided bounds."""
 
     drop: float
     error: float
@@ -53,7 +53,8 @@ class Decision(_Record):
     """What one layer does. `scheme` None means base precision; the input range belongs to static schemes.
 
     `contracted` are the dims of the weight that its ops sum over, None where they differ: with the shape, all that
-    is needed to make the layer's codes again without looking at a batch.
+    is needed to make the layer's codes again without looking at a batch. `evidence` was measured by a direct probe,
+    `predicted` by the screen: by scheme, either or both may lack one.
     """
 
     scheme: str | None
@@ -65,6 +66,7 @@ class Decision(_Record):
     input_scale: float | None = Field(default=None, gt=0)
     input_zero: int | None = None
     evidence: dict[str, Evidence] = Field(default_factory=dict)
+    predicted: dict[str, Evidence] = Field(default_factory=dict)
     flops_share: float = Field(default=0.0, ge=0, le=1)
     bytes: int = Field(default=0, ge=0, lt=2**63)
 
@@ -106,6 +108,21 @@ class Certificate(_Record):
         )
 
 
+class Rounding(_Record):
+    """The lottery of the rounding grid: the map's drop on shifted grids, on n units of the search split.
+
+    shipped: the drop on the map's own grids there, with its error over units. mean and sd are over the draws: what the
+    next retrain, with other grids, is to expect. The certificate is about the grids that ship.
+    """
+
+    shipped: float
+    error_over_units: float
+    n: int = Field(ge=1)
+    drops: tuple[float, ...]
+    mean: float
+    sd: float
+
+
 class Premise(_Record):
     """What a map was made from."""
 
@@ -130,6 +147,7 @@ class PrecisionMap(_Record):
     layers: dict[str, Decision]
     premise: Premise
     certificate: Certificate | None = None
+    rounding: Rounding | None = None
 
     @model_validator(mode="after")
     def _schemes_fit(self) -> Self:

@@ -5,7 +5,7 @@ unit by unit. The user's own functions do the work; precimap never looks into a 
 device. A trainer-like base class to inherit from was not taken: four functions say the same and need no lifecycle.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -98,21 +98,38 @@ class Scored:
     units: Units
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredPart:
+    """One batch, scored: float64 [units] each; `clusters` (int64) and `weights` are empty for a task without them."""
+
+    values: np.ndarray
+    losses: np.ndarray
+    reported: dict[str, np.ndarray]
+    clusters: np.ndarray
+    weights: np.ndarray
+
+
 def score(task: Task, model: Any, batches: Batches, after_batch: Callable[[int], None] | None = None) -> Scored:
     """Score every unit of `batches` with `model` (the task's own, or one deployed from it).
 
     after_batch is called with the number of units done so far. Raises TaskError when the user's functions return
     something of another shape, or scores that are not numbers.
     """
-    parts: list[_Part] = []
+    parts: list[ScoredPart] = []
     done = 0
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            part = _score_batch(task, model, to_device(batch, task.device), number)
+            part = score_batch(task, model, to_device(batch, task.device), number)
             parts.append(part)
             done += len(part.values)
             if after_batch is not None:
                 after_batch(done)
+    return join_parts(task, parts)
+
+
+def join_parts(task: Task, parts: Sequence[ScoredPart]) -> Scored:
+    """The parts of a split, in the order of its batches, as one. Raises TaskError when there is no unit."""
+    done = sum(len(part.values) for part in parts)
     if not done:
         raise TaskError("expected at least one unit in the split, got none")
     join = np.concatenate
@@ -136,17 +153,13 @@ def labels_of(task: Task, batch: Any) -> Any:
     return labels
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    values: np.ndarray
-    losses: np.ndarray
-    reported: dict[str, np.ndarray]
-    clusters: np.ndarray
-    weights: np.ndarray
+def score_batch(task: Task, model: Any, batch: Any, number: int) -> ScoredPart:
+    """Score one batch, already on the model's device; `number` is how messages call it. Raises TaskError as `score`."""
+    return judge_scores(task, task.forward(model, batch), batch, number)
 
 
-def _score_batch(task: Task, model: Any, batch: Any, number: int) -> _Part:
-    scores: Any = task.forward(model, batch)
+def judge_scores(task: Task, scores: Any, batch: Any, number: int) -> ScoredPart:
+    """The loss and the metrics of scores that a forward returned for a batch, or that were predicted for it."""
     if not isinstance(scores, Tensor) or scores.dim() == 0:
         raise TaskError(
             f"batch {number}: expected forward to return a tensor with one row per unit, got {scores!r:.60}"
@@ -160,7 +173,7 @@ def _score_batch(task: Task, model: Any, batch: Any, number: int) -> _Part:
         raise TaskError(f"batch {number}: expected loss to return one value per unit, [{units}], got {shape}")
     labels = labels_of(task, batch)
     empty = np.zeros(0)
-    return _Part(
+    return ScoredPart(
         values=_column(task.metric.per_unit(scores, labels, losses), units, task.metric.name),
         losses=_column(losses, units, "loss"),
         reported={m.name: _column(m.per_unit(scores, labels, losses), units, m.name) for m in task.reported},

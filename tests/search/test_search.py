@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precimap import CPU_INT8, PrecisionMap, SearchResult, Splits, search
+from precimap import CPU_INT8, PrecisionMap, SearchResult, Splits, Threshold, search
 from precimap.errors import AlphaSpent, InputError, JournalError, ModelError, PremiseMismatch, SchemeError, TaskError
 from precimap.journal import open_journal
 from precimap.layers.quantized import quantize_map, quantized
 from precimap.metrics import NDCG, LogLoss, Loss
 from precimap.precision_map import Verdict
+from precimap.report.run_record import STAGES
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.recertify import recertify
 from precimap.task import score
@@ -46,8 +47,8 @@ def test_the_planted_outliers_are_sensitive_to_one_scale_and_tolerant_of_one_per
 def test_the_sensitive_layer_is_kept_and_the_harmless_ones_are_not(tmp_path: Path) -> None:
     found = search(planted_task(), schemes=["fp8-tensor"], margin=MARGIN, ledger=tmp_path)
     assert found.map.low == ("first.weight", "last.weight")
-    everything = {p.layer: p.comparison.drop.estimate for p in found.probes}
-    assert everything["outlier.weight"] > 3 * MARGIN
+    alone = found.map.layers["outlier.weight"].evidence["fp8-tensor"]
+    assert alone.drop > 3 * MARGIN  # probed: the screen was not believed for its kind
 
 
 def test_the_planted_dead_layer_is_reported(result: SearchResult) -> None:
@@ -83,24 +84,43 @@ def test_the_certificate_is_what_scoring_the_map_gives(result: SearchResult) -> 
     assert result.certificate.drop == pytest.approx(float((low.values - base.values).mean()), abs=1e-12)
 
 
-def test_every_measurement_is_in_the_journal(tmp_path: Path) -> None:
-    found = search(planted_task(), schemes=["fp8"], margin=MARGIN, ledger=tmp_path, run=tmp_path / "run")
+def test_every_measurement_is_in_the_journal_and_none_is_made_again(tmp_path: Path) -> None:
+    asked = {"schemes": ["fp8"], "margin": MARGIN, "ledger": tmp_path, "run": tmp_path / "run"}
+    found = search(planted_task(), **asked)
     with open_journal(tmp_path / "run") as journal:
-        rows = journal.measurements("probe")
-        assert [(row.subject, row.value["comparison"]["drop"]["estimate"]) for row in rows] == [
-            (probe.layer, probe.comparison.drop.estimate) for probe in found.probes
-        ]
-        assert len(journal.measurements("joint")) == len(found.chain)
-        assert len(journal.measurements("certificate")) == len(found.certificates)
+        split = planted_task().splits.search
+        first = {kind: journal.measurements(kind) for kind in STAGES}
+        assert [row.subject for row in first["baseline"]] == [f"search @{n}" for n in range(len(split))]
+        measured = [joint for joint in found.chain if joint.measured is not None]
+        assert len(first["joint"]) == len(measured) * len(split) > 0
+        assert len(first["certify"]) == (len(found.certificates) + 1) * len(planted_task().splits.certify)
     assert PrecisionMap.load(tmp_path / "run" / "map.json") == found.map
-    with pytest.raises(JournalError, match="holds a run already"):
-        search(planted_task(), schemes=["fp8"], margin=MARGIN, ledger=tmp_path, run=tmp_path / "run")
+    again = search(planted_task(), **asked)
+    assert (again.map, again.answer) == (found.map, found.answer)
+    with open_journal(tmp_path / "run") as journal:
+        for kind in STAGES:
+            assert [row.made_at for row in journal.measurements(kind)] == [row.made_at for row in first[kind]]
+
+
+def test_another_margin_takes_the_same_measurements(tmp_path: Path) -> None:
+    """Allocation at another budget needs no forward pass of single layers; another task is refused by name."""
+    asked = {"schemes": ["fp8"], "ledger": tmp_path, "run": tmp_path / "run"}
+    search(planted_task(), margin=MARGIN, **asked)
+    with open_journal(tmp_path / "run") as journal:
+        before = {kind: journal.count(kind) for kind in ("baseline", "floor", "screen", "probe")}
+    found = search(planted_task(), margin=MARGIN / 2, rule=Threshold(), alpha_budget=0.2, **asked)
+    assert found.map.certificate is not None
+    assert found.map.certificate.margin == MARGIN / 2
+    with open_journal(tmp_path / "run") as journal:
+        assert before == {kind: journal.count(kind) for kind in before}
+    with pytest.raises(JournalError, match="search was"):
+        search(planted_task(units=400), margin=MARGIN, **asked)
 
 
 def test_the_chain_is_nested_and_passed_on_the_search_split(result: SearchResult) -> None:
     for before, after in zip(result.chain, result.chain[1:], strict=False):
         assert set(before.map.low) < set(after.map.low)
-    assert {c.map for c in result.certificates} <= {joint.map.fingerprint for joint in result.chain if joint.passed}
+    assert {c.map for c in result.certificates} <= {joint.map.fingerprint for joint in result.chain}
 
 
 def test_the_model_is_the_same_to_the_bit_after_a_search(tmp_path: Path) -> None:

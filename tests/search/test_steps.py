@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from precimap.journal import run_journal
 from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory, Layer
 from precimap.layers.quantized import QuantizedLayer
@@ -20,9 +21,11 @@ from precimap.search.assemble import Findings, assemble, premise_of
 from precimap.search.calibrate import Calibration, calibrate
 from precimap.search.certify import Question, certify
 from precimap.search.eligibility import eligibility
+from precimap.search.floor import rounding_floor
 from precimap.search.preflight import fingerprint_splits
-from precimap.search.probe import compare, probe, rounding_floor, score_baseline
+from precimap.search.probe import compare, probe
 from precimap.search.progress import silent
+from precimap.search.run import Parts, Run, scored
 from precimap.task import Task, score
 from small_tasks import planted_task
 
@@ -42,6 +45,16 @@ def inventory(task: Task) -> Inventory:
 @pytest.fixture(scope="module")
 def calibration(task: Task) -> Calibration:
     return calibrate(task, NAMES, silent)
+
+
+@pytest.fixture
+def run(task: Task) -> Iterator[Run]:
+    with run_journal(None, {}) as journal:
+        yield Run(task, journal, silent)
+
+
+def baseline_of(run: Run, name: str = "search") -> Parts:
+    return scored(run, "baseline", name, run.task.splits.search, lambda: EMULATED.running(run.task.model, {}))
 
 
 def inputs_of_last(task: Task) -> Tensor:
@@ -84,25 +97,17 @@ def test_dynamic_schemes_need_no_range(calibration: Calibration) -> None:
     assert calibration.input_range("last.weight", scheme("fp8")) is None
 
 
-def test_an_unquantised_model_probes_to_exactly_zero(task: Task) -> None:
-    baseline = score_baseline(task, task.splits.search)
-    again = compare(task, baseline, score_baseline(task, task.splits.search), 0.05)
+def test_an_unquantised_model_probes_to_exactly_zero(run: Run) -> None:
+    again = compare(run.task, baseline_of(run).whole, baseline_of(run, "again").whole, 0.05)
     assert (again.drop.estimate, again.drop.error, again.drop.changed) == (0, 0, 0)
 
 
 def test_a_probe_is_the_paired_difference_of_the_quantised_layer(
-    task: Task, inventory: Inventory, calibration: Calibration
+    task: Task, run: Run, inventory: Inventory, calibration: Calibration
 ) -> None:
     """By hand: the last layer's weight alone in FP8, weight only, computed without any interception."""
-    found = probe(
-        task,
-        inventory,
-        calibration,
-        score_baseline(task, task.splits.search),
-        "last.weight",
-        scheme("fp8-weight"),
-        0.05,
-    )
+    pairs, numbers = [("last.weight", scheme("fp8-weight"))], range(len(task.splits.search))
+    (found,) = probe(run, inventory, calibration, baseline_of(run), pairs, numbers, 0.05, 2**30)
     weight = task.model.last.weight.detach()
     scale = weight.abs().amax(1, keepdim=True) / 448
     coded = ((weight * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale
@@ -114,9 +119,9 @@ def test_a_probe_is_the_paired_difference_of_the_quantised_layer(
     assert found.comparison.drop.error == pytest.approx(d.std(ddof=1) / np.sqrt(len(d)), rel=1e-3)
 
 
-def test_the_floor_is_what_rounding_to_bf16_does(task: Task, inventory: Inventory) -> None:
-    floor = rounding_floor(task, inventory, score_baseline(task, task.splits.search), 0.05)
-    assert floor.drop.changed == floor.drop.n
+def test_the_floor_is_what_rounding_to_bf16_does(run: Run, inventory: Inventory) -> None:
+    floor = rounding_floor(run, inventory, baseline_of(run), 250, 0.05)
+    assert floor.drop.changed == floor.drop.n == 250
     assert 0 < abs(floor.drop.estimate) < 0.01
 
 
@@ -172,7 +177,8 @@ def test_the_sequence_stops_at_the_first_failure(
 
     scripted = _scripted(task, 0.001, noise)
     question = Question(margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
-    certificates = certify(scripted, target, chain, question, silent)
+    with run_journal(None, {}) as journal:
+        certificates = certify(Run(scripted, journal, silent), target, chain, question)
     assert target.asked == asked
     assert [c.certified for c in certificates] == answers
     for certificate, joint in zip(certificates, chain, strict=False):
@@ -202,10 +208,11 @@ def _map(task: Task, inventory: Inventory, calibration: Calibration, names: tupl
         schemes=(chosen,),
         eligibility=eligibility(inventory, (chosen,), EMULATED, ()),
         calibration=calibration,
-        probes=(),
+        known=(),
         cutoff=0.01,
         target="emulated",
         premise=premise_of(task, "w", fingerprint_splits(task), "0"),
+        alpha=0.05,
     )
     return assemble(findings, dict.fromkeys(names, "fp8"))
 
@@ -218,7 +225,8 @@ def test_too_few_units_is_an_answer_with_a_number(task: Task, inventory: Invento
     scripted = _scripted(few, 0.4, generator)
     chain = [_map(task, inventory, calibration, NAMES[:1])]
     question = Question(margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
-    (found,) = certify(scripted, _Scripted({0: 0.0, 1: 0.01}), chain, question, silent)
+    with run_journal(None, {}) as journal:
+        (found,) = certify(Run(scripted, journal, silent), _Scripted({0: 0.0, 1: 0.01}), chain, question)
     assert not found.certified
     assert found.needed is not None
     assert 20 < found.needed < 1000

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from precimap.demos.minilm import load_encoder, load_tokenizer
 from precimap.demos.semantic_search import DEFAULT_SIZES, Sizes, query_task
 from precimap.errors import InputError
-from precimap.journal import open_journal
+from precimap.journal import run_journal
 from precimap.precision_map import PrecisionMap
 from precimap.report.run_record import RunRecord, read_run
 from precimap.report.tables import run_page
@@ -153,8 +153,9 @@ def _deployed(task: Task, precision_map: PrecisionMap, out: Path) -> tuple[Agree
     batches = list(task.splits.calibration)
     save_deployed(fast, task.model, out / "int8" / "deployed.safetensors")
     speed = _speed(task, fast, batches[len(batches) // 2])
-    with open_journal(out / "int8") as journal:
-        journal.record("deployment", precision_map.fingerprint, {**asdict(found), "speed": asdict(speed)})
+    premise = read_run(out / "int8").premise
+    with run_journal(out / "int8", premise) as journal:
+        journal.conclude("deployment", precision_map.fingerprint, {**asdict(found), "speed": asdict(speed)})
     return found, speed
 
 

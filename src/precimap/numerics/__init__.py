@@ -5,4 +5,8 @@ schemes.py   formats, granularities and range rules of one layer's weight and in
 quantize.py  values to codes and back: the one quantiser, written to be read
 fast.py      the same bits at the speed that a search needs
 ranges.py    how a scale is chosen: from a tensor, or from calibrated limits
+grid_shift.py  other grids for the same tensor: what part of a drop is the lottery of rounding
 """
+
+# Part of a run's premise: raised when the same input would give other codes, scales or dequantised values.
+NUMERICS_VERSION = "1"

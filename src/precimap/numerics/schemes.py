@@ -149,6 +149,11 @@ def scheme(name: str) -> Scheme:
     return SCHEMES[name]
 
 
+def scheme_key(scheme: Scheme) -> str:
+    """The scheme's name, with its fields where they are not those that the name stands for."""
+    return scheme.name if SCHEMES.get(scheme.name) == scheme else f"{scheme.name} {scheme.row()}"
+
+
 def rounding_from_row(row: dict[str, object]) -> Rounding:
     """The inverse of `Rounding.row`. Raises SchemeError for a format, granularity or combination there is not."""
     if not isinstance(row.get("dynamic"), bool) or not isinstance(row.get("symmetric"), bool):

@@ -8,25 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from precimap.journal import Measurement, open_journal
+from precimap.journal import Journal, open_journal
 from precimap.precision_map import Certificate, PrecisionMap
+
+STAGES = ("baseline", "floor", "screen", "probe", "joint", "certify", "draw")
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """Everything a run measured. `map` and `answer` are None for a run that did not finish."""
+    """Everything a run found. `map` and `answer` are None for a run that did not finish.
+
+    evidence: what was predicted and probed of single layers, and the audit. chain: the maps as wholes, safest first.
+    looked_up: how many batches were scored so far, by stage.
+    """
 
     directory: Path
     premise: dict[str, str]
     preflight: dict[str, Any] | None
     inventory: dict[str, Any] | None
     floor: dict[str, Any] | None
-    probes: tuple[Measurement, ...]
-    joints: tuple[Measurement, ...]
+    evidence: dict[str, Any] | None
+    chain: tuple[dict[str, Any], ...]
     certificates: tuple[Certificate, ...]
-    deployments: tuple[Measurement, ...]
+    deployment: dict[str, Any] | None
     map: PrecisionMap | None
     answer: str | None
+    batches: dict[str, int]
 
     def as_row(self) -> dict[str, Any]:
         """For machines."""
@@ -38,8 +45,10 @@ class RunRecord:
             "certificates": [certificate.model_dump() for certificate in self.certificates],
             "preflight": self.preflight,
             "floor": self.floor,
-            "whole_maps": [measurement.value for measurement in self.joints],
-            "deployments": [measurement.value for measurement in self.deployments],
+            "evidence": self.evidence,
+            "whole_maps": list(self.chain),
+            "deployment": self.deployment,
+            "batches_scored": self.batches,
         }
 
 
@@ -47,23 +56,26 @@ def read_run(directory: str | Path) -> RunRecord:
     """Read the journal in `directory`. Raises JournalError when there is none."""
     directory = Path(directory)
     with open_journal(directory) as journal:
-        summary = journal.measurements("summary")
+        summary = _only(journal, "summary")
         return RunRecord(
             directory=directory,
             premise=journal.premise(),
-            preflight=_only(journal.measurements("preflight")),
-            inventory=_only(journal.measurements("inventory")),
-            floor=_only(journal.measurements("floor")),
-            probes=journal.measurements("probe"),
-            joints=journal.measurements("joint"),
+            preflight=_only(journal, "preflight"),
+            inventory=_only(journal, "inventory"),
+            floor=_only(journal, "floor"),
+            evidence=_only(journal, "evidence"),
+            chain=tuple((_only(journal, "chain") or {"maps": []})["maps"]),
             certificates=tuple(
-                Certificate.model_validate_json(json.dumps(m.value)) for m in journal.measurements("certificate")
+                Certificate.model_validate_json(json.dumps(row))
+                for row in (_only(journal, "certificates") or {"certificates": []})["certificates"]
             ),
-            deployments=journal.measurements("deployment"),
-            map=PrecisionMap.parse(json.dumps(summary[-1].value["map"]), str(directory)) if summary else None,
-            answer=str(summary[-1].value["answer"]) if summary else None,
+            deployment=_only(journal, "deployment"),
+            map=None if summary is None else PrecisionMap.parse(json.dumps(summary["map"]), str(directory)),
+            answer=None if summary is None else str(summary["answer"]),
+            batches={kind: count for kind in STAGES if (count := journal.count(kind))},
         )
 
 
-def _only(rows: tuple[Measurement, ...]) -> dict[str, Any] | None:
+def _only(journal: Journal, kind: str) -> dict[str, Any] | None:
+    rows = journal.conclusions(kind)
     return rows[-1].value if rows else None

@@ -13,11 +13,12 @@ from rich.text import Text
 
 from precimap.layers.inventory import Inventory
 from precimap.numerics.schemes import Granularity
-from precimap.precision_map import Certificate, Decision, PrecisionMap, Verdict
+from precimap.precision_map import Certificate, Decision, Evidence, PrecisionMap, Rounding, Verdict
 from precimap.report.run_record import RunRecord
 
 NAME_WIDTH = 36
-NARROW_NAME_WIDTH = 26  # beside the longest scheme name
+NARROW_NAME_WIDTH = 17  # beside all columns of a map
+SCHEME_WIDTH = 10
 SCALE_BYTES = 4  # float32
 _WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
 _STYLE = {
@@ -82,28 +83,31 @@ def _coverage(inventory: Inventory) -> RenderableType:
 
 
 def map_table(precision_map: PrecisionMap) -> RenderableType:
-    """Layer by layer: verdict, and the drop of that layer alone with its standard error and upper bound."""
+    """Layer by layer: the drop of that layer alone, as predicted and as probed, and what was decided."""
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
-    for heading in ("FLOPs", "drop", "± s.e."):
+    for heading in ("FLOPs", "predicted", "± s.e.", "probed", "± s.e."):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    table.add_column("runs in", no_wrap=True)
+    table.add_column("in", no_wrap=True)
     for name, decision in precision_map.layers.items():
-        drop, error = _own_drop(decision)
+        cells = (*_own_drop(decision, decision.predicted), *_own_drop(decision, decision.evidence))
         verdict = Text(decision.verdict.value, style=_STYLE[decision.verdict])
-        runs = decision.scheme or "base"
-        table.add_row(short_name(name, NARROW_NAME_WIDTH), f"{decision.flops_share:.1%}", drop, error, verdict, runs)
+        runs = (decision.scheme or "base")[:SCHEME_WIDTH]
+        table.add_row(short_name(name, NARROW_NAME_WIDTH), f"{decision.flops_share:.1%}", *cells, verdict, runs)
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
     notes = [Text(f"{count} x {reason}", style="dim") for reason, count in reasons.items()]
     return Group(table, *notes)
 
 
-def _own_drop(decision: Decision) -> tuple[str, str]:
-    if not decision.evidence:
+def _own_drop(decision: Decision, evidence: dict[str, Evidence]) -> tuple[str, str]:
+    if not evidence:
         return "", ""
-    found = decision.evidence.get(decision.scheme or "") or next(iter(decision.evidence.values()))
-    return f"{found.drop:+.1e}", f"{found.error:.1e}"
+    found = evidence.get(decision.scheme or "")
+    if found is None and decision.scheme is not None:
+        return "", ""
+    found = found or next(iter(evidence.values()))
+    return f"{found.drop:+.0e}", f"{found.error:.0e}"
 
 
 def certificate_text(certificate: Certificate) -> RenderableType:
@@ -125,30 +129,57 @@ def certificate_text(certificate: Certificate) -> RenderableType:
 
 
 def chain_table(run: RunRecord) -> RenderableType:
-    """The maps of the chain as wholes, on the search split and, as far as tested, on the certify split."""
+    """The maps of the chain as wholes: predicted, measured on the search split, tested on the certify split."""
     table = Table(
         title="drops of whole maps, safest first (upper: one-sided bound)",
         title_justify="left",
         box=None,
         pad_edge=False,
     )
-    for heading in ("layers", "search", "± s.e.", "upper", "certify", "± s.e.", "upper", "certified"):
+    for heading in ("low", "singles", "predicted", "search", "± s.e.", "upper", "certify", "± s.e.", "upper"):
         table.add_column(heading, justify="right")
-    tested = {certificate.map: certificate for certificate in run.certificates}
-    for measurement in run.joints:
-        value, certificate = measurement.value, tested.get(measurement.subject)
-        row = [str(len(value["low"])), *_drop_cells(value["drop"]["estimate"], value["drop"]["error"], value["upper"])]
-        if certificate is None:
-            row += ["", "", "", "not tested"]
-        else:
-            cells = _drop_cells(certificate.drop, certificate.error, certificate.upper)
-            row += [*cells, "yes" if certificate.certified else "no"]
-        table.add_row(*row)
+    table.add_column("")
+    for row in run.chain:
+        tested = next((c for c in run.certificates if c.map == row["map"]), None)
+        singles = "" if row["singles"] is None else f"{row['singles']:+.4f}"
+        predicted = "" if row["predicted"] is None else f"{row['predicted']['drop']:+.4f}"
+        found = row["measured"]
+        cells = ["", "", ""] if found is None else [*_drop_cells(found["drop"], found["error"], found["upper"])]
+        cells += ["", "", ""] if tested is None else [*_drop_cells(tested.drop, tested.error, tested.upper)]
+        said = "" if tested is None else "yes" if tested.certified else "no"
+        table.add_row(str(len(row["low"])), singles, predicted, *cells, said)
     return table
 
 
 def _drop_cells(drop: float, error: float, upper: float | None) -> tuple[str, str, str]:
-    return f"{drop:+.5f}", f"{error:.5f}", "none" if upper is None else f"{upper:+.5f}"
+    return f"{drop:+.4f}", f"{error:.4f}", "none" if upper is None else f"{upper:+.4f}"
+
+
+def audit_text(evidence: dict[str, Any]) -> RenderableType:
+    """How the screen was checked, and where it was not believed."""
+    lines, audit = [], evidence["audit"]
+    if audit is None:
+        lines.append("every layer was probed on its own; nothing was predicted")
+    elif audit["rows"]:
+        agreeing, n = sum(row["agrees"] for row in audit["rows"]), len(audit["rows"])
+        lines.append(
+            f"screen: {evidence['screened_units']:,} units in one pass; audit by direct probes: {agreeing} of {n} agree "
+            f"(at least {audit['share_at_least']:.0%}, 95 %)"
+        )
+        lines += [f"screen not believed for {kind}: probed instead" for kind in audit["distrusted"]]
+    lines += [f"not screened, probed: {name}: {why}" for name, why in evidence["unseen"].items()]
+    return Text("\n".join(lines))
+
+
+def rounding_text(rounding: Rounding) -> RenderableType:
+    """The two uncertainties of the final map, side by side."""
+    lines = [
+        f"two uncertainties, on n = {rounding.n:,} units of the search split:",
+        f"  this artefact (its own grids):  drop {rounding.shipped:+.5f} ± {rounding.error_over_units:.5f} over units",
+        f"  this policy, the next retrain:  mean {rounding.mean:+.5f}, spread {rounding.sd:.5f} over "
+        f"{len(rounding.drops)} shifted grids",
+    ]
+    return Text("\n".join(lines))
 
 
 def run_page(run: RunRecord) -> RenderableType:
@@ -159,12 +190,18 @@ def run_page(run: RunRecord) -> RenderableType:
     if run.map is not None:
         parts += [map_table(run.map), Text(), _savings(run.map, run.floor), Text()]
     else:
-        parts += [Text(f"unfinished: {len(run.probes)} layers were probed, no map was chosen", style="yellow")]
-    if run.joints:
+        done = ", ".join(f"{kind} {count}" for kind, count in run.batches.items()) or "none"
+        parts += [Text(f"unfinished, the same command takes it up again; batches scored: {done}", style="yellow")]
+    if run.evidence is not None:
+        parts += [audit_text(run.evidence), Text()]
+    if run.chain:
         parts += [chain_table(run), Text()]
-    parts += [certificate_text(run.map.certificate)] if run.map is not None and run.map.certificate is not None else []
-    if run.map is not None and run.map.certificate is None and run.certificates:
+    if run.map is not None and run.map.certificate is not None:
+        parts += [certificate_text(run.map.certificate)]
+    elif run.certificates:
         parts += [certificate_text(run.certificates[0])]
+    if run.map is not None and run.map.rounding is not None:
+        parts += [rounding_text(run.map.rounding)]
     if run.answer is not None:
         parts += [Text(f"answer: {run.answer}", style="bold")]
     return Group(*parts)
@@ -182,9 +219,8 @@ def preflight_text(preflight: dict[str, Any]) -> RenderableType:
 def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> RenderableType:
     before = sum(decision.bytes for decision in precision_map.layers.values())
     after = sum(_bytes_after(precision_map, name) for name in precision_map.layers)
-    n = next((e.n for d in precision_map.layers.values() for e in d.evidence.values()), 0)
     lines = [
-        f"drops of single layers: {precision_map.premise.metric}, n = {n}; positive is worse",
+        f"drops of single layers: {precision_map.premise.metric}, {_sizes(precision_map)}; positive is worse",
         f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, "
         f"{precision_map.flops_share:.1%} of the weight FLOPs",
         f"bytes of all layers: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
@@ -193,6 +229,14 @@ def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> Rende
         drop = floor["drop"]
         lines.append(f"noise floor (rounding every layer to BF16): {drop['estimate']:+.1e} ± {drop['error']:.1e}")
     return Text("\n".join(lines))
+
+
+def _sizes(precision_map: PrecisionMap) -> str:
+    found = []
+    for how, name in (("predicted", "predicted"), ("probed", "evidence")):
+        units = sorted({e.n for d in precision_map.layers.values() for e in getattr(d, name).values()})
+        found += [f"{how} on n = {' or '.join(map(str, units))}"] if units else []
+    return ", ".join(found) or "none known"
 
 
 def _bytes_after(precision_map: PrecisionMap, name: str) -> float:

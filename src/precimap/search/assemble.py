@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from precimap.layers.inventory import Inventory, Layer
+from precimap.metrics.paired import units_needed
 from precimap.numerics.schemes import Scheme
 from precimap.precision_map import Decision, PrecisionMap, Premise, Verdict
 from precimap.search.calibrate import Calibration
 from precimap.search.eligibility import Eligibility
+from precimap.search.known import Known
 from precimap.search.preflight import SplitPrints
-from precimap.search.probe import Probe
+from precimap.search.probe import Comparison
 from precimap.task import Task
 
 
@@ -27,10 +29,15 @@ class Findings:
     schemes: tuple[Scheme, ...]
     eligibility: Eligibility
     calibration: Calibration
-    probes: tuple[Probe, ...]
+    known: tuple[Known, ...]
     cutoff: float
     target: str
     premise: Premise
+    alpha: float
+
+    def needed(self, found: Comparison) -> int | None:
+        """The units that would tell a drop like this one from the cutoff; None where no number would."""
+        return units_needed(found.drop, self.cutoff, self.alpha, worst=found.largest or None)
 
 
 def premise_of(task: Task, weights: str, prints: SplitPrints, version: str) -> Premise:
@@ -51,22 +58,22 @@ def premise_of(task: Task, weights: str, prints: SplitPrints, version: str) -> P
 
 def assemble(findings: Findings, choice: dict[str, str]) -> PrecisionMap:
     """The map that gives `choice` (layer -> scheme name) to its layers and base precision to all others."""
-    probes: dict[str, list[Probe]] = defaultdict(list)
-    for probe in findings.probes:
-        probes[probe.layer].append(probe)
+    known: dict[str, list[Known]] = defaultdict(list)
+    for found in findings.known:
+        known[found.layer].append(found)
     return PrecisionMap(
         target=findings.target,
         schemes={scheme.name: scheme.row() for scheme in findings.schemes},
         layers={
-            layer.name: _decision(findings, layer, choice.get(layer.name), probes[layer.name])
+            layer.name: _decision(findings, layer, choice.get(layer.name), known[layer.name])
             for layer in findings.inventory.layers
         },
         premise=findings.premise,
     )
 
 
-def _decision(findings: Findings, layer: Layer, chosen: str | None, probes: Sequence[Probe]) -> Decision:
-    verdict, reason = _judged(findings, layer, chosen, probes)
+def _decision(findings: Findings, layer: Layer, chosen: str | None, known: Sequence[Known]) -> Decision:
+    verdict, reason = _judged(findings, layer, chosen, known)
     scheme = next((s for s in findings.schemes if s.name == chosen), None)
     found = None if scheme is None else findings.calibration.input_range(layer.name, scheme)
     flops = findings.inventory.weight_flops
@@ -79,31 +86,35 @@ def _decision(findings: Findings, layer: Layer, chosen: str | None, probes: Sequ
         contracted=layer.contracted,
         input_scale=None if found is None else found.scale,
         input_zero=None if found is None else found.zero,
-        evidence={probe.scheme: probe.comparison.evidence() for probe in probes},
+        evidence={known.scheme: known.probed.evidence() for known in known if known.probed is not None},
+        predicted={known.scheme: known.predicted.evidence() for known in known if known.predicted is not None},
         flops_share=layer.flops / flops if flops else 0.0,
         bytes=layer.bytes,
     )
 
 
-def _judged(findings: Findings, layer: Layer, chosen: str | None, probes: Sequence[Probe]) -> tuple[Verdict, str]:
+def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequence[Known]) -> tuple[Verdict, str]:
     cutoff = findings.cutoff
     if layer.name in findings.eligibility.pinned:
         return Verdict.PINNED, "kept by the user"
-    if not probes:
+    if not known:
         return Verdict.INELIGIBLE, "; ".join(findings.eligibility.reasons(layer.name))
-    best = min(probes, key=lambda probe: probe.comparison.upper)
-    if chosen is not None:
-        best = next(probe for probe in probes if probe.scheme == chosen)
-    drop, n = best.comparison.drop, best.comparison.drop.n
-    if best.comparison.upper <= cutoff:
-        reason = f"its own drop is at most {best.comparison.upper:.2g}, below the cutoff {cutoff:.2g} (n = {n})"
-        return Verdict.TOLERANT, reason
-    if best.comparison.lower > cutoff:
-        reason = f"its own drop is at least {best.comparison.lower:.2g}, above the cutoff {cutoff:.2g} (n = {n})"
-        return Verdict.SENSITIVE, reason
-    told = (
-        f"its own drop {drop.estimate:+.2g} +- {drop.error:.2g} cannot be told from the cutoff {cutoff:.2g} (n = {n})"
-    )
-    if chosen is not None:
-        return Verdict.UNDECIDED, f"{told}; in by the certificate of the whole map"
-    return Verdict.UNDECIDED, f"{told}; no map with it was certified"
+    told = [found for found in known if found.decisive is not None and chosen in (None, found.scheme)]
+    if not told:
+        return Verdict.UNDECIDED, f"its own drop cannot be predicted in this metric; {_fate(chosen)}"
+    found = min(told, key=lambda found: found.decisive.upper if found.decisive is not None else float("inf"))
+    best = found.decisive
+    assert best is not None
+    how = f"({'probed' if best is found.probed else 'predicted'}, n = {best.drop.n})"
+    if best.upper <= cutoff:
+        return Verdict.TOLERANT, f"its own drop is at most {best.upper:.2g}, below the cutoff {cutoff:.2g} {how}"
+    if best.lower > cutoff and chosen is None:
+        return Verdict.SENSITIVE, f"its own drop is at least {best.lower:.2g}, above the cutoff {cutoff:.2g} {how}"
+    drop, n = best.drop, findings.needed(best)
+    told_apart = f"its own drop {drop.estimate:+.2g} +- {drop.error:.2g} {how}"
+    asks = f"cannot be told from the cutoff {cutoff:.2g}" + ("" if n is None else f" (needs about {n:,} units)")
+    return Verdict.UNDECIDED, f"{told_apart} {asks}; {_fate(chosen)}"
+
+
+def _fate(chosen: str | None) -> str:
+    return "no map with it was certified" if chosen is None else "in by the certificate of the whole map"

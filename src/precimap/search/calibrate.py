@@ -5,8 +5,8 @@ spaced sample of the rest, so that amax ranges are exact and percentile and leas
 values. Histograms, the alternative, fix their bins before they know the range.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from precimap.errors import ModelError, TaskError
 from precimap.layers.interception import Interception, WeightCall
+from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import InputRange
 from precimap.layers.views import parameter_names
 from precimap.numerics.ranges import fit
-from precimap.numerics.schemes import Scheme
+from precimap.numerics.schemes import Scheme, scheme_key
 from precimap.search.progress import Progress
+from precimap.search.run import Run
 from precimap.task import Task, to_device
 
 SAMPLE_SIZE = 65_536
@@ -55,19 +57,44 @@ class _Inputs(Interception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """Input statistics of every layer that was called on the calibration split."""
+    """Input statistics of every layer that was called on the calibration split, or the ranges that followed from them.
+
+    seen: layer -> sample of its inputs. ranges: (layer, `scheme_key`) -> static range, known already.
+    """
 
     seen: Mapping[str, Tensor]
+    ranges: Mapping[tuple[str, str], InputRange] = field(default_factory=dict)
 
     def input_range(self, layer: str, scheme: Scheme) -> InputRange | None:
         """The static range of a layer under a scheme; None for schemes without one. Raises TaskError if it is unseen."""
         if not scheme.needs_calibration or scheme.input is None:
             return None
+        if (layer, scheme_key(scheme)) in self.ranges:
+            return self.ranges[layer, scheme_key(scheme)]
         if layer not in self.seen:
             raise TaskError(f"{layer} was never called on the calibration split; give it batches that reach the layer")
         values = self.seen[layer]
         affine = fit(values, scheme.input, tuple(range(values.dim())))
         return InputRange(float(affine.scale), 0 if affine.zero is None else int(affine.zero))
+
+
+def calibrated(run: Run, inventory: Inventory, schemes: Sequence[Scheme]) -> Calibration:
+    """The static ranges of all layers that are called, from the journal where it holds them; none for dynamic schemes."""
+    static = [scheme for scheme in schemes if scheme.needs_calibration]
+    names = tuple(layer.name for layer in inventory.layers if not layer.lookup)
+    rows = {
+        (name, scheme_key(s)): run.journal.find("calibration", name, scheme_key(s)) for name in names for s in static
+    }
+    if any(row is None for row in rows.values()):
+        seen = calibrate(run.task, names, run.progress)
+        for name in names:
+            for scheme in static:
+                if rows[name, scheme_key(scheme)] is None and name in seen.seen:
+                    found = seen.input_range(name, scheme)
+                    assert found is not None
+                    run.journal.record("calibration", name, asdict(found), scheme_key(scheme))
+        rows = {key: run.journal.find("calibration", *key) for key in rows}
+    return Calibration({}, {key: InputRange(**row.value) for key, row in rows.items() if row is not None})
 
 
 def calibrate(task: Task, layers: tuple[str, ...], progress: Progress) -> Calibration:

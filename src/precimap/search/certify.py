@@ -6,16 +6,17 @@ error at alpha without a correction (fixed-sequence testing, Maurer, Hothorn and
 aggressive end down until something passes is not this: measured, 9 to 27 % false certificates at 5 %.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from precimap.layers.quantized import quantize_map
+from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.target import Target
 from precimap.metrics.paired import units_needed
 from precimap.precision_map import Certificate, PrecisionMap
 from precimap.search.probe import Comparison, compare
-from precimap.search.progress import Progress
-from precimap.task import Scored, Task, score
+from precimap.search.run import Run, scored
+from precimap.task import Scored, Task
 
 BOUND = "cluster t raised for skewness, plus one pseudo-cluster of worst loss"
 
@@ -30,36 +31,40 @@ class Question:
     split: str
 
 
-def certify(
-    task: Task,
-    target: Target,
-    chain: Sequence[PrecisionMap],
-    question: Question,
-    progress: Progress,
-) -> tuple[Certificate, ...]:
+def certify(run: Run, target: Target, chain: Sequence[PrecisionMap], question: Question) -> tuple[Certificate, ...]:
     """Test the maps of `chain`, safest first, up to the first failure.
 
     Returns one certificate for each map that was tested; all but the last are certified.
     """
-    progress("certify", 0, len(chain) + 1)
-    with target.running(task.model, {}) as model:
-        baseline = score(task, model, task.splits.certify)
+    task, looks = run.task, len(chain) + 1
+    run.progress("certify", 0, looks)
+    baseline = _certify_split(run, target, "baseline", dict)
     certificates: list[Certificate] = []
     for number, precision_map in enumerate(chain):
-        progress("certify", number + 1, len(chain) + 1)
-        with target.running(task.model, quantize_map(task.model, precision_map)) as model:
-            scored = score(task, model, task.splits.certify)
-        certificates.append(_certificate(task, target, baseline, scored, question, precision_map.fingerprint))
+        run.progress("certify", number + 1, looks)
+        layers = functools.partial(quantize_map, task.model, precision_map)
+        other = _certify_split(run, target, precision_map.fingerprint, layers)
+        certificates.append(_certificate(task, target, baseline, other, question, precision_map.fingerprint))
         if not certificates[-1].certified:
             break
-    progress("certify", len(chain) + 1, len(chain) + 1)
+    run.progress("certify", looks, looks)
     return tuple(certificates)
 
 
+def _certify_split(
+    run: Run, target: Target, subject: str, layers: Callable[[], Mapping[str, QuantizedLayer]]
+) -> Scored:
+    """The certify split as the target runs it; layers are quantised only if a batch is still to be scored."""
+    task = run.task
+    return scored(
+        run, "certify", f"{subject} on {target.name}", task.splits.certify, lambda: target.running(task.model, layers())
+    ).whole
+
+
 def _certificate(
-    task: Task, target: Target, baseline: Scored, scored: Scored, question: Question, fingerprint: str
+    task: Task, target: Target, baseline: Scored, other: Scored, question: Question, fingerprint: str
 ) -> Certificate:
-    found = compare(task, baseline, scored, question.alpha)
+    found = compare(task, baseline, other, question.alpha)
     certified = found.upper <= question.margin
     needed = (
         None

@@ -38,6 +38,39 @@ class Limits:
         return self.alpha if self.alpha_budget is None else self.alpha_budget
 
 
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard a search looks.
+
+    probe_all: measure every layer on its own instead of screening. screen_units: of the search split, where losses are
+    screened. screen_memory, replay_memory: bytes. rounding_draws: shifted grids for the final map, 0 for none.
+    minutes: after these no new look at the search split is begun; the best answer so far is certified.
+    """
+
+    probe_all: bool = False
+    screen_units: int = 256
+    audit_units: int = 64
+    screen_memory: int = 4 * 2**30
+    replay_memory: int = 4 * 2**30
+    rounding_draws: int = 8
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("screen_units", "audit_units"):
+            if getattr(self, name) < 2:
+                raise InputError(f"expected {name} of at least 2, got {getattr(self, name)}")
+        for name in ("screen_memory", "replay_memory"):
+            if getattr(self, name) < 0:
+                raise InputError(f"expected {name} in bytes, 0 or more, got {getattr(self, name)}")
+        if self.rounding_draws < 0 or self.rounding_draws == 1:
+            raise InputError(f"expected 0 or at least 2 rounding draws (a spread needs two), got {self.rounding_draws}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise InputError(f"expected a number of minutes above zero, got {self.minutes}")
+
+
+USUAL_EFFORT = Effort()
+
+
 def state_directory() -> Path:
     """Where the alpha ledgers are kept: $PRECIMAP_STATE, or precimap's folder under the user's state directory."""
     given = os.environ.get("PRECIMAP_STATE")

@@ -1,48 +1,46 @@
 """search(): a model and a Task in, a certified precision map out.
 
-Invariant: one way through - discover, calibrate, probe, allocate, certify - each step a value for the next, and nothing
-that the certify split says flows back into a choice. The model is never modified.
+Invariant: one way through - discover, calibrate, screen and probe, allocate, look at whole maps, certify - each step a
+value for the next, and nothing that the certify split says flows back into a choice. The model is never modified. Every
+measurement is in the journal before it is used: the same call takes up a run that was killed.
 """
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from precimap.errors import InputError
 from precimap.fingerprints import of_weights
-from precimap.journal import Journal, new_journal
+from precimap.journal import run_journal
 from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import quantize_map, quantized
 from precimap.layers.target import EMULATED, Target
+from precimap.numerics import NUMERICS_VERSION
 from precimap.numerics.schemes import Scheme
 from precimap.numerics.schemes import scheme as scheme_by_name
-from precimap.precision_map import Certificate, PrecisionMap, Premise
+from precimap.precision_map import Certificate, PrecisionMap, Premise, Rounding
 from precimap.search import preflight
-from precimap.search.allocate import Candidate, Step, default_cutoff, threshold
+from precimap.search.allocate import default_cutoff
 from precimap.search.assemble import Findings, assemble, premise_of
-from precimap.search.calibrate import Calibration, calibrate
+from precimap.search.calibrate import Calibration, calibrated
 from precimap.search.certify import Question, certify
+from precimap.search.choosing import chosen_maps
 from precimap.search.eligibility import Eligibility, eligibility
+from precimap.search.evidence import Evidence, gather
+from precimap.search.floor import rounding_floor
 from precimap.search.ledger import Ledger
-from precimap.search.limits import Limits, chain_fingerprint, state_directory
-from precimap.search.probe import Comparison, Probe, compare, probe, rounding_floor, score_baseline
+from precimap.search.limits import USUAL_EFFORT, Effort, Limits, chain_fingerprint, state_directory
+from precimap.search.probe import Comparison
 from precimap.search.progress import Progress, silent
-from precimap.task import Scored, Task, first_batch, score
-
-
-@dataclass(frozen=True, slots=True)
-class Joint:
-    """One map of the chain, measured as a whole on the search split. `passed`: its upper bound is within the margin."""
-
-    map: PrecisionMap
-    cutoff: float
-    comparison: Comparison
-    passed: bool
+from precimap.search.rounding_draws import rounding_of
+from precimap.search.rules import KNAPSACK, Rule, candidates
+from precimap.search.run import Parts, Run, scored
+from precimap.search.whole_maps import Chosen, Joint, sequence
+from precimap.task import Task, first_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ class SearchResult:
     preflight: preflight.Preflight
     inventory: Inventory
     floor: Comparison
-    probes: tuple[Probe, ...]
+    evidence: Evidence
     chain: tuple[Joint, ...]
     certificates: tuple[Certificate, ...]
 
@@ -74,10 +72,12 @@ def search(
     schemes: Sequence[str | Scheme],
     margin: float,
     confidence: float = 0.95,
+    rule: Rule = KNAPSACK,
     cutoff: float | None = None,
     target: Target = EMULATED,
     pinned: Sequence[str] = (),
     alpha_budget: float | None = None,
+    effort: Effort = USUAL_EFFORT,
     run: str | Path | None = None,
     ledger: str | Path | None = None,
     progress: Progress = silent,
@@ -86,13 +86,16 @@ def search(
     """Find the most aggressive precision map that the metric cannot tell from the model as given.
 
     schemes: names or Schemes, the preferred first. margin: the largest drop you accept, in units of the metric.
-    cutoff: a layer is tolerant when its own drop is surely below it (default: margin / number of candidate layers).
-    pinned: shell patterns of layers to keep. alpha_budget: what the certify split may give away in all (default
-    1 - confidence). run: a new directory for measurements and maps. ledger: directory of the alpha ledgers
-    (default `state_directory()`). on_preflight: told what this many units can detect, before the long work.
+    rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its own drop is surely below it
+    (default: margin / number of candidate layers). pinned: shell patterns of layers to keep. alpha_budget: what the
+    certify split may give away in all (default 1 - confidence). effort: how hard to look, see `Effort`. run: a
+    directory for measurements and maps; one that holds measurements of the same model, data and schemes is taken up
+    again, also with another margin or rule. ledger: directory of the alpha ledgers (default `state_directory()`).
+    on_preflight: told what this many units can detect, before the long work.
 
-    Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, AlphaSpent when the
-    certify split has judged other maps before. The model is as before in every case.
+    Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, JournalError for a run
+    with another premise, AlphaSpent when the certify split has judged other maps before. The model is as before in
+    every case.
     """
     limits = Limits(margin, confidence, cutoff, alpha_budget)
     chosen = tuple(scheme_by_name(s) if isinstance(s, str) else s for s in schemes)
@@ -104,32 +107,32 @@ def search(
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
     allowed = eligibility(inventory, chosen, target, pinned)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
+    written = premise.model_dump() | {"target": target.name, "numerics": NUMERICS_VERSION}
+    ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
     with ExitStack() as stack:
-        journal = None if run is None else stack.enter_context(new_journal(Path(run), premise.model_dump()))
-        steps = _Steps(task, chosen, limits, target, premise, journal, progress, on_preflight)
+        journal = stack.enter_context(run_journal(None if run is None else Path(run), written))
+        search_ = _Search(
+            Run(task, journal, progress, ends_at), chosen, limits, rule, target, effort, premise, on_preflight
+        )
         seen = _Seen(prints, note, inventory, allowed)
-        result = _searched(steps, seen, Path(ledger) if ledger else state_directory())
+        result = _searched(search_, seen, Path(ledger) if ledger else state_directory())
         if run is not None:
             result.map.save(Path(run) / "map.json")
         return result
 
 
 @dataclass(frozen=True, slots=True)
-class _Steps:
+class _Search:
     """What every step of one search needs."""
 
-    task: Task
+    run: Run
     schemes: tuple[Scheme, ...]
     limits: Limits
+    rule: Rule
     target: Target
+    effort: Effort
     premise: Premise
-    journal: Journal | None
-    progress: Progress
     on_preflight: Callable[[preflight.Preflight], None] | None
-
-    def record(self, kind: str, subject: str, value: dict[str, Any], scheme: str = "") -> None:
-        if self.journal is not None:
-            self.journal.record(kind, subject, value, scheme)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,114 +145,95 @@ class _Seen:
     allowed: Eligibility
 
 
-def _searched(steps: _Steps, seen: _Seen, ledger: Path) -> SearchResult:
-    task, alpha = steps.task, steps.limits.alpha
-    inventory, allowed = seen.inventory, seen.allowed
-    calibration = calibrate(task, tuple(layer.name for layer in inventory.layers), steps.progress)
-    baseline = score_baseline(task, task.splits.search)
-    preflight.check_baseline(task, baseline)
-    checked = _preflight(steps, seen, calibration, baseline)
-    floor = rounding_floor(task, inventory, baseline, alpha)
-    steps.record("floor", "all layers", asdict(floor), "bf16")
-    probes = _probe_all(steps, inventory, calibration, baseline, allowed)
-    candidates = [
-        Candidate(p.layer, p.scheme, p.comparison.lower, p.comparison.upper, inventory.layer(p.layer).fused)
-        for p in probes
-    ]
-    limit = steps.limits.cutoff or default_cutoff(steps.limits.margin, candidates)
-    findings = Findings(inventory, steps.schemes, allowed, calibration, probes, limit, steps.target.name, steps.premise)
-    chain = _chain(steps, findings, threshold(candidates, [s.name for s in steps.schemes], limit), baseline)
-    certificates = _certified(steps, [joint.map for joint in chain if joint.passed], seen.prints, ledger)
-    final, certificate, answer = _answer(findings, chain, certificates)
-    steps.record("summary", final.fingerprint, {"answer": answer, "map": json.loads(final.model_dump_json())})
-    return SearchResult(final, certificate, answer, checked, inventory, floor, probes, chain, certificates)
-
-
-def _preflight(steps: _Steps, seen: _Seen, calibration: Calibration, baseline: Scored) -> preflight.Preflight:
-    inventory = seen.inventory
-    units = round(len(baseline.values) * seen.prints.certify.batches / seen.prints.search.batches)
-    drop = preflight.detectable(
-        steps.task, inventory, calibration, baseline, steps.schemes, steps.limits.alpha, max(2, units)
+def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
+    run, task, alpha, inventory = search.run, search.run.task, search.limits.alpha, seen.inventory
+    calibration = calibrated(run, inventory, search.schemes)
+    baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
+    preflight.check_baseline(task, baseline.whole)
+    checked = _preflight(search, seen, calibration, baseline)
+    floor = rounding_floor(run, inventory, baseline, search.effort.screen_units, alpha)
+    run.journal.conclude("floor", "all layers", asdict(floor))
+    by_name = {scheme.name: scheme for scheme in search.schemes}
+    pairs = [(layer, by_name[name]) for layer, name in seen.allowed.open_pairs()]
+    evidence = gather(run, inventory, calibration, baseline, pairs, search.rule, search.limits, search.effort)
+    limit = search.limits.cutoff or default_cutoff(search.limits.margin, candidates(inventory, evidence.known))
+    findings = Findings(
+        inventory,
+        search.schemes,
+        seen.allowed,
+        calibration,
+        evidence.known,
+        limit,
+        search.target.name,
+        search.premise,
+        alpha,
     )
-    notes = preflight.notes(inventory, steps.schemes) + ((seen.note,) if seen.note else ())
-    checked = preflight.Preflight(len(baseline.values), units, drop, notes)
-    steps.record("preflight", steps.task.name, asdict(checked))
-    steps.record("inventory", steps.task.name, asdict(inventory))
-    if steps.on_preflight is not None:
-        steps.on_preflight(checked)
+    steps = search.rule.steps(inventory, task.metric, evidence.known, by_name, limit)
+    chosen = chosen_maps(run, findings, steps, evidence, baseline, search.limits)
+    run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
+    certificates = _certified(search, [joint.map for joint in sequence(chosen)], seen.prints, ledger)
+    final, certificate, answer = _answer(findings, chosen, certificates)
+    final = final.model_copy(update={"rounding": _rounding(search, final, baseline)})
+    run.journal.conclude("summary", "answer", {"answer": answer, "map": json.loads(final.model_dump_json())})
+    return SearchResult(final, certificate, answer, checked, inventory, floor, evidence, chosen.joints, certificates)
+
+
+def _preflight(search: _Search, seen: _Seen, calibration: Calibration, baseline: Parts) -> preflight.Preflight:
+    inventory, task = seen.inventory, search.run.task
+    n = sum(baseline.sizes)
+    units = round(n * seen.prints.certify.batches / seen.prints.search.batches)
+    drop = preflight.detectable(
+        task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
+    )
+    notes = preflight.notes(inventory, search.schemes) + ((seen.note,) if seen.note else ())
+    checked = preflight.Preflight(n, units, drop, notes)
+    search.run.journal.conclude("preflight", task.name, asdict(checked))
+    search.run.journal.conclude("inventory", task.name, asdict(inventory))
+    if search.on_preflight is not None:
+        search.on_preflight(checked)
     return checked
 
 
-def _probe_all(
-    steps: _Steps, inventory: Inventory, calibration: Calibration, baseline: Scored, allowed: Eligibility
-) -> tuple[Probe, ...]:
-    by_name = {scheme.name: scheme for scheme in steps.schemes}
-    pairs = allowed.open_pairs()
-    probes = []
-    for number, (layer, name) in enumerate(pairs):
-        steps.progress("probe", number, len(pairs))
-        found = probe(steps.task, inventory, calibration, baseline, layer, by_name[name], steps.limits.alpha)
-        steps.record("probe", layer, asdict(found), name)
-        probes.append(found)
-    steps.progress("probe", len(pairs), len(pairs))
-    return tuple(probes)
-
-
-def _chain(steps: _Steps, findings: Findings, planned: Sequence[Step], baseline: Scored) -> tuple[Joint, ...]:
-    """Measure the maps as wholes on the search split, safest first, and back off there: stop at the first that fails."""
-    measured: list[Joint] = []
-    for number, step in enumerate(planned):
-        steps.progress("whole maps", number, len(planned))
-        precision_map = assemble(findings, step.choice)
-        with quantized(steps.task.model, quantize_map(steps.task.model, precision_map)):
-            scored = score(steps.task, steps.task.model, steps.task.splits.search)
-        comparison = compare(steps.task, baseline, scored, steps.limits.alpha)
-        passed = comparison.upper <= steps.limits.margin
-        measured.append(Joint(precision_map, step.cutoff, comparison, passed))
-        steps.record("joint", precision_map.fingerprint, {**asdict(comparison), "low": precision_map.low})
-        if not passed:
-            break
-    steps.progress("whole maps", len(planned), len(planned))
-    return tuple(measured)
-
-
 def _certified(
-    steps: _Steps, chain: Sequence[PrecisionMap], prints: preflight.SplitPrints, ledger: Path
+    search: _Search, chain: Sequence[PrecisionMap], prints: preflight.SplitPrints, ledger: Path
 ) -> tuple[Certificate, ...]:
-    if not chain:
-        return ()
-    limits = steps.limits
-    spent = Ledger.open(ledger, prints.certify.whole, limits.budget).spend(
-        chain_fingerprint(chain), limits.alpha, f"{steps.task.name}: {len(chain)} maps for {steps.target.name}"
-    )
-    question = Question(limits.margin, limits.alpha, spent, prints.certify.whole)
-    certificates = certify(steps.task, steps.target, chain, question, steps.progress)
-    for certificate in certificates:
-        steps.record("certificate", certificate.map, certificate.model_dump())
+    certificates: tuple[Certificate, ...] = ()
+    if chain:
+        limits, run = search.limits, search.run
+        spent = Ledger.open(ledger, prints.certify.whole, limits.budget).spend(
+            chain_fingerprint(chain), limits.alpha, f"{run.task.name}: {len(chain)} maps for {search.target.name}"
+        )
+        question = Question(limits.margin, limits.alpha, spent, prints.certify.whole)
+        certificates = certify(run, search.target, chain, question)
+    rows = [certificate.model_dump() for certificate in certificates]
+    search.run.journal.conclude("certificates", "certify", {"certificates": rows})
     return certificates
 
 
 def _answer(
-    findings: Findings, chain: Sequence[Joint], certificates: Sequence[Certificate]
+    findings: Findings, chosen: Chosen, certificates: Sequence[Certificate]
 ) -> tuple[PrecisionMap, Certificate | None, str]:
     passed = [certificate for certificate in certificates if certificate.certified]
     if passed:
-        final = next(joint.map for joint in chain if joint.map.fingerprint == passed[-1].map)
+        final = next(joint.map for joint in chosen.joints if joint.map.fingerprint == passed[-1].map)
         share = f"{final.flops_share:.1%} of the weight FLOPs"
         answer = f"certified: {len(final.low)} of {len(final.layers)} layers in low precision, {share}"
         return final.model_copy(update={"certificate": passed[-1]}), passed[-1], answer
     baseline = assemble(findings, {})
     if certificates:
-        return (
-            baseline,
-            certificates[0],
-            f"keep the baseline: the safest map was not certified ({certificates[0].verdict})",
-        )
-    if chain:
-        upper = chain[0].comparison.upper
-        return (
-            baseline,
-            None,
-            f"keep the baseline: already on the search split the safest map's bound {upper:.2g} is above the margin",
-        )
+        said = f"keep the baseline: the safest map was not certified ({certificates[0].verdict})"
+        return baseline, certificates[0], said
+    measured = [joint.measured.upper for joint in chosen.joints if joint.measured is not None]
+    if measured:
+        said = f"already on the search split the best bound of a map, {min(measured):.2g}, is above the margin"
+        return baseline, None, f"keep the baseline: {said}"
+    if chosen.joints:
+        return baseline, None, "keep the baseline: time ran out before a map was measured as a whole"
     return baseline, None, "keep the baseline: no layer is both eligible and not sensitive"
+
+
+def _rounding(search: _Search, final: PrecisionMap, baseline: Parts) -> Rounding | None:
+    draws, effort = search.effort.rounding_draws, search.effort
+    if not final.low or not draws:
+        return None
+    return rounding_of(search.run, final, baseline, draws, effort.screen_units)

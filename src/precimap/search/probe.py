@@ -1,21 +1,28 @@
-"""Quantise one layer, leave the rest, score the search split: the literal micro-benchmark.
+"""The direct probe: quantise one layer, leave the rest, score. The literal micro-benchmark, by replay.
 
 Invariant: a probe is a paired comparison with the baseline on the same units, scored on the same path, so that an
-unquantised model probes to exactly zero.
+unquantised model probes to exactly zero; replayed and plain probes agree to the bit. The outer loop is over batches, so
+that the recorded results of one batch at a time are held.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, quantize_layer, quantized
+from precimap.layers.quantized import QuantizedLayer, dequantized, quantize_layer
+from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.metrics.paired import Drop, differences, lower_bound, paired_drop, upper_bound
-from precimap.numerics.schemes import BF16_FLOOR, Scheme
+from precimap.numerics.schemes import Scheme, scheme_key
 from precimap.precision_map import Evidence
 from precimap.search.calibrate import Calibration
-from precimap.task import Batches, Scored, Task, score
+from precimap.search.run import Parts, Run, batch_subject, part_of, record_part
+from precimap.search.screen_plan import Pair
+from precimap.task import Scored, Task, join_parts, score_batch, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +47,15 @@ class Comparison:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Probe:
-    """One layer under one scheme, the rest at base precision."""
+    """One layer under one scheme, the rest at base precision, on the batches `numbers` of the search split."""
 
     layer: str
     scheme: str
     comparison: Comparison
+    numbers: tuple[int, ...]
+    scored: Scored
     seconds: float
 
 
@@ -58,6 +67,7 @@ def compare(task: Task, baseline: Scored, other: Scored, alpha: float) -> Compar
             differences(metric, baseline.reported[metric.name], other.reported[metric.name]), baseline.units
         )
         for metric in task.reported
+        if metric.name in other.reported
     }
     return Comparison(
         paired_drop(d, baseline.units),
@@ -66,12 +76,6 @@ def compare(task: Task, baseline: Scored, other: Scored, alpha: float) -> Compar
         reported,
         float(abs(d).max()),
     )
-
-
-def score_baseline(task: Task, batches: Batches) -> Scored:
-    """Score the model as given, on the path on which quantised layers are scored."""
-    with quantized(task.model, {}):
-        return score(task, task.model, batches)
 
 
 def prepare(
@@ -88,30 +92,71 @@ def prepare(
 
 
 def probe(
-    task: Task,
+    run: Run,
     inventory: Inventory,
     calibration: Calibration,
-    baseline: Scored,
-    layer: str,
-    scheme: Scheme,
+    baseline: Parts,
+    pairs: Sequence[Pair],
+    numbers: Sequence[int],
     alpha: float,
-) -> Probe:
-    """Measure one layer under one scheme on the search split."""
-    started = time.perf_counter()
-    layers = prepare(task, inventory, calibration, {layer: scheme})
-    with quantized(task.model, layers):
-        scored = score(task, task.model, task.splits.search)
-    comparison = compare(task, baseline, scored, alpha)
-    return Probe(layer, scheme.name, comparison, time.perf_counter() - started)
+    replay_memory: int,
+) -> tuple[Probe, ...]:
+    """Measure each pair on the batches `numbers` of the search split; those that the journal holds are read from it.
+
+    replay_memory: bytes of recorded results that may be held. When the run is out of time, the batches that all pairs
+    have seen are used; pairs that have seen none are left out.
+    """
+    codes: dict[Pair, QuantizedLayer] = {}
+    complete: list[int] = []
+    for number, batch in enumerate(run.task.splits.search):
+        if number not in numbers:
+            continue
+        run.progress("probe", len(complete), len(numbers))
+        missing = [
+            pair
+            for pair in pairs
+            if run.journal.find("probe", batch_subject(pair[0], number), scheme_key(pair[1])) is None
+        ]
+        for pair in missing:
+            codes.setdefault(pair, prepare(run.task, inventory, calibration, dict([pair]))[pair[0]])
+        if missing and not _probe_batch(run, batch, number, [(p, codes[p]) for p in missing], replay_memory):
+            break
+        complete.append(number)
+    run.progress("probe", len(numbers), len(numbers))
+    if not complete:
+        return ()
+    return tuple(_joined(run, baseline, pair, tuple(complete), alpha) for pair in pairs)
 
 
-def rounding_floor(task: Task, inventory: Inventory, baseline: Scored, alpha: float) -> Comparison:
-    """What rounding all weights and inputs of the layers to BF16 alone does to the metric: the noise floor."""
-    alive = {layer.name: BF16_FLOOR for layer in inventory.layers if layer.dead is None and not layer.lookup}
-    layers = prepare(task, inventory, Calibration({}), alive)
-    with quantized(task.model, layers):
-        scored = score(task, task.model, task.splits.search)
-    return compare(task, baseline, scored, alpha)
+def _probe_batch(
+    run: Run, batch: object, number: int, layers: Sequence[tuple[Pair, QuantizedLayer]], replay_memory: int
+) -> bool:
+    """Probe one batch under each layer. False when time ran out before the last."""
+    task, weights = run.task, parameter_names(run.task.model)
+    batch = to_device(batch, task.device)
+    recording = Recording(replay_memory)
+    with torch.no_grad():
+        with Replay(weights, {}, {}, recording):
+            score_batch(task, task.model, batch, number)
+        for (name, scheme), layer in layers:
+            if run.out_of_time:
+                return False
+            started = time.perf_counter()
+            weight: dict[str, Tensor] = dequantized({name: layer})
+            with Replay(weights, {name: layer}, weight, recording):
+                part = score_batch(task, task.model, batch, number)
+            subject, seconds = batch_subject(name, number), time.perf_counter() - started
+            record_part(run.journal, "probe", subject, part, seconds, scheme_key(scheme))
+    return True
+
+
+def _joined(run: Run, baseline: Parts, pair: Pair, numbers: tuple[int, ...], alpha: float) -> Probe:
+    name, scheme = pair
+    rows = [run.journal.find("probe", batch_subject(name, number), scheme_key(scheme)) for number in numbers]
+    found = [row for row in rows if row is not None]
+    whole = join_parts(run.task, [part_of(row) for row in found])
+    comparison = compare(run.task, baseline.only(numbers), whole, alpha)
+    return Probe(name, scheme.name, comparison, numbers, whole, sum(float(row.value["seconds"]) for row in found))
 
 
 def _finite(value: float) -> float | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from precimap.errors import MapError, TaskError
 from precimap.fingerprints import of_weights
+from precimap.journal import run_journal
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
 from precimap.search import preflight
@@ -15,6 +16,7 @@ from precimap.search.certify import Question, certify
 from precimap.search.ledger import Ledger
 from precimap.search.limits import Limits, chain_fingerprint, state_directory
 from precimap.search.progress import Progress, silent
+from precimap.search.run import Run
 from precimap.task import Task
 
 
@@ -44,7 +46,8 @@ def recertify(
         raise TaskError("the map was chosen on this certify split; a certificate needs data that chose nothing")
     spent = _spent(task, precision_map, limits, prints.certify.whole, Path(ledger) if ledger else state_directory())
     question = Question(margin, limits.alpha, spent, prints.certify.whole)
-    certificates = certify(task, target, [precision_map], question, progress)
+    with run_journal(None, {}) as journal:
+        certificates = certify(Run(task, journal, progress), target, [precision_map], question)
     return precision_map.model_copy(update={"certificate": certificates[0]})
 
 

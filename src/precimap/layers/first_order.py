@@ -1,0 +1,171 @@
+"""What quantising each layer would change, to first order: local errors of every call, and the gradient that meets them.
+
+One forward pass keeps, for each call of each layer and scheme, the local error Q(op)(x) - op(x); a backward pass brings
+the gradient g of some sum over rows; <g, error> taken row by row is the change of each row. So one backward serves all
+layers and schemes. Invariant: the model's own results are those of a plain pass, no parameter gets a gradient, and a
+tensor that a row shares with another row is never split between them: how rows lie in a tensor is found by weighing
+rows, not guessed from shapes. Quantising layers one at a time, the alternative, costs a pass for each.
+
+With `joint`, the pass runs at the jointly quantised point: each of those layers returns its emulated result and lets the
+gradient through as the original op would (straight-through; Bengio et al. 2013).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from precimap.layers.interception import Interception, WeightCall
+from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate
+
+SchemeName = str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the rows of a batch lie in a tensor: along `dim`, in runs (`adjacent`) or interleaved."""
+
+    dim: int
+    adjacent: bool
+
+    def rows(self, tensor: Tensor, count: int) -> Tensor:
+        """The tensor as float32 [count, values of one row]."""
+        front = tensor.movedim(self.dim, 0)
+        each = front.shape[0] // count
+        split = front.reshape(count, each, -1) if self.adjacent else front.reshape(each, count, -1).transpose(0, 1)
+        return split.reshape(count, -1).float()
+
+
+@dataclass(slots=True)
+class Tapped:
+    """One call of a layer: its local errors, and the gradient that came back (None before, or when none arrives)."""
+
+    layer: str
+    number: int  # of this call among the layer's calls in one pass
+    errors: dict[SchemeName, Tensor]
+    gradient: Tensor | None = None
+
+
+class _Tap(torch.autograd.Function):
+    """Identity; its backward hands the gradient over. `zero` makes the output require a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, zero: Tensor, tapped: Tapped) -> Tensor:
+        ctx.tapped = tapped
+        return output.clone()  # not a view of it: the model may change its result in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.tapped.gradient = gradients[0]
+        return gradients[0], gradients[0].new_zeros((), dtype=torch.float32), None
+
+
+class FirstOrder(Interception):
+    """Runs a model with gradients and keeps the local error of each call.
+
+    weights: name -> parameter. layers: layer -> scheme -> its codes. dequantized: (layer, scheme) -> float32 weight.
+    joint: layer -> scheme in which it is to run during the pass. Gradients flow although the caller's own code says
+    no_grad or inference_mode; what it says is in force again afterwards.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        layers: Mapping[str, Mapping[SchemeName, QuantizedLayer]],
+        dequantized: Mapping[tuple[str, SchemeName], Tensor],
+        joint: Mapping[str, SchemeName],
+    ) -> None:
+        super().__init__({name: weights[name] for name in layers})
+        self.taps: list[Tapped] = []
+        self.zero = torch.zeros((), requires_grad=True, device=next(iter(weights.values())).device)
+        self._layers = layers
+        self._dequantized = dequantized
+        self._joint = joint
+        self._inputs: dict[SchemeName, SharedInputs] = {}
+        self._calls: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            return None  # gradients stay on, whatever the user's forward says
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.enable_grad():
+                args, kwargs = tree_map(_usable, (args, kwargs or {}))
+                return super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def on_weight(self, call: WeightCall) -> Any:
+        name = call.view.name
+        output = call.run_with(call.weight.detach(), call.input)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        errors: dict[SchemeName, Tensor] = {}
+        with torch.no_grad():
+            for scheme, layer in self._layers[name].items():
+                inputs = self._inputs.setdefault(scheme, SharedInputs())
+                low = emulate(call, layer, self._dequantized[name, scheme], inputs)
+                errors[scheme] = low.float() - output.float()
+        if name in self._joint:
+            output = output + errors[self._joint[name]].to(output.dtype)
+        number = self._calls.get(name, 0)
+        self._calls[name] = number + 1
+        self.taps.append(Tapped(name, number, errors))
+        tapped: Tensor = _Tap.apply(output, self.zero, self.taps[-1])  # type: ignore[no-untyped-call]
+        return tapped
+
+    def backward(self, total: Tensor) -> None:
+        """Bring the gradient of the scalar `total` to every tap that it depends on; parameters get none.
+
+        Raises RuntimeError when `total` does not depend on any tap.
+        """
+        for tapped in self.taps:
+            tapped.gradient = None
+        torch.autograd.grad(total, [self.zero], retain_graph=True)
+
+    def clear(self) -> None:
+        """Let go of a batch: its graph and its errors."""
+        self.taps = []
+        self._inputs = {}
+        self._calls = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the local errors that are held now."""
+        return sum(e.numel() * e.element_size() for tapped in self.taps for e in tapped.errors.values())
+
+
+def _usable(value: Any) -> Any:
+    """A tensor made under inference mode cannot be saved for a backward pass; its clone can."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def row_changes(tapped: Tapped, layout: Layout, rows: int) -> dict[SchemeName, Tensor]:
+    """<gradient, local error> of each row, float64 [rows] on the CPU, for each scheme. Zero when no gradient arrived."""
+    if tapped.gradient is None:
+        return {scheme: torch.zeros(rows, dtype=torch.float64) for scheme in tapped.errors}
+    gradient = layout.rows(tapped.gradient, rows)
+    return {
+        scheme: torch.linalg.vecdot(gradient, layout.rows(error, rows)).double().cpu()
+        for scheme, error in tapped.errors.items()
+    }
+
+
+def find_layout(plain: Tensor, weighed: Tensor, weights: Tensor) -> Layout | None:
+    """How rows lie in a tensor, from its gradients of a plain sum over rows and of a weighed one; None if rows mix.
+
+    In the right layout each row of `weighed` is that of `plain` times the row's weight (float32 [rows]). The tolerance
+    is far below the spread of the weights and far above the rounding of a BF16 backward pass.
+    """
+    count = len(weights)
+    for dim in range(plain.dim()):
+        if plain.shape[dim] % count or not plain.shape[dim]:
+            continue
+        for adjacent in (True, False):
+            layout = Layout(dim, adjacent)
+            expected = layout.rows(plain, count) * weights[:, None]
+            found = layout.rows(weighed, count)
+            if float((found - expected).norm()) <= 0.05 * float(found.norm()):
+                return layout
+    return None

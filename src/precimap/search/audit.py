@@ -1,0 +1,146 @@
+"""Is the screen to be believed? A random audit by direct probes, and the probes that a decision hangs on.
+
+Invariant: screen and probe are compared on the same units, so that what differs is the screen's approximation and
+nothing else. A *kind* of layer (its op and shape, under one scheme) of which an audited layer disagrees is not decided
+by the screen any more: all of its layers are probed. Trusting a screen that agrees on average, the alternative, would
+let one saturating kind of layer through.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import beta
+
+from precimap.layers.inventory import Inventory
+from precimap.search.predict import Predictor
+from precimap.search.probe import Probe
+from precimap.search.screen_plan import Key, Pair
+
+LEAST_AUDITED = 8
+MOST_AUDITED = 16
+LEAST_CORRELATION = 0.9
+Kind = tuple[str, tuple[int, ...], str]  # op, shape of the weight, scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """One audited layer: how its predicted and its probed change of the units' losses agree."""
+
+    layer: str
+    scheme: str
+    correlation: float
+    predicted: float  # mean change of the loss
+    probed: float
+    error: float  # standard error of `predicted` over units
+    n: int
+
+    @property
+    def agrees(self) -> bool:
+        return self.correlation >= LEAST_CORRELATION
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The audit as a whole. `distrusted` kinds are for the probe."""
+
+    rows: tuple[Audited, ...]
+    distrusted: tuple[Kind, ...]
+
+    @property
+    def share(self) -> tuple[float, float]:
+        """The share of audited layers that agree, and its one-sided 95 % lower bound (Clopper and Pearson 1934)."""
+        n, agreeing = len(self.rows), sum(row.agrees for row in self.rows)
+        if not n:
+            return 1.0, 0.0
+        return agreeing / n, float(beta.ppf(0.05, agreeing, n - agreeing + 1)) if agreeing else 0.0
+
+    @property
+    def approximation(self) -> float:
+        """|probed - predicted| of a mean as a share of |predicted| + its error: root mean square over the audit."""
+        if not self.rows:
+            return 0.0
+        return float(np.sqrt(np.mean([_relative(row) ** 2 for row in self.rows])))
+
+    def row(self) -> dict[str, object]:
+        """For the journal."""
+        share, lower = self.share
+        names = ("layer", "scheme", "correlation", "predicted", "probed", "error", "n", "agrees")
+        return {
+            "rows": [{name: getattr(row, name) for name in names} for row in self.rows],
+            "share": share,
+            "share_at_least": lower,
+            "distrusted": [f"{op} {'x'.join(map(str, shape))} under {scheme}" for op, shape, scheme in self.distrusted],
+        }
+
+
+def _relative(row: Audited) -> float:
+    scale = abs(row.predicted) + row.error
+    return abs(row.probed - row.predicted) / scale if scale > 0 else 0.0
+
+
+def kind_of(inventory: Inventory, key: Key) -> Kind:
+    """The kind of a layer under a scheme."""
+    layer = inventory.layer(key[0])
+    return layer.ops[0] if layer.ops else "", layer.shape, key[1]
+
+
+def to_audit(inventory: Inventory, pairs: Sequence[Pair], seed: int) -> tuple[Pair, ...]:
+    """A random sample of the screened pairs: at least 8, each kind once up to 16, the rest at random."""
+    order = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
+    firsts: dict[Kind, Pair] = {}
+    for name, scheme in order:
+        firsts.setdefault(kind_of(inventory, (name, scheme.name)), (name, scheme))
+    chosen = list(firsts.values())[:MOST_AUDITED]
+    chosen += [pair for pair in order if pair not in chosen][: max(0, LEAST_AUDITED - len(chosen))]
+    return tuple(chosen)
+
+
+def audit(inventory: Inventory, predictor: Predictor, probes: Iterable[Probe]) -> Audit:
+    """Compare probes with the screen, unit by unit, on the batches that both have seen."""
+    rows = tuple(_audited(predictor, probe) for probe in probes)
+    distrusted = dict.fromkeys(kind_of(inventory, (row.layer, row.scheme)) for row in rows if not row.agrees)
+    return Audit(rows, tuple(distrusted))
+
+
+def _audited(predictor: Predictor, probe: Probe) -> Audited:
+    on = predictor.on(probe.numbers)
+    predicted = on.loss_changes([(probe.layer, probe.scheme)])
+    probed = probe.scored.losses - on.reference.losses
+    return Audited(
+        probe.layer,
+        probe.scheme,
+        _correlation(predicted, probed),
+        float(predicted.mean()),
+        float(probed.mean()),
+        float(predicted.std()) / len(predicted) ** 0.5,
+        len(probed),
+    )
+
+
+def _correlation(predicted: np.ndarray, probed: np.ndarray) -> float:
+    """Of two columns about zero, not about their means: a common shift is a part of what is predicted."""
+    if not np.any(predicted) and not np.any(probed):
+        return 1.0
+    norms = float(np.linalg.norm(predicted) * np.linalg.norm(probed))
+    return float(predicted @ probed) / norms if norms else 0.0
+
+
+def ambiguous(
+    costs: Mapping[Key, float], gains: Mapping[Key, float], chosen: Mapping[str, str], error: float, most: int
+) -> tuple[Key, ...]:
+    """The pairs whose membership in the chosen map flips within `error` of their cost, the nearest first.
+
+    A knapsack takes what costs least per gain: the boundary is between the dearest pair inside and the cheapest
+    outside. `error` is a share of the cost, what the audit showed of the screen's approximation: a probe of the same
+    units can remove that and no more, for both share the error over units. At most `most` pairs.
+    """
+    prices = {key: costs[key] / gains[key] for key in costs if gains[key] > 0 and np.isfinite(costs[key])}
+    inside = [price for (layer, scheme), price in prices.items() if chosen.get(layer) == scheme]
+    outside = [price for (layer, _), price in prices.items() if layer not in chosen]
+    if not inside or not outside:
+        return ()
+    low, high = min(max(inside), min(outside)), max(max(inside), min(outside))
+    near = {key: max(low - price, price - high, 0.0) / price for key, price in prices.items() if price > 0}
+    flipping = [key for key, distance in near.items() if distance <= error]
+    return tuple(sorted(flipping, key=lambda key: (near[key], key)))[:most]

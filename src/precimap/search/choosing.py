@@ -1,0 +1,110 @@
+"""From a chain of maps to those that go to the certificate: look, give back where all fail, fill up where room is left.
+
+Invariant: everything here looks at the search split only, and every map that leaves was measured there as a whole or is
+nested below one that was.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from precimap.metrics.metric import Loss, Metric
+from precimap.search.assemble import Findings, assemble
+from precimap.search.evidence import Evidence
+from precimap.search.knapsack import Step
+from precimap.search.known import currency, options
+from precimap.search.limits import Limits
+from precimap.search.repair import repair
+from precimap.search.rescore import contributions, halved, reverted
+from precimap.search.run import Parts, Run
+from precimap.search.whole_maps import Chosen, Joint, bound, choose, measure, predicted_joint
+
+MOST_GIVEN_BACK = 2
+WORTH_A_LOOK = 0.02  # of the gain of everything: a smaller one is not worth a pass
+MOST_PREDICTIONS = 100
+
+
+def chosen_maps(
+    run: Run, findings: Findings, steps: Sequence[Step], evidence: Evidence, baseline: Parts, limits: Limits
+) -> Chosen:
+    """The chain, and which of its maps passed on the search split."""
+    known = evidence.by_key()
+    joints = [predicted_joint(evidence.predictor, known, step, assemble(findings, step.choice)) for step in steps]
+
+    def look(joint: Joint) -> Joint:
+        return measure(run, joint, baseline, limits.alpha)
+
+    chosen = choose(joints, evidence.predictor, known, limits.margin, look, lambda: run.out_of_time)
+    if chosen.best is None:
+        return _given_back(run, findings, chosen, evidence, baseline, limits)
+    return _filled_up(run, findings, chosen, evidence, baseline, limits)
+
+
+def _given_back(
+    run: Run, findings: Findings, chosen: Chosen, evidence: Evidence, baseline: Parts, limits: Limits
+) -> Chosen:
+    """When no map passed: give back what adds most where the safest measured map runs, and look again."""
+    predictor = chosen.predictor
+    failed = next((joint for joint in chosen.joints if joint.measured is not None), None)
+    fused = {layer.name: layer.fused for layer in findings.inventory.layers}
+    for _ in range(MOST_GIVEN_BACK):
+        if failed is None or predictor is None or not predictor.screen.pairs or run.out_of_time:
+            break
+        assert failed.measured is not None
+        added = contributions(run, predictor, failed.step)
+        if isinstance(run.task.metric, Loss):
+            choice = reverted(failed.step, failed.measured, added, fused, limits.margin)
+        else:
+            choice = halved(failed.step, added, fused)
+        if choice is None:
+            break
+        step = _priced(findings, run.task.metric, choice)
+        joint = predicted_joint(predictor, evidence.by_key(), step, assemble(findings, choice))
+        failed = measure(run, joint, baseline, limits.alpha)
+        chosen = replace(chosen, joints=(failed, *chosen.joints))
+        if failed.passed(limits.margin):
+            return replace(chosen, best=0)
+    return chosen
+
+
+def _filled_up(
+    run: Run, findings: Findings, chosen: Chosen, evidence: Evidence, baseline: Parts, limits: Limits
+) -> Chosen:
+    """Between the best map and the next one, what fits by superposition; taken if it passes as a whole."""
+    predictor, best = chosen.predictor, chosen.best
+    assert best is not None
+    if predictor is None or not predictor.predicts_metric or best + 1 == len(chosen.joints) or run.out_of_time:
+        return chosen
+    known, start = evidence.by_key(), chosen.joints[best].step
+    rows = options(
+        findings.inventory,
+        [found for found in evidence.known if (found.layer, found.scheme) in predictor.screen.pairs],
+        {scheme.name: scheme for scheme in findings.schemes},
+        currency(run.task.metric, evidence.known),
+    )
+    if any(key not in predictor.screen.pairs for key in start.choice.items()):
+        return chosen
+    base = {layer.name: layer.bytes for layer in findings.inventory.layers}
+
+    def predicted(choice: Mapping[str, str]) -> float:
+        return bound(predictor, known, choice)
+
+    step = repair(start, rows, base, predicted, limits.margin, most_tries=MOST_PREDICTIONS)
+    grown = start.choice.items() <= step.choice.items()
+    if not grown or step.gain - start.gain < WORTH_A_LOOK * chosen.joints[-1].step.gain:
+        return chosen
+    joint = measure(
+        run, predicted_joint(predictor, known, step, assemble(findings, step.choice)), baseline, limits.alpha
+    )
+    at = best + 1
+    joints = (*chosen.joints[:at], joint, *chosen.joints[at:])
+    return replace(chosen, joints=joints, best=at if joint.passed(limits.margin) else best)
+
+
+def _priced(findings: Findings, metric: Metric, choice: Mapping[str, str]) -> Step:
+    """A step for a choice that no chain gave."""
+    by_name = {scheme.name: scheme for scheme in findings.schemes}
+    chosen = [found for found in findings.known if choice.get(found.layer) == found.scheme]
+    rows = options(findings.inventory, chosen, by_name, currency(metric, findings.known))
+    sizes = {layer.name: layer.bytes for layer in findings.inventory.layers}
+    sizes |= {row.layer: row.bytes for row in rows}
+    return Step(dict(choice), sum(row.gain for row in rows), sum(row.cost for row in rows), sum(sizes.values()))

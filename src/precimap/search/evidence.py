@@ -1,0 +1,191 @@
+"""All that is found out about single layers: the screen, its audit, and the probes that it takes.
+
+Invariant: what the screen predicts and what a probe measured stay apart (`Known`); a layer that the screen cannot see,
+or of a kind in which the audit caught it, is decided by its probe alone. With `probe_all` nothing is screened: the
+literal one-at-a-time measurement.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from precimap.layers.inventory import Inventory
+from precimap.numerics.schemes import Scheme
+from precimap.search.allocate import default_cutoff
+from precimap.search.audit import Audit, ambiguous, audit, kind_of, to_audit
+from precimap.search.calibrate import Calibration
+from precimap.search.known import Known, costs_of, currency, gain
+from precimap.search.limits import Effort, Limits
+from precimap.search.predict import Predictor
+from precimap.search.probe import Probe, probe
+from precimap.search.rules import Rule, candidates
+from precimap.search.run import Parts, Run, scattered
+from precimap.search.screen import Screen, screen
+from precimap.search.screen_plan import Key, Pair
+from precimap.search.whole_maps import bound
+
+AUDIT_SEED = 8
+MOST_AMBIGUOUS = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence:
+    """known: one row for each open (layer, scheme). predictor, audit: None where nothing was screened."""
+
+    known: tuple[Known, ...]
+    predictor: Predictor | None
+    audit: Audit | None
+
+    def by_key(self) -> dict[Key, Known]:
+        return {(found.layer, found.scheme): found for found in self.known}
+
+
+def gather(
+    run: Run,
+    inventory: Inventory,
+    calibration: Calibration,
+    baseline: Parts,
+    pairs: Sequence[Pair],
+    rule: Rule,
+    limits: Limits,
+    effort: Effort,
+) -> Evidence:
+    """Screen, audit and probe the pairs; with `effort.probe_all` probe each of them on the whole search split."""
+    probing = _Probing(run, inventory, calibration, baseline, limits.alpha, effort)
+    if effort.probe_all or not pairs:
+        numbers = tuple(range(len(baseline.sizes)))
+        return _written(run, Evidence(_probed_only(baseline, probing.on(pairs, numbers)), None, None))
+    screened = screen(run, inventory, calibration, pairs, effort.screen_memory, baseline.sizes, effort.screen_units)
+    numbers = tuple(sorted(screened.batches)) or scattered(baseline.sizes, effort.screen_units)
+    batches = {n: batch for n, batch in enumerate(run.task.splits.search) if n in screened.batches}
+    predictor = Predictor(run.task, screened, baseline, batches, limits.alpha)
+    seen = [pair for pair in pairs if (pair[0], pair[1].name) in screened.pairs]
+    few = tuple(numbers[at] for at in scattered([baseline.sizes[n] for n in numbers], effort.audit_units))
+    audits = probing.on(to_audit(inventory, seen, AUDIT_SEED), few) if seen else ()
+    found = audit(inventory, predictor, audits)
+    direct = [pair for pair in pairs if pair not in seen or _distrusted(inventory, pair, found)]
+    probes = {(p.layer, p.scheme): p for p in (*audits, *probing.on(direct, numbers))}
+    evidence = Evidence(_table(inventory, pairs, predictor, screened, probes, found, baseline), predictor, found)
+    flipping = _flipping(evidence, inventory, {s.name: s for _, s in pairs}, rule, limits)
+    if flipping:
+        asked = [pair for pair in pairs if (pair[0], pair[1].name) in flipping]
+        probes |= {(p.layer, p.scheme): p for p in probing.on(asked, numbers)}
+        known = _table(inventory, pairs, predictor, screened, probes, found, baseline)
+        evidence = replace(evidence, known=known)
+    return _written(run, evidence)
+
+
+@dataclass(frozen=True, slots=True)
+class _Probing:
+    run: Run
+    inventory: Inventory
+    calibration: Calibration
+    baseline: Parts
+    alpha: float
+    effort: Effort
+
+    def on(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> tuple[Probe, ...]:
+        if not pairs:
+            return ()
+        memory = self.effort.replay_memory
+        return probe(self.run, self.inventory, self.calibration, self.baseline, pairs, numbers, self.alpha, memory)
+
+
+def _distrusted(inventory: Inventory, pair: Pair, found: Audit) -> bool:
+    return kind_of(inventory, (pair[0], pair[1].name)) in found.distrusted
+
+
+def _flipping(
+    evidence: Evidence, inventory: Inventory, schemes: dict[str, Scheme], rule: Rule, limits: Limits
+) -> tuple[Key, ...]:
+    """The trusted pairs that are in or out of the map predicted best only by the screen's approximation."""
+    predictor, found = evidence.predictor, evidence.audit
+    if predictor is None or found is None or not predictor.predicts_metric:
+        return ()
+    metric = predictor.task.metric
+    limit = limits.cutoff or default_cutoff(limits.margin, candidates(inventory, evidence.known))
+    steps = rule.steps(inventory, metric, evidence.known, schemes, limit)
+    known = evidence.by_key()
+    best = next((s for s in reversed(steps) if bound(predictor, known, s.choice) <= limits.margin), None)
+    if best is None:
+        return ()
+    costs = costs_of([row for row in evidence.known if row.trusted], currency(metric, evidence.known))
+    gains = {key: gain(inventory, key[0], schemes[key[1]]) for key in costs}
+    return ambiguous(costs, gains, best.choice, found.approximation, MOST_AMBIGUOUS)
+
+
+def _table(
+    inventory: Inventory,
+    pairs: Sequence[Pair],
+    predictor: Predictor,
+    screened: Screen,
+    probes: dict[Key, Probe],
+    found: Audit,
+    baseline: Parts,
+) -> tuple[Known, ...]:
+    rows = []
+    for layer, scheme in pairs:
+        key = (layer, scheme.name)
+        probed = probes.get(key)
+        if key in screened.pairs:
+            trusted = kind_of(inventory, key) not in found.distrusted
+            square = float(np.mean(predictor.loss_changes([key]) ** 2))
+            if not trusted and probed is not None:
+                square = _loss_square(baseline, probed)
+            rows.append(
+                Known(
+                    layer,
+                    scheme.name,
+                    predictor.comparison([key]),
+                    None if probed is None else probed.comparison,
+                    square,
+                    screened.output_error(key),
+                    predictor.drift([key]),
+                    trusted,
+                )
+            )
+        elif probed is not None:
+            rows.append(_known(baseline, probed))
+    return tuple(rows)
+
+
+def _probed_only(baseline: Parts, probes: Sequence[Probe]) -> tuple[Known, ...]:
+    return tuple(_known(baseline, found) for found in probes)
+
+
+def _known(baseline: Parts, found: Probe) -> Known:
+    square = _loss_square(baseline, found)
+    drift = float((found.scored.losses - baseline.only(found.numbers).losses).mean())
+    return Known(found.layer, found.scheme, None, found.comparison, square, None, drift, trusted=False)
+
+
+def _loss_square(baseline: Parts, found: Probe) -> float:
+    return float(np.mean((found.scored.losses - baseline.only(found.numbers).losses) ** 2))
+
+
+def _written(run: Run, evidence: Evidence) -> Evidence:
+    """Conclude what was found, for the report."""
+    rows = [
+        {
+            "layer": found.layer,
+            "scheme": found.scheme,
+            "predicted": None if found.predicted is None else asdict(found.predicted),
+            "probed": None if found.probed is None else asdict(found.probed),
+            "loss_square": found.loss_square,
+            "output_error": found.output_error,
+            "drift": found.drift,
+            "trusted": found.trusted,
+        }
+        for found in evidence.known
+    ]
+    predictor = evidence.predictor
+    value = {
+        "layers": rows,
+        "audit": None if evidence.audit is None else evidence.audit.row(),
+        "unseen": {} if predictor is None else dict(predictor.screen.unseen),
+        "screened_units": 0 if predictor is None else sum(predictor.baseline.sizes[n] for n in predictor.numbers),
+        "batch_bytes": None if predictor is None else predictor.screen.plan.bytes,
+    }
+    run.journal.conclude("evidence", "search", value)
+    return evidence

@@ -1,0 +1,26 @@
+"""The noise floor: what rounding every layer to BF16 alone does to the metric.
+
+Not a choice but a yardstick: a drop below it is what the base precision of most servers costs already.
+"""
+
+from precimap.layers.inventory import Inventory
+from precimap.layers.target import EMULATED
+from precimap.numerics.schemes import BF16_FLOOR
+from precimap.search.calibrate import Calibration
+from precimap.search.probe import Comparison, compare, prepare
+from precimap.search.run import Parts, Run, batches_of, scattered, scored
+
+
+def rounding_floor(run: Run, inventory: Inventory, baseline: Parts, units: int, alpha: float) -> Comparison:
+    """The drop under BF16 weights and inputs of all layers, on batches of the search split with about `units` units."""
+    task = run.task
+    alive = {layer.name: BF16_FLOOR for layer in inventory.layers if layer.dead is None and not layer.lookup}
+    numbers = scattered(baseline.sizes, units)
+    parts = scored(
+        run,
+        "floor",
+        "bf16",
+        batches_of(task.splits.search, numbers),
+        lambda: EMULATED.running(task.model, prepare(task, inventory, Calibration({}), alive)),
+    )
+    return compare(task, baseline.only(numbers), parts.whole, alpha)

@@ -1,0 +1,123 @@
+"""What is known of each layer under each scheme before a map is chosen: predicted, probed, and what it costs.
+
+Invariant: *predicted* and *probed* stand side by side and are never mixed in one number; `decisive` says which of the
+two decides. A cost is never negative: that a layer seems to improve the metric is no credit for another one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from precimap.layers.inventory import Inventory
+from precimap.metrics.metric import Metric
+from precimap.numerics.schemes import Scheme
+from precimap.search.ladders import Option
+from precimap.search.probe import Comparison
+from precimap.search.screen_plan import Key
+
+# Below about 1,000 units an order metric's own drops are noise, from about 2,000 on they are not (docs/how-it-decides.md).
+UNITS_FOR_ORDER = 2000
+# Until times are measured: what sharing an input saves, and what bytes are worth, only has to break ties.
+SHARED_INPUT, BYTES = 0.01, 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One layer under one scheme.
+
+    predicted: of the screen; None where it cannot tell this metric. probed: of the direct probe; None where none was
+    made. loss_square: E[(change of a unit's loss)^2]. output_error: E|change of a unit's scores|^2 and its error.
+    drift: mean change of the scores, or of the losses. trusted: whether the audit left the screen in charge.
+    """
+
+    layer: str
+    scheme: str
+    predicted: Comparison | None
+    probed: Comparison | None
+    loss_square: float
+    output_error: tuple[float, float] | None
+    drift: float | None
+    trusted: bool
+
+    @property
+    def decisive(self) -> Comparison | None:
+        """The probe where it saw as many units as the screen, or the screen is not trusted; otherwise the prediction."""
+        if self.probed is None or self.predicted is None:
+            return self.probed or self.predicted
+        return self.probed if not self.trusted or self.probed.drop.n >= self.predicted.drop.n else self.predicted
+
+
+class Currency(StrEnum):
+    """In what costs are counted."""
+
+    MEAN = "mean drop + its error"
+    VARIANCE = "E[(change of the loss)^2]"
+
+
+def currency(metric: Metric, known: Sequence[Known]) -> Currency:
+    """A loss is budgeted by its mean; a metric of order by variance, until there are units enough to see its mean.
+
+    A variance-type score never budgets a mean on its own: on an overconfident model it has the wrong sign.
+    """
+    units = [found.decisive.drop.n for found in known if found.decisive is not None]
+    enough = len(units) == len(known) and bool(units) and min(units) >= UNITS_FOR_ORDER
+    return Currency.MEAN if metric.worst is None or enough else Currency.VARIANCE
+
+
+def cost(found: Known, counted: Currency) -> float:
+    """What the layer takes from the budget, at least 0; infinite where nothing is known in this currency."""
+    if counted is Currency.VARIANCE:
+        return found.loss_square
+    decisive = found.decisive
+    if decisive is None or not np.isfinite(decisive.drop.error):
+        return float("inf")
+    return max(0.0, decisive.drop.estimate) + decisive.drop.error
+
+
+def gain(inventory: Inventory, layer: str, scheme: Scheme) -> float:
+    """The share of the model's weight FLOPs that low precision saves, 8 bits taking half the time of 16; bytes break ties.
+
+    A stand-in until layers are timed on the target.
+    """
+    found = inventory.layer(layer)
+    saved = max(0.0, 1 - scheme.weight_bits / 16)
+    flops = found.flops / inventory.weight_flops if inventory.weight_flops and scheme.computes_low else 0.0
+    size = found.bytes / sum(each.bytes for each in inventory.layers)
+    return saved * flops + BYTES * size * max(0.0, 1 - scheme.weight_bits / (8 * found.element_bytes))
+
+
+def options(
+    inventory: Inventory, known: Sequence[Known], schemes: Mapping[str, Scheme], counted: Currency
+) -> tuple[Option, ...]:
+    """The table that a knapsack is filled from."""
+    rows = []
+    for found in known:
+        layer, scheme = inventory.layer(found.layer), schemes[found.scheme]
+        rows.append(
+            Option(
+                layer=found.layer,
+                scheme=found.scheme,
+                gain=gain(inventory, found.layer, scheme),
+                cost=cost(found, counted),
+                bytes=layer.numel * scheme.weight_bits // 8,
+                fused=layer.fused,
+                siblings=layer.siblings,
+            )
+        )
+    return tuple(rows)
+
+
+def bonuses(inventory: Inventory, rows: Sequence[Option]) -> dict[str, float]:
+    """What siblings gain by sharing one quantised input: a hundredth of their own gain, to break ties."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if row.siblings is not None:
+            found[row.siblings] = max(found.get(row.siblings, 0.0), SHARED_INPUT * row.gain)
+    return found
+
+
+def costs_of(known: Sequence[Known], counted: Currency) -> dict[Key, float]:
+    """(layer, scheme) -> cost."""
+    return {(found.layer, found.scheme): cost(found, counted) for found in known}

@@ -1,0 +1,113 @@
+"""What the screen predicts of a map: its metric, by adding the changes of its layers (superposition).
+
+Where the screen holds changes of scores, the user's own loss and metrics are evaluated on baseline scores plus changes,
+for any map, without a forward pass. Where it holds changes of losses, a metric that is a loss gets their sum plus a
+curvature term; any other metric is not predicted at all. Invariant: a prediction is a `Comparison` like a measurement,
+made on the same units with the same statistics, but no prediction is ever stored or shown as a measurement.
+
+The curvature of a sum of losses is taken in proportion to sum E[change^2]: its factor is fitted on whole maps that were
+measured (`fitted`), and is zero before. A factor from theory would need the second derivative of the user's loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from precimap.metrics.metric import Loss
+from precimap.search.probe import Comparison, compare
+from precimap.search.run import Parts
+from precimap.search.screen import Screen
+from precimap.search.screen_plan import Key
+from precimap.task import Scored, ScoredPart, Task, join_parts, judge_scores, to_device
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictor:
+    """Predicts maps of screened layers. batches: those of the search split that were screened, by number."""
+
+    task: Task
+    screen: Screen
+    baseline: Parts
+    batches: Mapping[int, Any]
+    alpha: float
+    curvature: float = 0.0
+
+    @property
+    def predicts_metric(self) -> bool:
+        """Whether the gate itself can be predicted."""
+        return bool(self.screen.batches) and (self.screen.by_scores or isinstance(self.task.metric, Loss))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return tuple(sorted(self.screen.batches))
+
+    def on(self, numbers: Sequence[int]) -> "Predictor":
+        """The same predictor on some of its batches."""
+        batches = {number: self.screen.batches[number] for number in numbers}
+        return replace(self, screen=replace(self.screen, batches=batches))
+
+    @property
+    def reference(self) -> Scored:
+        """The baseline on the screened units."""
+        return self.baseline.only(self.numbers)
+
+    def scored(self, keys: Sequence[Key]) -> Scored:
+        """The units' predicted losses, and their predicted values of the metrics that can be predicted."""
+        if self.screen.by_scores:
+            return join_parts(self.task, [self._by_scores(keys, number) for number in self.numbers])
+        bend = self.curvature * self._energy(keys)
+        task = replace(self.task, reported=tuple(m for m in self.task.reported if isinstance(m, Loss)))
+        return join_parts(task, [self._by_losses(keys, number, bend) for number in self.numbers])
+
+    def comparison(self, keys: Sequence[Key]) -> Comparison | None:
+        """The predicted comparison with the baseline; None where the metric cannot be predicted."""
+        if not self.predicts_metric:
+            return None
+        return compare(self.task, self.reference, self.scored(keys), self.alpha)
+
+    def loss_changes(self, keys: Sequence[Key]) -> Floats:
+        """The predicted change of each screened unit's loss, float64 [units]."""
+        changed: Floats = self.scored(keys).losses - self.reference.losses
+        return changed
+
+    def drift(self, keys: Sequence[Key]) -> float:
+        """The mean change of the scores (of the losses, where those were screened): calibration breaks before order."""
+        changes = np.concatenate([self.screen.change(keys, number) for number in self.numbers])
+        return float(changes.mean())
+
+    def fitted(self, keys: Sequence[Key], measured: Comparison) -> "Predictor":
+        """With the curvature that makes the prediction for this map agree with its measurement."""
+        if self.screen.by_scores or not self.predicts_metric:
+            return self
+        energy = self._energy(keys)
+        straight = replace(self, curvature=0.0).comparison(keys)
+        if straight is None or energy == 0.0:
+            return self
+        return replace(self, curvature=(measured.drop.estimate - straight.drop.estimate) / energy)
+
+    def _energy(self, keys: Sequence[Key]) -> float:
+        """sum over the layers of E[change^2]."""
+        rows = [self.screen.pairs[key] for key in keys]
+        squares = [np.square(batch.changes[rows], dtype=np.float64).sum(0) for batch in self.screen.batches.values()]
+        return float(np.concatenate(squares).mean()) if rows else 0.0
+
+    def _by_scores(self, keys: Sequence[Key], number: int) -> ScoredPart:
+        batch = self.screen.batches[number]
+        scores = batch.scores + self.screen.change(keys, number).reshape(batch.scores.shape)
+        on_device = torch.from_numpy(scores).float().to(self.task.device)
+        with torch.no_grad():
+            return judge_scores(self.task, on_device, to_device(self.batches[number], self.task.device), number)
+
+    def _by_losses(self, keys: Sequence[Key], number: int, bend: float) -> ScoredPart:
+        part = self.baseline.each[number]
+        change = self.screen.change(keys, number) + bend
+        losses = part.losses + change
+        reported = {m.name: part.reported[m.name] + change for m in self.task.reported if isinstance(m, Loss)}
+        values = part.values + change if isinstance(self.task.metric, Loss) else part.values
+        return ScoredPart(values, losses, reported, part.clusters, part.weights)

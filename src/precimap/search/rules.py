@@ -1,0 +1,86 @@
+"""How a chain of maps is made of what is known: the knapsack, or the plain threshold.
+
+Both are values with one method, so that a search is told its rule by being given it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from precimap.layers.inventory import Inventory
+from precimap.metrics.metric import Metric
+from precimap.numerics.schemes import Scheme
+from precimap.search.allocate import Candidate, threshold
+from precimap.search.knapsack import UNCONSTRAINED, Constraints, Step, chain
+from precimap.search.known import Known, bonuses, currency, options
+
+
+class Rule(Protocol):
+    """Makes a nested chain of maps, safest first."""
+
+    def steps(
+        self,
+        inventory: Inventory,
+        metric: Metric,
+        known: Sequence[Known],
+        schemes: Mapping[str, Scheme],
+        cutoff: float,
+    ) -> tuple[Step, ...]:
+        """cutoff: the drop of a single layer up to which it is called tolerant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Knapsack:
+    """The most time saved for what a map costs; see `knapsack.chain`. The cutoff plays no part in it."""
+
+    constraints: Constraints = UNCONSTRAINED
+
+    def steps(
+        self,
+        inventory: Inventory,
+        metric: Metric,
+        known: Sequence[Known],
+        schemes: Mapping[str, Scheme],
+        cutoff: float,
+    ) -> tuple[Step, ...]:
+        rows = options(inventory, known, schemes, currency(metric, known))
+        base = {layer.name: layer.bytes for layer in inventory.layers}
+        return chain(rows, base, self.constraints, bonus=bonuses(inventory, rows)) if rows else ()
+
+
+KNAPSACK = Knapsack()
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """The plain rule: a layer is in when the upper bound of its own drop is below the cutoff; see `allocate`."""
+
+    def steps(
+        self,
+        inventory: Inventory,
+        metric: Metric,
+        known: Sequence[Known],
+        schemes: Mapping[str, Scheme],
+        cutoff: float,
+    ) -> tuple[Step, ...]:
+        rows = {(row.layer, row.scheme): row for row in options(inventory, known, schemes, currency(metric, known))}
+        sizes = {layer.name: layer.bytes for layer in inventory.layers}
+        return tuple(
+            Step(
+                step.choice,
+                sum(rows[pair].gain for pair in step.choice.items()),
+                sum(rows[pair].cost for pair in step.choice.items()),
+                sum((sizes | {name: rows[name, scheme].bytes for name, scheme in step.choice.items()}).values()),
+            )
+            for step in threshold(candidates(inventory, known), list(schemes), cutoff)
+        )
+
+
+def candidates(inventory: Inventory, known: Sequence[Known]) -> list[Candidate]:
+    """What the threshold rule reads; layers of which nothing is known in the metric itself are left out."""
+    groups = {layer.name: layer.fused for layer in inventory.layers}
+    return [
+        Candidate(found.layer, found.scheme, found.decisive.lower, found.decisive.upper, groups[found.layer])
+        for found in known
+        if found.decisive is not None
+    ]

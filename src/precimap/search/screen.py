@@ -1,0 +1,173 @@
+"""The screen: one instrumented pass tells, for every layer and scheme at once, what quantising it would change.
+
+Where each score depends on one row of the batch alone, the pass gives the first-order change of every score: adding the
+changes of a map's layers to the baseline's scores predicts its metric without a forward pass. Otherwise it gives the
+change of every unit's loss. Beside it stands the output error, E|change of the scores|^2, through random probes of the
+output, which reads no label (Hutchinson 1990, "A stochastic estimator of the trace").
+
+Invariant: what the screen gives is *predicted*, never called measured; a layer that it cannot see is named with the
+reason, and is for the probe. Measuring every layer on its own, the alternative, costs layers x schemes passes.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from precimap.layers.first_order import FirstOrder, row_changes
+from precimap.layers.inventory import Inventory
+from precimap.search.calibrate import Calibration
+from precimap.search.run import Run, scattered
+from precimap.search.screen_plan import Key, Pair, ScreenPlan, decode, first_order, plan_screen
+from precimap.task import Task, to_device
+
+Floats = NDArray[np.float64]
+PROBE_SEED = 20_260_331
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScreenedBatch:
+    """One batch. changes: float32 [pairs, rows], of scores or of losses. scores: as forward gave them, float64.
+
+    outputs: float64 [pairs, units], squared change of a unit's scores; an estimate without bias where rows are units.
+    """
+
+    changes: NDArray[np.float32]
+    scores: Floats
+    outputs: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Screen:
+    """The table of first-order changes. `by_scores`: a row is a score; otherwise it is a unit, and the change its loss's.
+
+    pairs: the row of each (layer, scheme name) in `changes`. unseen: layer -> why it has no row.
+    """
+
+    by_scores: bool
+    pairs: Mapping[Key, int]
+    batches: Mapping[int, ScreenedBatch]
+    unseen: Mapping[str, str]
+    plan: ScreenPlan
+
+    def change(self, keys: Sequence[Key], number: int) -> Floats:
+        """The summed change of these layers in batch `number`, float64 [rows]."""
+        rows = [self.pairs[key] for key in keys]
+        summed: Floats = self.batches[number].changes[rows].sum(0, dtype=np.float64)
+        return summed
+
+    def output_error(self, key: Key) -> tuple[float, float]:
+        """Mean over units of the squared change of the unit's scores, and its standard error."""
+        row = self.pairs[key]
+        values = np.concatenate([batch.outputs[row] for batch in self.batches.values()])
+        spread = float(values.std(ddof=1)) if len(values) > 1 else float("inf")
+        return float(values.mean()), spread / len(values) ** 0.5
+
+
+def screen(
+    run: Run,
+    inventory: Inventory,
+    calibration: Calibration,
+    pairs: Sequence[Pair],
+    memory: int,
+    sizes: Sequence[int],
+    units: int,
+) -> Screen:
+    """Screen the search split, or batches of it with `units` units where a row is a unit: spreads need no more.
+
+    sizes: units of each batch. memory: bytes that one batch's errors and saved tensors may take. A batch that would
+    take more is screened one scheme at a time, and if that is too much every layer is `unseen`. So it is when neither
+    the scores nor the losses carry a gradient. The model is not modified.
+    """
+    plan = plan_screen(run.task, inventory, calibration, pairs, memory)
+    # Decoding costs a tenth of a pass; one scheme at a time is asked for when memory is short, so it is not kept then.
+    decoded = decode(plan.passes[0]) if len(plan.passes) == 1 else None
+    wanted = scattered(sizes, sum(sizes) if plan.by_scores else units) if plan.passes else ()
+    batches: dict[int, ScreenedBatch] = {}
+    for number, batch in enumerate(run.task.splits.search):
+        if number in wanted:
+            run.progress("screen", len(batches), len(wanted))
+            batches[number] = _screened(run, plan, decoded, batch, number)
+    run.progress("screen", len(wanted), len(wanted))
+    return _seen_throughout(Screen(plan.by_scores, plan.rows, batches, plan.unseen, plan))
+
+
+def _seen_throughout(screen: Screen) -> Screen:
+    """Take out the layers whose calls differ from batch to batch: their rows hold NaN."""
+    faulty = np.zeros(len(screen.pairs), bool)
+    for batch in screen.batches.values():
+        faulty |= ~np.isfinite(batch.changes).all(1)
+    names = {name for (name, _), row in screen.pairs.items() if faulty[row]}
+    why = "its calls differ from batch to batch, or its change is not finite"
+    kept = {key: row for key, row in screen.pairs.items() if key[0] not in names}
+    return replace(screen, pairs=kept, unseen={**screen.unseen, **dict.fromkeys(names, why)})
+
+
+def _screened(
+    run: Run, plan: ScreenPlan, decoded: Mapping[Key, Tensor] | None, batch: Any, number: int
+) -> ScreenedBatch:
+    found = run.journal.find("screen", f"@{number}", plan.digest)
+    if found is None:
+        started = time.perf_counter()
+        screened = _screen_batch(run.task, plan, decoded, to_device(batch, run.task.device), number)
+        arrays: dict[str, NDArray[Any]] = {
+            "changes": screened.changes,
+            "scores": screened.scores,
+            "outputs": screened.outputs,
+        }
+        row = {"seconds": round(time.perf_counter() - started, 4), "by_scores": plan.by_scores}
+        run.journal.record("screen", f"@{number}", row, plan.digest, arrays)
+        return screened
+    return ScreenedBatch(found.arrays["changes"], found.arrays["scores"], found.arrays["outputs"])
+
+
+def _screen_batch(
+    task: Task, plan: ScreenPlan, decoded: Mapping[Key, Tensor] | None, batch: Any, number: int
+) -> ScreenedBatch:
+    changes: NDArray[np.float32] = np.zeros((0, 0), np.float32)
+    outputs: Floats = np.zeros((0, 0))
+    values: Floats = np.zeros(0)
+    for layers in plan.passes:
+        mode = first_order(task, layers, decode(layers) if decoded is None else decoded, {})
+        with torch.enable_grad(), mode:
+            scores = task.forward(task.model, batch)
+        with torch.enable_grad():
+            rows = scores.flatten().float() if plan.by_scores else task.loss(scores, batch).float()
+        if not changes.size:
+            changes = np.zeros((len(plan.rows), len(rows)), np.float32)
+            outputs = np.zeros((len(plan.rows), len(scores)))
+            values = scores.detach().double().cpu().numpy()
+        mode.backward(rows.sum())
+        _add_changes(mode, plan, changes, len(rows))
+        if not plan.by_scores:
+            _add_outputs(mode, plan, outputs, scores, number)
+        mode.clear()
+    if plan.by_scores:
+        outputs = np.square(changes, dtype=np.float64).reshape(*outputs.shape, -1).sum(2)
+    return ScreenedBatch(changes, values, outputs)
+
+
+def _add_changes(mode: FirstOrder, plan: ScreenPlan, into: NDArray[Any], count: int) -> None:
+    for tapped in mode.taps:
+        layout = plan.layouts.get((tapped.layer, tapped.number))
+        if layout is None:  # called more often than in the first batch: `_seen_throughout` takes the layer out
+            changes = {scheme: torch.full((count,), torch.nan) for scheme in tapped.errors}
+        else:
+            changes = row_changes(tapped, layout, count)
+        for scheme, change in changes.items():
+            into[plan.rows[tapped.layer, scheme]] += change.numpy()
+
+
+def _add_outputs(mode: FirstOrder, plan: ScreenPlan, into: Floats, scores: Tensor, number: int) -> None:
+    """One random direction of a batch's scores: over many units that is as good as many directions for a few."""
+    generator = torch.Generator().manual_seed(PROBE_SEED + number)
+    direction = torch.randn(scores.shape, generator=generator).to(scores.device)
+    mode.backward((scores.float() * direction).sum())
+    change = np.zeros_like(into)
+    _add_changes(mode, plan, change, len(scores))
+    into += change**2

@@ -1,0 +1,179 @@
+"""How a search split is screened: which rows are looked at, where they lie in each call's result, and what it takes.
+
+Invariant: nothing is assumed of a model's shapes. Two backward passes of the first batch, one with the rows weighed, show
+where each row lies in each result; a layer whose result mixes rows is left out with the reason. Memory is measured on
+that batch before the split is run.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from precimap.layers.first_order import FirstOrder, Layout, find_layout
+from precimap.layers.inventory import Inventory
+from precimap.layers.quantized import QuantizedLayer, quantize_layer
+from precimap.layers.views import parameter_names
+from precimap.numerics.schemes import Scheme, scheme_key
+from precimap.search.calibrate import Calibration
+from precimap.task import Task, to_device
+
+Pair = tuple[str, Scheme]
+Key = tuple[str, str]  # layer, scheme name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScreenPlan:
+    """How the split is screened, found on its first batch. passes: the pairs that go through the model together."""
+
+    by_scores: bool
+    rows: Mapping[Key, int]
+    layouts: Mapping[tuple[str, int], Layout]
+    unseen: Mapping[str, str]
+    passes: tuple[tuple[QuantizedLayer, ...], ...]
+    bytes: int
+    digest: str
+
+
+def plan_screen(
+    task: Task, inventory: Inventory, calibration: Calibration, pairs: Sequence[Pair], memory: int
+) -> ScreenPlan:
+    """Look at the first batch of the search split. A plan without passes has every layer in `unseen`."""
+    layers = _codes(task, inventory, calibration, pairs)
+    digest = hashlib.sha256(json.dumps([[name, scheme_key(scheme)] for name, scheme in pairs]).encode()).hexdigest()
+    together = (layers,) if layers else ()
+    apart = tuple(
+        tuple(layer for layer in layers if layer.scheme.name == name)
+        for name in dict.fromkeys(scheme.name for _, scheme in pairs)
+    )
+    need, reason = 0, "no layer is eligible"
+    for passes in (together, apart) if len(apart) > 1 else (together,) if layers else ():
+        try:
+            found = [_explore(task, one) for one in passes]
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            reason = f"the scores carry no gradient here ({_first_line(error)})"
+            break
+        need = max(one.bytes for one in found)
+        if need <= memory and len({one.by_scores for one in found}) == 1:
+            return _fitting(layers, passes, found, need, digest)
+        reason = f"a batch would take {need >> 20} MB, more than the {memory >> 20} MB it may; give smaller batches"
+    return ScreenPlan(False, {}, {}, {name: reason for name, _ in pairs}, (), need, digest)
+
+
+def _fitting(
+    layers: Sequence[QuantizedLayer],
+    passes: Sequence[Sequence[QuantizedLayer]],
+    found: Sequence["_Explored"],
+    need: int,
+    digest: str,
+) -> ScreenPlan:
+    layouts = {key: layout for one in found for key, layout in one.layouts.items()}
+    seen = {name for name, _ in layouts}
+    reasons = {name: why for one in found for name, why in one.unseen.items()}
+    unseen = {layer.name: reasons.get(layer.name, "it was not called") for layer in layers if layer.name not in seen}
+    kept = [tuple(layer for layer in one if layer.name in seen) for one in passes]
+    rows = {(layer.name, layer.scheme.name): row for row, layer in enumerate(layer for one in kept for layer in one)}
+    return ScreenPlan(found[0].by_scores, rows, layouts, unseen, tuple(one for one in kept if one), need, digest)
+
+
+def _codes(
+    task: Task, inventory: Inventory, calibration: Calibration, pairs: Sequence[Pair]
+) -> tuple[QuantizedLayer, ...]:
+    weights = parameter_names(task.model)
+    return tuple(
+        quantize_layer(
+            name, weights[name], inventory.layer(name).contracted, scheme, calibration.input_range(name, scheme)
+        )
+        for name, scheme in pairs
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Explored:
+    by_scores: bool
+    layouts: Mapping[tuple[str, int], Layout]
+    unseen: Mapping[str, str]
+    bytes: int
+
+
+def _explore(task: Task, layers: Sequence[QuantizedLayer]) -> _Explored:
+    """Find the rows in every call's result on the first batch: of single scores if that works, of units otherwise.
+
+    Raises RuntimeError when there is no gradient.
+    """
+    batch = to_device(next(iter(task.splits.search)), task.device)
+    mode = first_order(task, layers, decode(layers), {})
+    saved = _SavedBytes()
+    with saved, torch.enable_grad(), mode:
+        scores = task.forward(task.model, batch)
+    held = mode.held_bytes + saved.bytes + _decoded_bytes(layers)
+    by_scores, unseen = True, dict[str, str]()
+    layouts = _layouts(mode, scores.flatten().float(), unseen)
+    if unseen and scores.dim() > 1 and scores.numel() > scores.shape[0]:
+        by_scores, unseen = False, {}
+        with torch.enable_grad():
+            losses = task.loss(scores, batch)
+        layouts = _layouts(mode, losses.float(), unseen)
+    mode.clear()
+    return _Explored(by_scores, layouts, unseen, held)
+
+
+def _layouts(mode: FirstOrder, rows: Tensor, unseen: dict[str, str]) -> dict[tuple[str, int], Layout]:
+    """The layout of each call for these rows; layers without one go to `unseen`."""
+    weights = 0.5 + 1.5 * torch.rand(len(rows), generator=torch.Generator().manual_seed(1)).to(rows.device)
+    mode.backward(rows.sum())
+    plain = [tapped.gradient for tapped in mode.taps]
+    mode.backward((rows * weights).sum())
+    layouts = {}
+    for tapped, gradient in zip(mode.taps, plain, strict=True):
+        if gradient is None or tapped.gradient is None:
+            unseen[tapped.layer] = "no gradient reaches its result"
+            continue
+        layout = find_layout(gradient.float(), tapped.gradient.float(), weights)
+        if layout is None:
+            unseen[tapped.layer] = "its result has no dim along which the units lie"
+        else:
+            layouts[tapped.layer, tapped.number] = layout
+    return {key: layout for key, layout in layouts.items() if key[0] not in unseen}
+
+
+def decode(layers: Sequence[QuantizedLayer]) -> dict[Key, Tensor]:
+    """The float32 weights that the codes stand for."""
+    return {(layer.name, layer.scheme.name): layer.weight() for layer in layers}
+
+
+def first_order(
+    task: Task, layers: Sequence[QuantizedLayer], decoded: Mapping[Key, Tensor], joint: Mapping[str, str]
+) -> FirstOrder:
+    """The interception that collects local errors of `layers`; those in `joint` run in their scheme."""
+    by_name: dict[str, dict[str, QuantizedLayer]] = {}
+    for layer in layers:
+        by_name.setdefault(layer.name, {})[layer.scheme.name] = layer
+    return FirstOrder(parameter_names(task.model), by_name, decoded, joint)
+
+
+def _decoded_bytes(layers: Sequence[QuantizedLayer]) -> int:
+    return sum(4 * layer.codes.numel() for layer in layers)
+
+
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for the backward pass, each storage once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, int] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self._seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._seen.values())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:100] if str(error) else type(error).__name__

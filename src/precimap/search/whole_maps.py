@@ -1,0 +1,173 @@
+"""Which maps of the chain go to the certificate: predicted first, then measured as wholes on the search split.
+
+Invariant: a map is sent on because it was measured as a whole there, or lies below one that was; single layers decide
+the order and nothing else. Few maps are measured: the most aggressive one that is predicted to keep the margin, then
+its neighbours as the measurements correct the prediction (a bisection where nothing can be predicted). Looking at the
+search split in any order costs no certainty; the certify split is another matter (`certify`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from precimap.layers.quantized import quantize_map
+from precimap.layers.target import EMULATED
+from precimap.precision_map import PrecisionMap
+from precimap.search.knapsack import Step
+from precimap.search.known import Known
+from precimap.search.predict import Predictor
+from precimap.search.probe import Comparison, compare
+from precimap.search.run import Parts, Run, scored
+from precimap.search.screen_plan import Key
+
+MOST_LOOKS = 5
+CERTIFIED_BELOW = 2  # the fixed sequence starts this many maps below the best one of the search split
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """One map as a whole. predicted: by the screen; measured: on the search split; either may be missing.
+
+    singles: the sum of its layers' own drops. drift: predicted mean change of the scores (or losses).
+    """
+
+    map: PrecisionMap
+    step: Step
+    predicted: Comparison | None
+    singles: float | None
+    drift: float | None
+    measured: Comparison | None = None
+
+    def passed(self, margin: float) -> bool:
+        return self.measured is not None and self.measured.upper <= margin
+
+    def row(self, margin: float) -> dict[str, object]:
+        """For the journal."""
+        return {
+            "map": self.map.fingerprint,
+            "low": list(self.map.low),
+            "gain": self.step.gain,
+            "singles": self.singles,
+            "drift": self.drift,
+            "predicted": None if self.predicted is None else _bounds(self.predicted),
+            "measured": None if self.measured is None else _bounds(self.measured),
+            "passed": None if self.measured is None else self.passed(margin),
+        }
+
+
+def _bounds(found: Comparison) -> dict[str, float | int | None]:
+    return {
+        "drop": found.drop.estimate,
+        "error": found.drop.error,
+        "upper": found.upper if found.upper != float("inf") else None,
+        "n": found.drop.n,
+    }
+
+
+def measure(run: Run, joint: Joint, baseline: Parts, alpha: float) -> Joint:
+    """Measure a map as a whole on the search split."""
+    parts = joint_parts(run, joint.map)
+    return replace(joint, measured=compare(run.task, baseline.whole, parts.whole, alpha))
+
+
+def joint_parts(run: Run, precision_map: PrecisionMap) -> Parts:
+    """The search split, scored under a map by emulation."""
+    split = run.task.splits.search
+    return scored(
+        run,
+        "joint",
+        precision_map.fingerprint,
+        split,
+        lambda: EMULATED.running(run.task.model, quantize_map(run.task.model, precision_map)),
+        lambda done: run.progress("whole maps", done, len(split) if isinstance(split, Sequence) else done),
+    )
+
+
+def bound(predictor: Predictor | None, known: Mapping[Key, Known], choice: Mapping[str, str]) -> float:
+    """The predicted upper bound of a whole map's drop, without credit for layers that surely improve it.
+
+    Layers without a row in the screen add the upper bound of their own probe. Infinite where nothing is predicted.
+    """
+    keys = list(choice.items())
+    seen = [] if predictor is None else [key for key in keys if key in predictor.screen.pairs]
+    comparison = None if predictor is None else predictor.comparison(seen)
+    if comparison is None:
+        return float("inf")
+    upper = comparison.upper
+    for key in keys:
+        decisive = known[key].decisive
+        if key not in seen:
+            upper += max(0.0, decisive.upper) if decisive is not None else float("inf")
+        elif decisive is not None and decisive.upper < 0:
+            upper -= decisive.drop.estimate
+    return upper
+
+
+def predicted_joint(
+    predictor: Predictor | None, known: Mapping[Key, Known], step: Step, precision_map: PrecisionMap
+) -> Joint:
+    """A map with what the screen says of it as a whole."""
+    keys = list(step.choice.items())
+    decisive = [known[key].decisive for key in keys]
+    singles = sum(d.drop.estimate for d in decisive if d is not None) if all(d is not None for d in decisive) else None
+    if predictor is None or any(key not in predictor.screen.pairs for key in keys):
+        return Joint(precision_map, step, None, singles, None)
+    return Joint(precision_map, step, predictor.comparison(keys), singles, predictor.drift(keys))
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The chain as far as it was looked at. `best`: the most aggressive map that passed on the search split, or None."""
+
+    joints: tuple[Joint, ...]
+    best: int | None
+    predictor: Predictor | None
+
+
+def choose(
+    joints: Sequence[Joint],
+    predictor: Predictor | None,
+    known: Mapping[Key, Known],
+    margin: float,
+    look: Callable[[Joint], Joint],
+    out_of_time: Callable[[], bool],
+) -> Chosen:
+    """Find the most aggressive map of a chain that passes on the search split, in at most `MOST_LOOKS` looks."""
+    found = list(joints)
+    low, high = -1, len(found)
+    for _ in range(MOST_LOOKS):
+        at = _next(found, low, high, predictor, known, margin)
+        if at is None or out_of_time():
+            break
+        found[at] = look(found[at])
+        measured = found[at].measured
+        assert measured is not None
+        if predictor is not None:
+            predictor = predictor.fitted(list(found[at].step.choice.items()), measured)
+        low, high = (at, high) if found[at].passed(margin) else (low, at)
+    return Chosen(tuple(found), low if low >= 0 else None, predictor)
+
+
+def _next(
+    joints: Sequence[Joint],
+    low: int,
+    high: int,
+    predictor: Predictor | None,
+    known: Mapping[Key, Known],
+    margin: float,
+) -> int | None:
+    """Which map to look at: the most aggressive between `low` and `high` that is predicted to pass."""
+    if low + 1 >= high:
+        return None
+    if predictor is None or not predictor.predicts_metric:
+        return (low + high) // 2
+    for at in range(high - 1, low, -1):
+        if bound(predictor, known, joints[at].step.choice) <= margin:
+            return at
+    return (low + high) // 2 if low < 0 else None
+
+
+def sequence(chosen: Chosen) -> tuple[Joint, ...]:
+    """The maps that are certified in this order: from two below the best one on."""
+    if chosen.best is None:
+        return ()
+    return chosen.joints[max(0, chosen.best - CERTIFIED_BELOW) : chosen.best + 1]

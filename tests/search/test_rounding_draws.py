@@ -1,0 +1,92 @@
+"""Two uncertainties of a map: over units, and over where its rounding grids lie."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from precimap.errors import InputError, MapError, SchemeError
+from precimap.layers.quantized import quantize_map, quantized
+from precimap.metrics.paired import Drop
+from precimap.numerics.schemes import BF16_FLOOR, Scheme, scheme
+from precimap.precision_map import Decision, PrecisionMap, Premise, Verdict
+from precimap.search.rounding_draws import draw_layers, rounding_spread
+
+SHIPPED = Drop(estimate=0.25, error=0.5, n=40, clusters=10, changed=7)
+NOWHERE = Premise(
+    weights="", task="", metric="", calibration="", search="", certify="", base_precision="", device="", precimap="",
+    torch="",
+)  # fmt: skip
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=20))
+def test_the_spread_is_that_of_numpy(drops: list[float]) -> None:
+    found = rounding_spread(SHIPPED, drops)
+    assert (found.shipped, found.error_over_units, found.n) == (0.25, 0.5, 40)
+    assert found.drops == tuple(drops)
+    assert found.mean == pytest.approx(np.mean(drops), rel=1e-9, abs=1e-9)
+    assert found.error_over_rounding == pytest.approx(np.std(drops, ddof=1), rel=1e-6, abs=1e-9)
+    assert found.error_of_mean == pytest.approx(np.std(drops, ddof=1) / math.sqrt(len(drops)), rel=1e-6, abs=1e-9)
+
+
+def test_what_is_no_spread_is_refused() -> None:
+    for drops in ([], [1.0]):
+        with pytest.raises(
+            InputError, match=f"expected at least two rounding draws to tell a spread, got {len(drops)}"
+        ):
+            rounding_spread(SHIPPED, drops)
+    with pytest.raises(InputError, match="expected finite drops of the rounding draws, got 1, nan"):
+        rounding_spread(SHIPPED, [1.0, math.nan])
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4))
+
+
+def a_map(model: nn.Module, chosen: Scheme) -> PrecisionMap:
+    low = {"0.weight", "2.weight"}
+    layers = {
+        name: Decision(
+            scheme=chosen.name if name in low else None, verdict=Verdict.TOLERANT if name in low else Verdict.SENSITIVE,
+            reason="planted", shape=tuple(weight.shape), ops=("linear",), contracted=(1,),
+            input_scale=0.02 if name in low and chosen.needs_calibration else None,
+        )
+        for name, weight in model.named_parameters() if name.endswith("weight")
+    }  # fmt: skip
+    return PrecisionMap(target="emulated", schemes={chosen.name: chosen.row()}, layers=layers, premise=NOWHERE)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-static", "int8"])
+def test_a_draw_is_the_map_on_other_grids(name: str) -> None:
+    model = two_layers()
+    precision_map, x = a_map(model, scheme(name)), torch.randn(64, 32)
+    before = [parameter.clone() for parameter in model.parameters()]
+    outputs = []
+    for layers in (
+        quantize_map(model, precision_map),
+        *(draw_layers(model, precision_map, seed) for seed in (1, 1, 2)),
+    ):
+        assert sorted(layers) == ["0.weight", "2.weight"]
+        with torch.no_grad(), quantized(model, layers):
+            outputs.append(model(x))
+    shipped, first, again, second = outputs
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, shipped)
+    assert all(map(torch.equal, before, model.parameters()))
+    with torch.no_grad():
+        errors = [float((output - model(x)).square().mean().sqrt()) for output in (shipped, first, second)]
+    assert max(errors) < 2.5 * min(errors)  # another draw of the same lottery, not another format
+
+
+def test_a_map_without_a_grid_to_shift_is_refused() -> None:
+    model = two_layers()
+    with pytest.raises(SchemeError, match=r"0\.weight: the weight is bf16"):
+        draw_layers(model, a_map(model, BF16_FLOOR), 1)
+    with pytest.raises(MapError, match="the model has none of that name"):
+        draw_layers(nn.Linear(2, 2), a_map(model, scheme("fp8")), 1)
