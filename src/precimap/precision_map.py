@@ -111,8 +111,9 @@ class Certificate(_Record):
 class Rounding(_Record):
     """The lottery of the rounding grid: the map's drop on shifted grids, on n units of the search split.
 
-    shipped: the drop on the map's own grids there, with its error over units. mean and sd are over the draws: what the
-    next retrain, with other grids, is to expect. The certificate is about the grids that ship.
+    shipped: the drop on the map's own grids there, with its error over units. mean and sd are over the draws; common is
+    the part of sd that does not average out over units: what the next retrain, with other grids, is to expect. The
+    certificate is about the grids that ship.
     """
 
     shipped: float
@@ -120,7 +121,8 @@ class Rounding(_Record):
     n: int = Field(ge=1)
     drops: tuple[float, ...]
     mean: float
-    sd: float
+    sd: float = Field(ge=0)
+    common: float = Field(ge=0)
 
 
 class Premise(_Record):

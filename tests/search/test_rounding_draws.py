@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 from torch import nn
 
 from precimap.errors import InputError, MapError, SchemeError
 from precimap.layers.quantized import quantize_map, quantized
-from precimap.metrics.paired import Drop
+from precimap.metrics.paired import Drop, Units
 from precimap.numerics.schemes import BF16_FLOOR, Scheme, scheme
 from precimap.precision_map import Decision, PrecisionMap, Premise, Verdict
 from precimap.search.rounding_draws import draw_layers, rounding_spread
@@ -23,24 +25,42 @@ NOWHERE = Premise(
 )  # fmt: skip
 
 
-@given(st.lists(st.floats(-100, 100), min_size=2, max_size=20))
-def test_the_spread_is_that_of_numpy(drops: list[float]) -> None:
-    found = rounding_spread(SHIPPED, drops)
+UNITS = Units(n=40)
+
+
+@given(arrays(np.float64, st.tuples(st.integers(2, 12), st.just(40)), elements=st.floats(-100, 100)))
+def test_the_spread_is_that_of_numpy(draws: NDArray[np.float64]) -> None:
+    found = rounding_spread(SHIPPED, draws, UNITS)
+    means = draws.mean(1)
     assert (found.shipped, found.error_over_units, found.n) == (0.25, 0.5, 40)
-    assert found.drops == tuple(drops)
-    assert found.mean == pytest.approx(np.mean(drops), rel=1e-9, abs=1e-9)
-    assert found.error_over_rounding == pytest.approx(np.std(drops, ddof=1), rel=1e-6, abs=1e-9)
-    assert found.error_of_mean == pytest.approx(np.std(drops, ddof=1) / math.sqrt(len(drops)), rel=1e-6, abs=1e-9)
+    assert found.drops == pytest.approx(means, rel=1e-9, abs=1e-9)
+    assert found.mean == pytest.approx(means.mean(), rel=1e-9, abs=1e-9)
+    assert found.error_over_rounding == pytest.approx(np.std(means, ddof=1), rel=1e-6, abs=1e-9)
+    assert 0 <= found.common <= found.error_over_rounding * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("common", "own"), [(0.0, 1.0), (0.5, 1.0), (1.0, 0.1)])
+def test_the_common_part_is_told_from_the_units_own_luck(common: float, own: float) -> None:
+    """Simulated: a shift of a whole draw with a known standard deviation, and each unit's own noise, 400 times."""
+    rng = np.random.default_rng(4)
+    squares = [
+        rounding_spread(SHIPPED, common * rng.normal(size=(8, 1)) + own * rng.normal(size=(8, 40)), UNITS).common ** 2
+        for _ in range(400)
+    ]
+    total = common**2 + own**2 / 40
+    # Cutting negative estimates off at 0 only adds, at most as much as the estimate's own spread.
+    slack = 3 * total * np.sqrt(2 / 7 / 400) + (0.4 * total if common == 0 else 0)
+    assert abs(np.mean(squares) - common**2) <= slack
 
 
 def test_what_is_no_spread_is_refused() -> None:
-    for drops in ([], [1.0]):
-        with pytest.raises(
-            InputError, match=f"expected at least two rounding draws to tell a spread, got {len(drops)}"
-        ):
-            rounding_spread(SHIPPED, drops)
-    with pytest.raises(InputError, match="expected finite drops of the rounding draws, got 1, nan"):
-        rounding_spread(SHIPPED, [1.0, math.nan])
+    for count in (0, 1):
+        with pytest.raises(InputError, match=f"expected at least two rounding draws to tell a spread, got {count}"):
+            rounding_spread(SHIPPED, np.zeros((count, 40)), UNITS)
+    faulty = np.zeros((3, 40))
+    faulty[1, 2] = math.nan
+    with pytest.raises(InputError, match="got NaN or infinity in 1 of 3"):
+        rounding_spread(SHIPPED, faulty, UNITS)
 
 
 def two_layers() -> nn.Module:

@@ -10,18 +10,20 @@ With `joint`, the pass runs at the jointly quantised point: each of those layers
 gradient through as the original op would (straight-through; Bengio et al. 2013).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate
 
 SchemeName = str
+_CUTS = (Tensor.detach, Tensor.detach_, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class Layout:
 
     dim: int
     adjacent: bool
+
+    def fits(self, tensor: Tensor, count: int) -> bool:
+        """Whether the dim is there and holds a whole number of values for each row."""
+        return tensor.dim() > self.dim and tensor.shape[self.dim] % count == 0 and tensor.numel() > 0
 
     def rows(self, tensor: Tensor, count: int) -> Tensor:
         """The tensor as float32 [count, values of one row]."""
@@ -67,8 +73,10 @@ class FirstOrder(Interception):
     """Runs a model with gradients and keeps the local error of each call.
 
     weights: name -> parameter. layers: layer -> scheme -> its codes. dequantized: (layer, scheme) -> float32 weight.
-    joint: layer -> scheme in which it is to run during the pass. Gradients flow although the caller's own code says
-    no_grad or inference_mode; what it says is in force again afterwards.
+    joint: layer -> scheme in which it is to run during the pass. buffers: the model's, which a forward may write to.
+    Gradients flow although the caller's own code says no_grad or inference_mode; what it says is in force again
+    afterwards. `cuts` are the results that the caller's code took out of the graph: what comes before them may change
+    more than its gradient says.
     """
 
     def __init__(
@@ -77,13 +85,16 @@ class FirstOrder(Interception):
         layers: Mapping[str, Mapping[SchemeName, QuantizedLayer]],
         dequantized: Mapping[tuple[str, SchemeName], Tensor],
         joint: Mapping[str, SchemeName],
+        buffers: Iterable[Tensor] = (),
     ) -> None:
         super().__init__({name: weights[name] for name in layers})
         self.taps: list[Tapped] = []
+        self.cuts: list[Tensor] = []
         self.zero = torch.zeros((), requires_grad=True, device=next(iter(weights.values())).device)
         self._layers = layers
         self._dequantized = dequantized
         self._joint = joint
+        self._buffers = tuple(buffers)
         self._inputs: dict[SchemeName, SharedInputs] = {}
         self._calls: dict[str, int] = {}
 
@@ -96,9 +107,25 @@ class FirstOrder(Interception):
                 return super().__torch_function__(func, types, args, kwargs)
         return super().__torch_function__(func, types, args, kwargs)
 
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for buffer in self._buffers:
+            if buffer.grad_fn is not None:
+                buffer.detach_()  # written to by the forward: without this it would keep this pass's graph
+
+    def on_other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        moving = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.grad_fn]
+        if moving and func in _CUTS:
+            self.cuts.append(moving[0].view_as(moving[0]))
+        # What parameters alone would require needs no graph, and torch may choose another kernel where there is one.
+        with nullcontext() if moving else torch.no_grad():
+            return super().on_other(func, args, kwargs)
+
     def on_weight(self, call: WeightCall) -> Any:
         name = call.view.name
-        output = call.run_with(call.weight.detach(), call.input)
+        # `matmul` computes in another way when its weight requires a gradient; elsewhere it would only take memory.
+        weight = call.weight if call.op.name == "matmul" else call.weight.detach()
+        output = call.run_with(weight, call.input)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         errors: dict[SchemeName, Tensor] = {}
@@ -124,9 +151,18 @@ class FirstOrder(Interception):
             tapped.gradient = None
         torch.autograd.grad(total, [self.zero], retain_graph=True)
 
+    def before_cuts(self) -> frozenset[str]:
+        """The layers on which a result depends that the caller's code took out of the graph."""
+        found: set[str] = set()
+        for cut in self.cuts:
+            self.backward(cut.float().sum())
+            found.update(tapped.layer for tapped in self.taps if tapped.gradient is not None)
+        return frozenset(found)
+
     def clear(self) -> None:
         """Let go of a batch: its graph and its errors."""
         self.taps = []
+        self.cuts = []
         self._inputs = {}
         self._calls = {}
 
@@ -142,9 +178,14 @@ def _usable(value: Any) -> Any:
 
 
 def row_changes(tapped: Tapped, layout: Layout, rows: int) -> dict[SchemeName, Tensor]:
-    """<gradient, local error> of each row, float64 [rows] on the CPU, for each scheme. Zero when no gradient arrived."""
+    """<gradient, local error> of each row, float64 [rows] on the CPU, for each scheme.
+
+    Zero when no gradient arrived; NaN when the result does not have the layout in this batch.
+    """
     if tapped.gradient is None:
         return {scheme: torch.zeros(rows, dtype=torch.float64) for scheme in tapped.errors}
+    if not layout.fits(tapped.gradient, rows):
+        return {scheme: torch.full((rows,), torch.nan, dtype=torch.float64) for scheme in tapped.errors}
     gradient = layout.rows(tapped.gradient, rows)
     return {
         scheme: torch.linalg.vecdot(gradient, layout.rows(error, rows)).double().cpu()
@@ -156,14 +197,16 @@ def find_layout(plain: Tensor, weighed: Tensor, weights: Tensor) -> Layout | Non
     """How rows lie in a tensor, from its gradients of a plain sum over rows and of a weighed one; None if rows mix.
 
     In the right layout each row of `weighed` is that of `plain` times the row's weight (float32 [rows]). The tolerance
-    is far below the spread of the weights and far above the rounding of a BF16 backward pass.
+    is far below the spread of the weights and far above the rounding of a BF16 backward pass. None for a gradient of
+    zeros, which fits every layout.
     """
     count = len(weights)
+    if not plain.any():
+        return None
     for dim in range(plain.dim()):
-        if plain.shape[dim] % count or not plain.shape[dim]:
-            continue
-        for adjacent in (True, False):
-            layout = Layout(dim, adjacent)
+        for layout in (Layout(dim, True), Layout(dim, False)):
+            if not layout.fits(plain, count):
+                continue
             expected = layout.rows(plain, count) * weights[:, None]
             found = layout.rows(weighed, count)
             if float((found - expected).norm()) <= 0.05 * float(found.norm()):

@@ -39,7 +39,7 @@ class Call:
 class Recording:
     """The results of one batch's baseline pass, up to `limit_bytes` of them.
 
-    replayed, computed: calls of all probes that were answered from here, and that were run (views and reads do not count).
+    replayed, computed: calls of all probes that were answered from here, and that were run (reads and pure views aside).
     bytes: what is held now. evicted: results given up for the limit, the cheapest to compute per byte first.
     """
 

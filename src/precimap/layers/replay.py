@@ -123,7 +123,7 @@ class Replay(Emulation):
         if call is not None and len(call.numbers) == len(written):
             for tensor, number in zip(written, call.numbers, strict=True):
                 self._contents.write(tensor, number)
-        else:  # what it made is not known without a word; what it changed was known perhaps
+        else:  # what a call made is unknown anyway; what it changed may have been known
             for tensor in changed:
                 self._contents.forget(tensor)
         return output

@@ -17,8 +17,8 @@ from precimap.precision_map import Certificate, Decision, Evidence, PrecisionMap
 from precimap.report.run_record import RunRecord
 
 NAME_WIDTH = 36
-NARROW_NAME_WIDTH = 17  # beside all columns of a map
-SCHEME_WIDTH = 10
+NARROW_NAME_WIDTH = 24  # beside all columns of a map
+SCHEME_WIDTH = 9
 SCALE_BYTES = 4  # float32
 _WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
 _STYLE = {
@@ -84,30 +84,38 @@ def _coverage(inventory: Inventory) -> RenderableType:
 
 def map_table(precision_map: PrecisionMap) -> RenderableType:
     """Layer by layer: the drop of that layer alone, as predicted and as probed, and what was decided."""
-    table = Table(box=None, pad_edge=False)
+    unit = _unit(precision_map)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
-    for heading in ("FLOPs", "predicted", "± s.e.", "probed", "± s.e."):
+    for heading in ("FLOPs", "predicted ±", "probed ±"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     table.add_column("in", no_wrap=True)
     for name, decision in precision_map.layers.items():
-        cells = (*_own_drop(decision, decision.predicted), *_own_drop(decision, decision.evidence))
+        cells = (_own_drop(decision, decision.predicted, unit), _own_drop(decision, decision.evidence, unit))
         verdict = Text(decision.verdict.value, style=_STYLE[decision.verdict])
         runs = (decision.scheme or "base")[:SCHEME_WIDTH]
         table.add_row(short_name(name, NARROW_NAME_WIDTH), f"{decision.flops_share:.1%}", *cells, verdict, runs)
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
     notes = [Text(f"{count} x {reason}", style="dim") for reason, count in reasons.items()]
-    return Group(table, *notes)
+    said = f"drops of single layers in {precision_map.premise.metric} x {unit:.0e}, {_sizes(precision_map)}"
+    return Group(table, *notes, Text(f"{said}; positive is worse", style="dim"))
 
 
-def _own_drop(decision: Decision, evidence: dict[str, Evidence]) -> tuple[str, str]:
-    if not evidence:
-        return "", ""
-    found = evidence.get(decision.scheme or "")
-    if found is None and decision.scheme is not None:
-        return "", ""
-    found = found or next(iter(evidence.values()))
-    return f"{found.drop:+.0e}", f"{found.error:.0e}"
+def _unit(precision_map: PrecisionMap) -> float:
+    """The power of ten in which the median error of a single layer's drop has one digit before the point."""
+    errors = [
+        e.error
+        for d in precision_map.layers.values()
+        for e in (*d.predicted.values(), *d.evidence.values())
+        if e.error > 0
+    ]
+    return 10.0 ** math.floor(math.log10(sorted(errors)[len(errors) // 2])) if errors else 1.0
+
+
+def _own_drop(decision: Decision, evidence: dict[str, Evidence], unit: float) -> str:
+    found = evidence.get(decision.scheme) if decision.scheme else next(iter(evidence.values()), None)
+    return "" if found is None else f"{found.drop / unit:+.1f} ±{found.error / unit:4.1f}"
 
 
 def certificate_text(certificate: Certificate) -> RenderableType:
@@ -174,10 +182,11 @@ def audit_text(evidence: dict[str, Any]) -> RenderableType:
 def rounding_text(rounding: Rounding) -> RenderableType:
     """The two uncertainties of the final map, side by side."""
     lines = [
-        f"two uncertainties, on n = {rounding.n:,} units of the search split:",
-        f"  this artefact (its own grids):  drop {rounding.shipped:+.5f} ± {rounding.error_over_units:.5f} over units",
-        f"  this policy, the next retrain:  mean {rounding.mean:+.5f}, spread {rounding.sd:.5f} over "
-        f"{len(rounding.drops)} shifted grids",
+        f"two uncertainties of its drop, on n = {rounding.n:,} units of the search split:",
+        f"  this artefact, its own grids: {rounding.shipped:+.5f} ± {rounding.error_over_units:.5f} (over units)",
+        f"  this policy, the next retrain: {rounding.mean:+.5f} ± {rounding.sd:.5f} (over {len(rounding.drops)} shifted "
+        "grids),",
+        f"    of which {rounding.common:.5f} does not average out over more units",
     ]
     return Text("\n".join(lines))
 
@@ -220,7 +229,6 @@ def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> Rende
     before = sum(decision.bytes for decision in precision_map.layers.values())
     after = sum(_bytes_after(precision_map, name) for name in precision_map.layers)
     lines = [
-        f"drops of single layers: {precision_map.premise.metric}, {_sizes(precision_map)}; positive is worse",
         f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, "
         f"{precision_map.flops_share:.1%} of the weight FLOPs",
         f"bytes of all layers: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",

@@ -105,7 +105,7 @@ def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequenc
     found = min(told, key=lambda found: found.decisive.upper if found.decisive is not None else float("inf"))
     best = found.decisive
     assert best is not None
-    how = f"({'probed' if best is found.probed else 'predicted'}, n = {best.drop.n})"
+    how = f"({_how(found)}, n = {best.drop.n})"
     if best.upper <= cutoff:
         return Verdict.TOLERANT, f"its own drop is at most {best.upper:.2g}, below the cutoff {cutoff:.2g} {how}"
     if best.lower > cutoff and chosen is None:
@@ -114,6 +114,12 @@ def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequenc
     told_apart = f"its own drop {drop.estimate:+.2g} +- {drop.error:.2g} {how}"
     asks = f"cannot be told from the cutoff {cutoff:.2g}" + ("" if n is None else f" (needs about {n:,} units)")
     return Verdict.UNDECIDED, f"{told_apart} {asks}; {_fate(chosen)}"
+
+
+def _how(found: Known) -> str:
+    if found.decisive is found.probed:
+        return "probed"
+    return "predicted" if found.correction is None else "predicted, corrected by a probe"
 
 
 def _fate(chosen: str | None) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from precimap.layers.inventory import Inventory
+from precimap.metrics.paired import differences, paired_drop
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocate import default_cutoff
 from precimap.search.audit import Audit, ambiguous, audit, kind_of, to_audit
@@ -70,7 +71,7 @@ def gather(
     flipping = _flipping(evidence, inventory, {s.name: s for _, s in pairs}, rule, limits)
     if flipping:
         asked = [pair for pair in pairs if (pair[0], pair[1].name) in flipping]
-        probes |= {(p.layer, p.scheme): p for p in probing.on(asked, numbers)}
+        probes |= {(p.layer, p.scheme): p for p in probing.on(asked, few)}
         known = _table(inventory, pairs, predictor, screened, probes, found, baseline)
         evidence = replace(evidence, known=known)
     return _written(run, evidence)
@@ -143,11 +144,22 @@ def _table(
                     screened.output_error(key),
                     predictor.drift([key]),
                     trusted,
+                    _correction(predictor, probed) if trusted and probed is not None else None,
                 )
             )
         elif probed is not None:
             rows.append(_known(baseline, probed))
     return tuple(rows)
+
+
+def _correction(predictor: Predictor, probed: Probe) -> tuple[float, float] | None:
+    """Mean of probed - predicted in the metric, where it is predicted, and its error over the units of the probe."""
+    if not predictor.predicts_metric:
+        return None
+    on = predictor.on(probed.numbers)
+    predicted = on.scored([(probed.layer, probed.scheme)])
+    found = paired_drop(differences(predictor.task.metric, predicted.values, probed.scored.values), on.reference.units)
+    return found.estimate, found.error
 
 
 def _probed_only(baseline: Parts, probes: Sequence[Probe]) -> tuple[Known, ...]:
@@ -176,6 +188,7 @@ def _written(run: Run, evidence: Evidence) -> Evidence:
             "output_error": found.output_error,
             "drift": found.drift,
             "trusted": found.trusted,
+            "correction": found.correction,
         }
         for found in evidence.known
     ]

@@ -8,7 +8,7 @@ from precimap.layers.target import EMULATED
 from precimap.numerics.schemes import BF16_FLOOR
 from precimap.search.calibrate import Calibration
 from precimap.search.probe import Comparison, compare, prepare
-from precimap.search.run import Parts, Run, batches_of, scattered, scored
+from precimap.search.run import Parts, Run, scattered, scored
 
 
 def rounding_floor(run: Run, inventory: Inventory, baseline: Parts, units: int, alpha: float) -> Comparison:
@@ -20,7 +20,8 @@ def rounding_floor(run: Run, inventory: Inventory, baseline: Parts, units: int, 
         run,
         "floor",
         "bf16",
-        batches_of(task.splits.search, numbers),
+        task.splits.search,
         lambda: EMULATED.running(task.model, prepare(task, inventory, Calibration({}), alive)),
+        numbers=numbers,
     )
     return compare(task, baseline.only(numbers), parts.whole, alpha)

@@ -5,7 +5,7 @@ two decides. A cost is never negative: that a layer seems to improve the metric 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -30,6 +30,7 @@ class Known:
     predicted: of the screen; None where it cannot tell this metric. probed: of the direct probe; None where none was
     made. loss_square: E[(change of a unit's loss)^2]. output_error: E|change of a unit's scores|^2 and its error.
     drift: mean change of the scores, or of the losses. trusted: whether the audit left the screen in charge.
+    correction: mean of probed - predicted over the units that both saw, in the metric, and its error.
     """
 
     layer: str
@@ -40,13 +41,23 @@ class Known:
     output_error: tuple[float, float] | None
     drift: float | None
     trusted: bool
+    correction: tuple[float, float] | None = None
 
     @property
     def decisive(self) -> Comparison | None:
-        """The probe where it saw as many units as the screen, or the screen is not trusted; otherwise the prediction."""
-        if self.probed is None or self.predicted is None:
-            return self.probed or self.predicted
-        return self.probed if not self.trusted or self.probed.drop.n >= self.predicted.drop.n else self.predicted
+        """What decides: the probe alone where the screen is not trusted or blind, otherwise the prediction.
+
+        A probe of a trusted layer corrects the prediction (the screen is its control variate): the difference between
+        the two varies so little over units that a few of them tell it.
+        """
+        if self.predicted is None or (self.probed is not None and not self.trusted):
+            return self.probed
+        return self.predicted if self.correction is None else _shifted(self.predicted, *self.correction)
+
+
+def _shifted(found: Comparison, by: float, error: float) -> Comparison:
+    drop = replace(found.drop, estimate=found.drop.estimate + by, error=float(np.hypot(found.drop.error, error)))
+    return replace(found, drop=drop, lower=found.lower + by - 2 * error, upper=found.upper + by + 2 * error)
 
 
 class Currency(StrEnum):

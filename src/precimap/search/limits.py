@@ -42,21 +42,23 @@ class Limits:
 class Effort:
     """How hard a search looks.
 
-    probe_all: measure every layer on its own instead of screening. screen_units: of the search split, where losses are
-    screened. screen_memory, replay_memory: bytes. rounding_draws: shifted grids for the final map, 0 for none.
+    probe_all: measure every layer on its own instead of screening. Of the search split, screen_units are screened where
+    losses are, audit_units are probed to check the screen, check_units see the noise floor and the rounding draws.
+    screen_memory, replay_memory: bytes. rounding_draws: shifted grids for the final map, 0 for none.
     minutes: after these no new look at the search split is begun; the best answer so far is certified.
     """
 
     probe_all: bool = False
     screen_units: int = 256
-    audit_units: int = 64
+    audit_units: int = 32
+    check_units: int = 128
     screen_memory: int = 4 * 2**30
     replay_memory: int = 4 * 2**30
     rounding_draws: int = 8
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("screen_units", "audit_units"):
+        for name in ("screen_units", "audit_units", "check_units"):
             if getattr(self, name) < 2:
                 raise InputError(f"expected {name} of at least 2, got {getattr(self, name)}")
         for name in ("screen_memory", "replay_memory"):

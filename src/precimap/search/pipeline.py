@@ -151,7 +151,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
     baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
     preflight.check_baseline(task, baseline.whole)
     checked = _preflight(search, seen, calibration, baseline)
-    floor = rounding_floor(run, inventory, baseline, search.effort.screen_units, alpha)
+    floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha)
     run.journal.conclude("floor", "all layers", asdict(floor))
     by_name = {scheme.name: scheme for scheme in search.schemes}
     pairs = [(layer, by_name[name]) for layer, name in seen.allowed.open_pairs()]
@@ -236,4 +236,4 @@ def _rounding(search: _Search, final: PrecisionMap, baseline: Parts) -> Rounding
     draws, effort = search.effort.rounding_draws, search.effort
     if not final.low or not draws:
         return None
-    return rounding_of(search.run, final, baseline, draws, effort.screen_units)
+    return rounding_of(search.run, final, baseline, draws, effort.check_units)

@@ -30,7 +30,9 @@ def contributions(run: Run, predictor: Predictor, step: Step) -> dict[str, Float
     Raises RuntimeError when the losses carry no gradient.
     """
     plan, task = predictor.screen.plan, run.task
-    layers = [layer for one in plan.passes for layer in one if step.choice.get(layer.name) == layer.scheme.name]
+    seen = {name for name, _ in predictor.screen.pairs}
+    candidates = [layer for one in plan.passes for layer in one if layer.name in seen]
+    layers = [layer for layer in candidates if step.choice.get(layer.name) == layer.scheme.name]
     decoded = decode(layers)
     found: dict[str, list[Floats]] = {layer.name: [] for layer in layers}
     for done, number in enumerate(predictor.numbers):
@@ -41,7 +43,7 @@ def contributions(run: Run, predictor: Predictor, step: Step) -> dict[str, Float
             scores = task.forward(task.model, batch)
         with torch.enable_grad():
             losses = task.loss(scores, batch).float()
-        mode.backward(losses.sum())
+            mode.backward(losses.sum())
         sums = {layer.name: np.zeros(len(losses)) for layer in layers}
         for tapped in mode.taps:
             layout = plan.layouts.get((tapped.layer, tapped.number))

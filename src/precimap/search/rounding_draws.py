@@ -9,18 +9,20 @@ one number that answers neither question.
 import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from precimap.errors import InputError, SchemeError
 from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.target import EMULATED
-from precimap.metrics.paired import Drop, differences, paired_drop
+from precimap.metrics.paired import Drop, Units, differences, paired_drop
 from precimap.numerics.grid_shift import GridShift
 from precimap.precision_map import PrecisionMap, Rounding
-from precimap.search.run import Parts, Run, batches_of, scattered, scored
+from precimap.search.run import Parts, Run, scattered, scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,10 @@ class RoundingSpread:
     """A map's drop on its own grids and on shifted ones, in the metric's own units; positive is worse.
 
     shipped, error_over_units: the drop on the scales that ship and its standard error over the n units. drops: on the
-    shifted grids, one each. mean: of the drops, what this policy costs on average; error_of_mean: its standard error
-    over the draws. error_over_rounding: the standard deviation of one drop, that of the next retrain's grids; from R
-    draws it is itself known to about 1 / sqrt(2 (R - 1)), 27 % for 8.
+    shifted grids, one each. mean: of the drops, what this policy costs on average. error_over_rounding: the standard
+    deviation of one drop over the draws. Part of it is each unit's own luck, which averages out over many units;
+    `common` is the rest, that of the next retrain's grids for as many users as you like. From R draws a standard
+    deviation is itself known to about 1 / sqrt(2 (R - 1)), 27 % for 8.
     """
 
     shipped: float
@@ -38,25 +41,35 @@ class RoundingSpread:
     n: int
     drops: tuple[float, ...]
     mean: float
-    error_of_mean: float
     error_over_rounding: float
+    common: float
 
 
-def rounding_spread(shipped: Drop, drops: Sequence[float]) -> RoundingSpread:
-    """Both uncertainties of a map. Raises InputError for fewer than two draws, or for drops that are not finite."""
-    if len(drops) < 2:
-        raise InputError(f"expected at least two rounding draws to tell a spread, got {len(drops)}; draw more, or none")
-    if not all(math.isfinite(drop) for drop in drops):
-        raise InputError(f"expected finite drops of the rounding draws, got {', '.join(f'{drop:g}' for drop in drops)}")
-    spread = statistics.stdev(drops)
+def rounding_spread(shipped: Drop, draws: NDArray[np.float64], units: Units) -> RoundingSpread:
+    """Both uncertainties of a map. draws: float64 [draws, n], the drop of each unit on each shifted grid.
+
+    `common` by analysis of variance: the variance of the draws' means less what the units' own deviations from their
+    mean over draws put into it (one random effect; Searle, Casella and McCulloch 1992, "Variance Components", ch. 3).
+    Raises InputError for fewer than two draws, or for drops that are not finite.
+    """
+    count = len(draws)
+    if count < 2:
+        raise InputError(f"expected at least two rounding draws to tell a spread, got {count}; draw more, or none")
+    if not np.isfinite(draws).all():
+        faulty = int((~np.isfinite(draws)).any(1).sum())
+        raise InputError(f"expected finite drops of the rounding draws, got NaN or infinity in {faulty} of {count}")
+    means = [paired_drop(draw, units).estimate for draw in draws]
+    own = [paired_drop(draw - draws.mean(0), units).error ** 2 for draw in draws]
+    spread = statistics.stdev(means)
+    left = spread**2 - statistics.fmean(own) * count / (count - 1)
     return RoundingSpread(
         shipped=shipped.estimate,
         error_over_units=shipped.error,
         n=shipped.n,
-        drops=tuple(drops),
-        mean=statistics.fmean(drops),
-        error_of_mean=spread / math.sqrt(len(drops)),
+        drops=tuple(means),
+        mean=statistics.fmean(means),
         error_over_rounding=spread,
+        common=math.sqrt(max(0.0, left)),
     )
 
 
@@ -74,26 +87,26 @@ def rounding_of(run: Run, precision_map: PrecisionMap, baseline: Parts, draws: i
     None for a map with a scheme whose grid cannot be shifted. By emulation, whatever the map's target is.
     """
     task, numbers = run.task, scattered(baseline.sizes, units)
-    batches = batches_of(task.splits.search, numbers)
     before = baseline.only(numbers)
 
-    def drop(subject: str, layers: Callable[[], Mapping[str, QuantizedLayer]]) -> Drop:
-        parts = scored(run, "draw", subject, batches, lambda: EMULATED.running(task.model, layers()))
-        return paired_drop(differences(task.metric, before.values, parts.whole.values), before.units)
+    def drops(subject: str, layers: Callable[[], Mapping[str, QuantizedLayer]]) -> NDArray[np.float64]:
+        split = task.splits.search
+        parts = scored(run, "draw", subject, split, lambda: EMULATED.running(task.model, layers()), numbers=numbers)
+        return differences(task.metric, before.values, parts.whole.values)
 
     try:
         draw_layers(task.model, precision_map, 0)
     except SchemeError:
         return None
     fingerprint = precision_map.fingerprint
-    shipped = drop(fingerprint, lambda: quantize_map(task.model, precision_map))
-    drops = []
+    shipped = drops(fingerprint, lambda: quantize_map(task.model, precision_map))
+    shifted = []
     for seed in range(draws):
         run.progress("rounding draws", seed, draws)
         layers = functools.partial(draw_layers, task.model, precision_map, seed)
-        drops.append(drop(f"{fingerprint} on grid {seed}", layers).estimate)
+        shifted.append(drops(f"{fingerprint} on grid {seed}", layers))
     run.progress("rounding draws", draws, draws)
-    spread = rounding_spread(shipped, drops)
+    spread = rounding_spread(paired_drop(shipped, before.units), np.stack(shifted), before.units)
     return Rounding(
         shipped=spread.shipped,
         error_over_units=spread.error_over_units,
@@ -101,4 +114,5 @@ def rounding_of(run: Run, precision_map: PrecisionMap, baseline: Parts, draws: i
         drops=spread.drops,
         mean=spread.mean,
         sd=spread.error_over_rounding,
+        common=spread.common,
     )

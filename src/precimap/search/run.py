@@ -62,16 +62,20 @@ def scored(
     batches: Batches,
     running: Callable[[], AbstractContextManager[Any]],
     after_batch: Callable[[int], None] = lambda _: None,
+    numbers: Sequence[int] | None = None,
 ) -> Parts:
     """Score a split batch by batch, from the journal where it holds a batch already.
 
-    running: gives the model to score while its block lasts; not entered when every batch is known. after_batch is told
-    the number of batches done. Raises TaskError as `precimap.task.score`.
+    numbers: of the batches to score, None for all; the journal knows a batch by its number in the split, so that
+    another selection takes none for another. running: gives the model to score while its block lasts; not entered when
+    every batch is known. after_batch is told how many batches are done. Raises TaskError as `precimap.task.score`.
     """
     parts = []
     with ExitStack() as stack, torch.no_grad():
         model: Any = None
         for number, batch in enumerate(batches):
+            if numbers is not None and number not in numbers:
+                continue
             found = run.journal.find(kind, batch_subject(subject, number))
             if found is None:
                 model = stack.enter_context(running()) if model is None else model
@@ -81,7 +85,7 @@ def scored(
             else:
                 part = part_of(found)
             parts.append(part)
-            after_batch(number + 1)
+            after_batch(len(parts))
     return Parts(run.task, tuple(parts))
 
 
@@ -97,11 +101,6 @@ def scattered(sizes: Sequence[int], units: int) -> tuple[int, ...]:
             break
         chosen.append(number)
     return tuple(sorted(chosen))
-
-
-def batches_of(split: Batches, numbers: Sequence[int]) -> list[Any]:
-    """The batches of these numbers, in the order of the split."""
-    return [batch for number, batch in enumerate(split) if number in set(numbers)]
 
 
 def batch_subject(subject: str, number: int) -> str:

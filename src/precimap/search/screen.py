@@ -138,11 +138,12 @@ def _screen_batch(
             scores = task.forward(task.model, batch)
         with torch.enable_grad():
             rows = scores.flatten().float() if plan.by_scores else task.loss(scores, batch).float()
+            total = rows.sum()
         if not changes.size:
             changes = np.zeros((len(plan.rows), len(rows)), np.float32)
             outputs = np.zeros((len(plan.rows), len(scores)))
             values = scores.detach().double().cpu().numpy()
-        mode.backward(rows.sum())
+        mode.backward(total)
         _add_changes(mode, plan, changes, len(rows))
         if not plan.by_scores:
             _add_outputs(mode, plan, outputs, scores, number)
@@ -167,7 +168,8 @@ def _add_outputs(mode: FirstOrder, plan: ScreenPlan, into: Floats, scores: Tenso
     """One random direction of a batch's scores: over many units that is as good as many directions for a few."""
     generator = torch.Generator().manual_seed(PROBE_SEED + number)
     direction = torch.randn(scores.shape, generator=generator).to(scores.device)
-    mode.backward((scores.float() * direction).sum())
+    with torch.enable_grad():
+        mode.backward((scores.float() * direction).sum())
     change = np.zeros_like(into)
     _add_changes(mode, plan, change, len(scores))
     into += change**2

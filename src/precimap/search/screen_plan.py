@@ -1,17 +1,19 @@
 """How a search split is screened: which rows are looked at, where they lie in each call's result, and what it takes.
 
-Invariant: nothing is assumed of a model's shapes. Two backward passes of the first batch, one with the rows weighed, show
-where each row lies in each result; a layer whose result mixes rows is left out with the reason. Memory is measured on
-that batch before the split is run.
+Invariant: nothing is assumed of a model's shapes. Two backward passes of one batch, one with the rows weighed, show where
+each row lies in each result; a layer whose result mixes rows is left out with the reason. It is the largest batch: there
+memory is measured before the split is run, and one row or one token alone would fit every layout.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from precimap.layers.first_order import FirstOrder, Layout, find_layout
 from precimap.layers.inventory import Inventory
@@ -27,7 +29,7 @@ Key = tuple[str, str]  # layer, scheme name
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScreenPlan:
-    """How the split is screened, found on its first batch. passes: the pairs that go through the model together."""
+    """How the split is screened, found on its largest batch. passes: the pairs that go through the model together."""
 
     by_scores: bool
     rows: Mapping[Key, int]
@@ -41,9 +43,10 @@ class ScreenPlan:
 def plan_screen(
     task: Task, inventory: Inventory, calibration: Calibration, pairs: Sequence[Pair], memory: int
 ) -> ScreenPlan:
-    """Look at the first batch of the search split. A plan without passes has every layer in `unseen`."""
+    """Look at the largest batch of the search split. A plan without passes has every layer in `unseen`."""
     layers = _codes(task, inventory, calibration, pairs)
     digest = hashlib.sha256(json.dumps([[name, scheme_key(scheme)] for name, scheme in pairs]).encode()).hexdigest()
+    batch = to_device(max(task.splits.search, key=_bytes), task.device)
     together = (layers,) if layers else ()
     apart = tuple(
         tuple(layer for layer in layers if layer.scheme.name == name)
@@ -52,7 +55,7 @@ def plan_screen(
     need, reason = 0, "no layer is eligible"
     for passes in (together, apart) if len(apart) > 1 else (together,) if layers else ():
         try:
-            found = [_explore(task, one) for one in passes]
+            found = [_explore(task, one, batch) for one in passes]
         except (RuntimeError, TypeError, NotImplementedError) as error:
             reason = f"the scores carry no gradient here ({_first_line(error)})"
             break
@@ -99,26 +102,25 @@ class _Explored:
     bytes: int
 
 
-def _explore(task: Task, layers: Sequence[QuantizedLayer]) -> _Explored:
-    """Find the rows in every call's result on the first batch: of single scores if that works, of units otherwise.
+def _explore(task: Task, layers: Sequence[QuantizedLayer], batch: Any) -> _Explored:
+    """Find the rows in every call's result on one batch: of single scores if that works, of units otherwise.
 
     Raises RuntimeError when there is no gradient.
     """
-    batch = to_device(next(iter(task.splits.search)), task.device)
     mode = first_order(task, layers, decode(layers), {})
     saved = _SavedBytes()
-    with saved, torch.enable_grad(), mode:
-        scores = task.forward(task.model, batch)
-    held = mode.held_bytes + saved.bytes + _decoded_bytes(layers)
-    by_scores, unseen = True, dict[str, str]()
-    layouts = _layouts(mode, scores.flatten().float(), unseen)
-    if unseen and scores.dim() > 1 and scores.numel() > scores.shape[0]:
-        by_scores, unseen = False, {}
-        with torch.enable_grad():
-            losses = task.loss(scores, batch)
-        layouts = _layouts(mode, losses.float(), unseen)
+    with torch.enable_grad():
+        with saved, mode:
+            scores = task.forward(task.model, batch)
+        held = mode.held_bytes + saved.bytes + _decoded_bytes(layers)
+        by_scores, unseen = True, dict[str, str]()
+        layouts = _layouts(mode, scores.flatten().float(), unseen)
+        if unseen and scores.dim() > 1 and scores.numel() > scores.shape[0]:
+            by_scores, unseen = False, {}
+            layouts = _layouts(mode, task.loss(scores, batch).float(), unseen)
+        unseen |= dict.fromkeys(sorted(mode.before_cuts() - set(unseen)), "detach() hides a part of what it does")
     mode.clear()
-    return _Explored(by_scores, layouts, unseen, held)
+    return _Explored(by_scores, {key: at for key, at in layouts.items() if key[0] not in unseen}, unseen, held)
 
 
 def _layouts(mode: FirstOrder, rows: Tensor, unseen: dict[str, str]) -> dict[tuple[str, int], Layout]:
@@ -129,7 +131,7 @@ def _layouts(mode: FirstOrder, rows: Tensor, unseen: dict[str, str]) -> dict[tup
     mode.backward((rows * weights).sum())
     layouts = {}
     for tapped, gradient in zip(mode.taps, plain, strict=True):
-        if gradient is None or tapped.gradient is None:
+        if gradient is None or tapped.gradient is None or not gradient.any():
             unseen[tapped.layer] = "no gradient reaches its result"
             continue
         layout = find_layout(gradient.float(), tapped.gradient.float(), weights)
@@ -152,7 +154,12 @@ def first_order(
     by_name: dict[str, dict[str, QuantizedLayer]] = {}
     for layer in layers:
         by_name.setdefault(layer.name, {})[layer.scheme.name] = layer
-    return FirstOrder(parameter_names(task.model), by_name, decoded, joint)
+    return FirstOrder(parameter_names(task.model), by_name, decoded, joint, task.model.buffers())
+
+
+def _bytes(batch: Any) -> int:
+    """Of the tensors in a batch; 0 where it keeps them in objects of its own, so that the first of such batches wins."""
+    return sum(value.nbytes for value in tree_leaves(batch) if isinstance(value, Tensor))
 
 
 def _decoded_bytes(layers: Sequence[QuantizedLayer]) -> int:
@@ -160,19 +167,30 @@ def _decoded_bytes(layers: Sequence[QuantizedLayer]) -> int:
 
 
 class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for the backward pass, each storage once."""
+    """Counts the bytes that autograd keeps for the backward pass, each storage once.
+
+    Torch does not look at what its hooks hand back, so a tensor that was changed in place since is refused here, as
+    torch refuses it without hooks.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[int, int] = {}
-        super().__init__(self._pack, lambda tensor: tensor)
+        super().__init__(self._pack, _unpack)
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         self._seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor, tensor._version
 
     @property
     def bytes(self) -> int:
         return sum(self._seen.values())
+
+
+def _unpack(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError("a tensor that its gradient needs is changed in place")
+    return tensor
 
 
 def _first_line(error: Exception) -> str:
