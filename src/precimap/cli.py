@@ -7,6 +7,7 @@ certified), 2 the input is wrong.
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -29,12 +30,12 @@ from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
-from precimap.search.knapsack import UNCONSTRAINED, Constraints
+from precimap.search.knapsack import Constraints
 from precimap.search.limits import Effort
 from precimap.search.pipeline import search as search_task
 from precimap.search.preflight import check_weights
 from precimap.search.recertify import recertify
-from precimap.search.rules import Knapsack, Rule, Threshold
+from precimap.search.rules import KNAPSACK, Knapsack, Rule, Threshold
 from precimap.task import first_batch
 from precimap.task_file import load_task
 
@@ -82,6 +83,9 @@ RunOption = Annotated[
 ]
 RuleOption = Annotated[RuleName, typer.Option(help="Most time saved for the margin, or each layer by itself.")]
 RangeOption = Annotated[str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")]
+AllowOption = Annotated[
+    list[str] | None, typer.Option(help="PATTERN=SCHEME,...: the only schemes for layers of this shell pattern.")
+]
 BudgetOption = Annotated[
     float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")
 ]
@@ -107,10 +111,12 @@ def search(
     cutoff: Annotated[float | None, typer.Option(help="Per layer; default margin / number of candidates.")] = None,
     target: TargetOption = TargetName.EMULATED,
     pin: Annotated[list[str] | None, typer.Option(help="Keep layers that match this shell pattern.")] = None,
+    allow: AllowOption = None,
     input_range: RangeOption = "amax",
     probe: Annotated[Probes, typer.Option(help="Which layers are measured one at a time.")] = Probes.AMBIGUOUS,
     minimum_gain: Annotated[float, typer.Option(help="Least share of the FLOP time that a map must save.")] = 0.0,
     maximum_bytes: Annotated[int | None, typer.Option(help="Of all layers together, under the map.")] = None,
+    effective_bits: Annotated[float | None, typer.Option(help="Limit of the average bits of a weight.")] = None,
     rounding_draws: Annotated[int, typer.Option(help="Shifted rounding grids for the final map; 0: none.")] = 8,
     screen_memory: Annotated[int, typer.Option(help="MB that the screen may hold for a batch.")] = 4096,
     replay_memory: Annotated[int, typer.Option(help="MB of recorded results that probes may hold.")] = 4096,
@@ -128,10 +134,11 @@ def search(
             schemes=schemes,
             margin=margin,
             confidence=confidence,
-            rule=_rule(rule, Constraints(minimum_gain, maximum_bytes)),
+            rule=_rule(rule, Knapsack(Constraints(minimum_gain, maximum_bytes), effective_bits)),
             cutoff=cutoff,
             target=TARGETS[target],
             pinned=pin or (),
+            allowed=_allowed(allow or ()),
             alpha_budget=alpha_budget,
             effort=Effort(
                 probe_all=probe is Probes.ALL,
@@ -149,12 +156,24 @@ def search(
     raise typer.Exit(0 if result.certified else 1)
 
 
-def _rule(name: RuleName, constraints: Constraints) -> Rule:
+def _rule(name: RuleName, knapsack: Knapsack) -> Rule:
     if name is RuleName.KNAPSACK:
-        return Knapsack(constraints)
-    if constraints != UNCONSTRAINED:
-        raise InputError("expected --minimum-gain and --maximum-bytes with the knapsack; the threshold has no budget")
+        return knapsack
+    if knapsack != KNAPSACK:
+        raise InputError(
+            "expected --minimum-gain, --maximum-bytes and --effective-bits with the knapsack; the threshold has no budget"
+        )
     return Threshold()
+
+
+def _allowed(rules: Sequence[str]) -> dict[str, list[str]]:
+    found = {}
+    for text in rules:
+        pattern, equals, names = text.rpartition("=")
+        if not equals:
+            raise InputError(f"expected --allow PATTERN=SCHEME,SCHEME (or PATTERN= for none), got {text!r}")
+        found[pattern] = [name for name in names.split(",") if name]
+    return found
 
 
 @app.command()

@@ -140,7 +140,7 @@ class SharedInputs:
         how = (rounding, layer.input_range, layer.input_phase, call.input_contracted, version)
         if self._last is not None and self._last[0] is x and self._last[1] == how:
             return self._last[2]
-        result = fake_quantize(x, rounding.format, _input_affine(call, rounding, layer))
+        result = fake_quantize(x, rounding.format, input_affine(call, rounding, layer))
         self._last = (x, how, result)
         return result
 
@@ -155,7 +155,8 @@ def emulate(call: WeightCall, layer: QuantizedLayer, dequantized: Tensor, inputs
     return _in_float32(call, weight, inputs.rounded(call, layer))
 
 
-def _input_affine(call: WeightCall, rounding: Rounding, layer: QuantizedLayer) -> Affine:
+def input_affine(call: WeightCall, rounding: Rounding, layer: QuantizedLayer) -> Affine:
+    """The scales under which a layer's input is rounded in this call."""
     input_range = layer.input_range
     if input_range is None:
         fitted = fit(call.input.detach().float(), rounding, call.input_contracted)

@@ -3,6 +3,7 @@
 Every number stands with its error and its n, in the table or in its caption.
 """
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -156,7 +157,15 @@ def chain_table(run: RunRecord) -> RenderableType:
         cells += ["", "", ""] if tested is None else [*_drop_cells(tested.drop, tested.error, tested.upper)]
         said = "" if tested is None else "yes" if tested.certified else "no"
         table.add_row(str(len(row["low"])), singles, predicted, *cells, said)
-    return table
+    return Group(table, *_drift(run))
+
+
+def _drift(run: RunRecord) -> list[Text]:
+    """Calibration breaks before order: how far the scores of the final map are predicted to move on average."""
+    final = None if run.map is None else next((row for row in run.chain if row["map"] == run.map.fingerprint), None)
+    if final is None or final["drift"] is None:
+        return []
+    return [Text(f"predicted mean drift of the final map: {final['drift']:+.1e} (scores, or losses if not scalar)")]
 
 
 def _drop_cells(drop: float, error: float, upper: float | None) -> tuple[str, str, str]:
@@ -176,7 +185,22 @@ def audit_text(evidence: dict[str, Any]) -> RenderableType:
         )
         lines += [f"screen not believed for {kind}: probed instead" for kind in audit["distrusted"]]
     lines += [f"not screened, probed: {name}: {why}" for name, why in evidence["unseen"].items()]
+    lines += _schemes_compared(evidence["layers"])
     return Text("\n".join(lines))
+
+
+def _schemes_compared(layers: list[dict[str, Any]]) -> list[str]:
+    """Where fewer or other bits do better, it is said and not clamped: which scheme has the smaller output error."""
+    errors: dict[str, dict[str, float]] = {}
+    for row in layers:
+        if row["output_error"] is not None:
+            errors.setdefault(row["scheme"], {})[row["layer"]] = row["output_error"][0]
+    lines = []
+    for first, second in itertools.combinations(errors, 2):
+        both = errors[first].keys() & errors[second].keys()
+        better = sum(errors[second][layer] < errors[first][layer] for layer in both)
+        lines.append(f"predicted output error: {second} below {first} in {better} of {len(both)} layers")
+    return lines
 
 
 def rounding_text(rounding: Rounding) -> RenderableType:

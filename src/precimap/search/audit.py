@@ -20,6 +20,7 @@ from precimap.search.screen_plan import Key, Pair
 LEAST_AUDITED = 8
 MOST_AUDITED = 16
 LEAST_CORRELATION = 0.9
+LARGEST_RATIO = 2.0
 Kind = tuple[str, tuple[int, ...], str]  # op, shape of the weight, scheme
 
 
@@ -30,6 +31,7 @@ class Audited:
     layer: str
     scheme: str
     correlation: float
+    ratio: float  # of the root mean squares over units, predicted to probed: a correlation does not see a wrong scale
     predicted: float  # mean change of the loss
     probed: float
     error: float  # standard error of `predicted` over units
@@ -37,7 +39,7 @@ class Audited:
 
     @property
     def agrees(self) -> bool:
-        return self.correlation >= LEAST_CORRELATION
+        return self.correlation >= LEAST_CORRELATION and 1 / LARGEST_RATIO <= self.ratio <= LARGEST_RATIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Audit:
     def row(self) -> dict[str, object]:
         """For the journal."""
         share, lower = self.share
-        names = ("layer", "scheme", "correlation", "predicted", "probed", "error", "n", "agrees")
+        names = ("layer", "scheme", "correlation", "ratio", "predicted", "probed", "error", "n", "agrees")
         return {
             "rows": [{name: getattr(row, name) for name in names} for row in self.rows],
             "share": share,
@@ -111,6 +113,7 @@ def _audited(predictor: Predictor, probe: Probe) -> Audited:
         probe.layer,
         probe.scheme,
         _correlation(predicted, probed),
+        _ratio(predicted, probed),
         float(predicted.mean()),
         float(probed.mean()),
         float(predicted.std()) / len(predicted) ** 0.5,
@@ -124,6 +127,14 @@ def _correlation(predicted: np.ndarray, probed: np.ndarray) -> float:
         return 1.0
     norms = float(np.linalg.norm(predicted) * np.linalg.norm(probed))
     return float(predicted @ probed) / norms if norms else 0.0
+
+
+def _ratio(predicted: np.ndarray, probed: np.ndarray) -> float:
+    """|predicted| / |probed|; 1 where both are zero, a large number where only the probe is: JSON has no infinity."""
+    norm = float(np.linalg.norm(probed))
+    if norm:
+        return float(np.linalg.norm(predicted)) / norm
+    return 1.0 if not np.any(predicted) else 1e9
 
 
 def ambiguous(

@@ -4,17 +4,18 @@ Invariant: everything here looks at the search split only, and every map that le
 nested below one that was.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from precimap.metrics.metric import Loss, Metric
 from precimap.search.assemble import Findings, assemble
 from precimap.search.evidence import Evidence
 from precimap.search.knapsack import Step
-from precimap.search.known import currency, options
+from precimap.search.known import bonuses, currency, options
 from precimap.search.limits import Limits
 from precimap.search.repair import repair
 from precimap.search.rescore import contributions, halved, reverted
+from precimap.search.rules import Rule
 from precimap.search.run import Parts, Run
 from precimap.search.whole_maps import Chosen, Joint, bound, choose, measure, predicted_joint
 
@@ -24,10 +25,12 @@ MOST_PREDICTIONS = 100
 
 
 def chosen_maps(
-    run: Run, findings: Findings, steps: Sequence[Step], evidence: Evidence, baseline: Parts, limits: Limits
+    run: Run, findings: Findings, rule: Rule, evidence: Evidence, baseline: Parts, limits: Limits
 ) -> Chosen:
-    """The chain, and which of its maps passed on the search split."""
+    """The chain of `rule`, and which of its maps passed on the search split."""
     known = evidence.by_key()
+    schemes = {scheme.name: scheme for scheme in findings.schemes}
+    steps = rule.steps(findings.inventory, run.task.metric, evidence.known, schemes, findings.cutoff)
     joints = [predicted_joint(evidence.predictor, known, step, assemble(findings, step.choice)) for step in steps]
 
     def look(joint: Joint) -> Joint:
@@ -35,12 +38,12 @@ def chosen_maps(
 
     chosen = choose(joints, evidence.predictor, known, limits.margin, look, lambda: run.out_of_time)
     if chosen.best is None:
-        return _given_back(run, findings, chosen, evidence, baseline, limits)
-    return _filled_up(run, findings, chosen, evidence, baseline, limits)
+        return _given_back(run, findings, rule, chosen, evidence, baseline, limits)
+    return _filled_up(run, findings, rule, chosen, evidence, baseline, limits)
 
 
 def _given_back(
-    run: Run, findings: Findings, chosen: Chosen, evidence: Evidence, baseline: Parts, limits: Limits
+    run: Run, findings: Findings, rule: Rule, chosen: Chosen, evidence: Evidence, baseline: Parts, limits: Limits
 ) -> Chosen:
     """When no map passed: give back what adds most where the safest measured map runs, and look again."""
     predictor = chosen.predictor
@@ -61,13 +64,13 @@ def _given_back(
         joint = predicted_joint(predictor, evidence.by_key(), step, assemble(findings, choice))
         failed = measure(run, joint, baseline, limits.alpha)
         chosen = replace(chosen, joints=(failed, *chosen.joints))
-        if failed.passed(limits.margin):
+        if failed.passed(limits.margin) and rule.accepts(findings.inventory, step):
             return replace(chosen, best=0)
     return chosen
 
 
 def _filled_up(
-    run: Run, findings: Findings, chosen: Chosen, evidence: Evidence, baseline: Parts, limits: Limits
+    run: Run, findings: Findings, rule: Rule, chosen: Chosen, evidence: Evidence, baseline: Parts, limits: Limits
 ) -> Chosen:
     """Between the best map and the next one, what fits by superposition; taken if it passes as a whole."""
     predictor, best = chosen.predictor, chosen.best
@@ -88,9 +91,14 @@ def _filled_up(
     def predicted(choice: Mapping[str, str]) -> float:
         return bound(predictor, known, choice)
 
-    step = repair(start, rows, base, predicted, limits.margin, most_tries=MOST_PREDICTIONS)
+    bonus = bonuses(findings.inventory, rows)
+    step = repair(start, rows, base, predicted, limits.margin, bonus=bonus, most_tries=MOST_PREDICTIONS)
     grown = start.choice.items() <= step.choice.items()
-    if not grown or step.gain - start.gain < WORTH_A_LOOK * chosen.joints[-1].step.gain:
+    if (
+        not grown
+        or not rule.accepts(findings.inventory, step)
+        or step.gain - start.gain < WORTH_A_LOOK * chosen.joints[-1].step.gain
+    ):
         return chosen
     joint = measure(
         run, predicted_joint(predictor, known, step, assemble(findings, step.choice)), baseline, limits.alpha

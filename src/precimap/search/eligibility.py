@@ -4,14 +4,17 @@ Invariant: every pair of the inventory and the schemes has an answer; a refusal 
 """
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from precimap.errors import InputError
 from precimap.layers.inventory import Inventory, Layer
 from precimap.layers.refusals import refusal
 from precimap.layers.target import Target
 from precimap.numerics.schemes import Scheme
+
+NO_PATTERNS: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +34,24 @@ class Eligibility:
         return tuple(dict.fromkeys(found))
 
 
-def eligibility(inventory: Inventory, schemes: Sequence[Scheme], target: Target, pinned: Sequence[str]) -> Eligibility:
-    """Ask the rules of all hardware, the target's, the user's pins (shell patterns of layer names), and fused groups.
+def eligibility(
+    inventory: Inventory,
+    schemes: Sequence[Scheme],
+    target: Target,
+    pinned: Sequence[str],
+    allowed: Mapping[str, Sequence[str]] = NO_PATTERNS,
+) -> Eligibility:
+    """Ask the rules of all hardware, the target's, the user's own, and fused groups.
 
-    Raises InputError for a pattern that matches no layer.
+    pinned: shell patterns of layers to keep. allowed: pattern -> the only schemes for the layers that match it.
+    Raises InputError for a pattern that matches no layer, or a scheme that is not searched.
     """
-    names = [layer.name for layer in inventory.layers]
-    kept: set[str] = set()
-    for pattern in pinned:
-        matched = fnmatch.filter(names, pattern)
-        if not matched:
-            raise InputError(
-                f"expected a pinned pattern that matches a layer, got {pattern!r}; `precimap layers` lists them"
-            )
-        kept.update(matched)
+    kept = {name for pattern in pinned for name in _matching(inventory, pattern)}
+    only = _only(inventory, schemes, allowed)
     refusals = {
-        (layer.name, scheme.name): refusal(layer, scheme) or target.refusal(layer, scheme)
+        (layer.name, scheme.name): refusal(layer, scheme)
+        or target.refusal(layer, scheme)
+        or only.get((layer.name, scheme.name))
         for layer in inventory.layers
         for scheme in schemes
     }
@@ -55,6 +60,29 @@ def eligibility(inventory: Inventory, schemes: Sequence[Scheme], target: Target,
             if refusals[layer.name, scheme.name] is None:
                 refusals[layer.name, scheme.name] = _refused_with(layer, scheme, inventory, refusals, kept)
     return Eligibility(refusals, frozenset(kept))
+
+
+def _matching(inventory: Inventory, pattern: str) -> list[str]:
+    matched = fnmatch.filter([layer.name for layer in inventory.layers], pattern)
+    if not matched:
+        raise InputError(f"expected a pattern that matches a layer, got {pattern!r}; `precimap layers` lists them")
+    return matched
+
+
+def _only(
+    inventory: Inventory, schemes: Sequence[Scheme], allowed: Mapping[str, Sequence[str]]
+) -> dict[tuple[str, str], str]:
+    """The refusals that the user's own list of schemes means."""
+    searched = [scheme.name for scheme in schemes]
+    found = {}
+    for pattern, names in allowed.items():
+        unknown = sorted(set(names) - set(searched))
+        if unknown:
+            raise InputError(f"expected schemes out of {', '.join(searched)} for {pattern!r}, got {', '.join(unknown)}")
+        for layer in _matching(inventory, pattern):
+            for name in set(searched) - set(names):
+                found[layer, name] = f"the user allows only {', '.join(names) or 'base precision'} for {pattern}"
+    return found
 
 
 def _refused_with(

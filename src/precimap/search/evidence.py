@@ -5,8 +5,8 @@ or of a kind in which the audit caught it, is decided by its probe alone. With `
 literal one-at-a-time measurement.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from precimap.numerics.schemes import Scheme
 from precimap.search.allocate import default_cutoff
 from precimap.search.audit import Audit, ambiguous, audit, kind_of, to_audit
 from precimap.search.calibrate import Calibration
+from precimap.search.input_rates import InputRates, input_rates
 from precimap.search.known import Known, costs_of, currency, gain
 from precimap.search.limits import Effort, Limits
 from precimap.search.predict import Predictor
@@ -32,11 +33,15 @@ MOST_AMBIGUOUS = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """known: one row for each open (layer, scheme). predictor, audit: None where nothing was screened."""
+    """known: one row for each open (layer, scheme). predictor, audit: None where nothing was screened.
+
+    rates: what each scheme does to a layer's input, on one screened batch.
+    """
 
     known: tuple[Known, ...]
     predictor: Predictor | None
     audit: Audit | None
+    rates: Mapping[Key, InputRates] = field(default_factory=dict)
 
     def by_key(self) -> dict[Key, Known]:
         return {(found.layer, found.scheme): found for found in self.known}
@@ -67,7 +72,8 @@ def gather(
     found = audit(inventory, predictor, audits)
     direct = [pair for pair in pairs if pair not in seen or _distrusted(inventory, pair, found)]
     probes = {(p.layer, p.scheme): p for p in (*audits, *probing.on(direct, numbers))}
-    evidence = Evidence(_table(inventory, pairs, predictor, screened, probes, found, baseline), predictor, found)
+    known = _table(inventory, pairs, predictor, screened, probes, found, baseline)
+    evidence = Evidence(known, predictor, found, _rates(run, screened))
     flipping = _flipping(evidence, inventory, {s.name: s for _, s in pairs}, rule, limits)
     if flipping:
         asked = [pair for pair in pairs if (pair[0], pair[1].name) in flipping]
@@ -75,6 +81,22 @@ def gather(
         known = _table(inventory, pairs, predictor, screened, probes, found, baseline)
         evidence = replace(evidence, known=known)
     return _written(run, evidence)
+
+
+def _rates(run: Run, screened: Screen) -> dict[Key, InputRates]:
+    """On one screened batch; from the journal where it holds them."""
+    if not screened.batches:
+        return {}
+    row = run.journal.find("rates", "inputs", screened.plan.digest)
+    if row is None:
+        number = min(screened.batches)
+        batch = next(batch for at, batch in enumerate(run.task.splits.search) if at == number)
+        layers = [layer for one in screened.plan.passes for layer in one]
+        found = [(*key, asdict(rates)) for key, rates in input_rates(run.task, layers, batch).items()]
+        run.journal.record("rates", "inputs", {"rates": found}, screened.plan.digest)
+        row = run.journal.find("rates", "inputs", screened.plan.digest)
+    assert row is not None
+    return {(layer, scheme): InputRates(**rates) for layer, scheme, rates in row.value["rates"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +211,7 @@ def _written(run: Run, evidence: Evidence) -> Evidence:
             "drift": found.drift,
             "trusted": found.trusted,
             "correction": found.correction,
+            "input": asdict(evidence.rates[key]) if (key := (found.layer, found.scheme)) in evidence.rates else None,
         }
         for found in evidence.known
     ]

@@ -7,7 +7,7 @@ measurement is in the journal before it is used: the same call takes up a run th
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from precimap.search.assemble import Findings, assemble, premise_of
 from precimap.search.calibrate import Calibration, calibrated
 from precimap.search.certify import Question, certify
 from precimap.search.choosing import chosen_maps
-from precimap.search.eligibility import Eligibility, eligibility
+from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility
 from precimap.search.evidence import Evidence, gather
 from precimap.search.floor import rounding_floor
 from precimap.search.ledger import Ledger
@@ -76,6 +76,7 @@ def search(
     cutoff: float | None = None,
     target: Target = EMULATED,
     pinned: Sequence[str] = (),
+    allowed: Mapping[str, Sequence[str]] = NO_PATTERNS,
     alpha_budget: float | None = None,
     effort: Effort = USUAL_EFFORT,
     run: str | Path | None = None,
@@ -87,8 +88,9 @@ def search(
 
     schemes: names or Schemes, the preferred first. margin: the largest drop you accept, in units of the metric.
     rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its own drop is surely below it
-    (default: margin / number of candidate layers). pinned: shell patterns of layers to keep. alpha_budget: what the
-    certify split may give away in all (default 1 - confidence). effort: how hard to look, see `Effort`. run: a
+    (default: margin / number of candidate layers). pinned: shell patterns of layers to keep. allowed: pattern ->
+    the only schemes for the layers that match it. alpha_budget: what the certify split may give away in all (default
+    1 - confidence). effort: how hard to look, see `Effort`. run: a
     directory for measurements and maps; one that holds measurements of the same model, data and schemes is taken up
     again, also with another margin or rule. ledger: directory of the alpha ledgers (default `state_directory()`).
     on_preflight: told what this many units can detect, before the long work.
@@ -105,7 +107,7 @@ def search(
     prints = preflight.fingerprint_splits(task)
     note = preflight.check_task(task)
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
-    allowed = eligibility(inventory, chosen, target, pinned)
+    eligible = eligibility(inventory, chosen, target, pinned, allowed)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
     written = premise.model_dump() | {"target": target.name, "numerics": NUMERICS_VERSION}
     ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
@@ -114,7 +116,7 @@ def search(
         search_ = _Search(
             Run(task, journal, progress, ends_at), chosen, limits, rule, target, effort, premise, on_preflight
         )
-        seen = _Seen(prints, note, inventory, allowed)
+        seen = _Seen(prints, note, inventory, eligible)
         result = _searched(search_, seen, Path(ledger) if ledger else state_directory())
         if run is not None:
             result.map.save(Path(run) / "map.json")
@@ -168,8 +170,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         search.premise,
         alpha,
     )
-    steps = search.rule.steps(inventory, task.metric, evidence.known, by_name, limit)
-    chosen = chosen_maps(run, findings, steps, evidence, baseline, search.limits)
+    chosen = chosen_maps(run, findings, search.rule, evidence, baseline, search.limits)
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
     certificates = _certified(search, [joint.map for joint in sequence(chosen)], seen.prints, ledger)
     final, certificate, answer = _answer(findings, chosen, certificates)

@@ -82,8 +82,11 @@ class Predictor:
         return float(changes.mean())
 
     def fitted(self, keys: Sequence[Key], measured: Comparison) -> "Predictor":
-        """With the curvature that makes the prediction for this map agree with its measurement."""
-        if self.screen.by_scores or not self.predicts_metric:
+        """With the curvature that makes the prediction for this map agree with its measurement.
+
+        Unchanged by a map with layers that the screen cannot see: what they add is not the curvature's.
+        """
+        if self.screen.by_scores or not self.predicts_metric or any(key not in self.screen.pairs for key in keys):
             return self
         energy = self._energy(keys)
         straight = replace(self, curvature=0.0).comparison(keys)

@@ -4,19 +4,21 @@ Both are values with one method, so that a search is told its rule by being give
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from precimap.layers.inventory import Inventory
 from precimap.metrics.metric import Metric
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocate import Candidate, threshold
-from precimap.search.knapsack import UNCONSTRAINED, Constraints, Step, chain
+from precimap.search.knapsack import UNCONSTRAINED, Constraints, Step, bytes_at, chain
 from precimap.search.known import Known, bonuses, currency, options
 
 
 class Rule(Protocol):
-    """Makes a nested chain of maps, safest first."""
+    """Makes a nested chain of maps, safest first; `accepts` tells whether another map would be an answer, too."""
+
+    def accepts(self, inventory: Inventory, step: Step) -> bool: ...
 
     def steps(
         self,
@@ -31,9 +33,26 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Knapsack:
-    """The most time saved for what a map costs; see `knapsack.chain`. The cutoff plays no part in it."""
+    """The most time saved for what a map costs; see `knapsack.chain`. The cutoff plays no part in it.
+
+    effective_bits: limit of the average bits of a layer's weights, another way to say `constraints.maximum_bytes`.
+    """
 
     constraints: Constraints = UNCONSTRAINED
+    effective_bits: float | None = None
+
+    def limits(self, inventory: Inventory) -> Constraints:
+        """The constraints in bytes, for this model."""
+        if self.effective_bits is None:
+            return self.constraints
+        size = bytes_at(self.effective_bits, {layer.name: layer.numel for layer in inventory.layers})
+        given = self.constraints.maximum_bytes
+        return replace(self.constraints, maximum_bytes=size if given is None else min(given, size))
+
+    def accepts(self, inventory: Inventory, step: Step) -> bool:
+        limits = self.limits(inventory)
+        fits = limits.maximum_bytes is None or step.bytes <= limits.maximum_bytes
+        return fits and step.gain >= limits.minimum_gain
 
     def steps(
         self,
@@ -45,7 +64,7 @@ class Knapsack:
     ) -> tuple[Step, ...]:
         rows = options(inventory, known, schemes, currency(metric, known))
         base = {layer.name: layer.bytes for layer in inventory.layers}
-        return chain(rows, base, self.constraints, bonus=bonuses(inventory, rows)) if rows else ()
+        return chain(rows, base, self.limits(inventory), bonus=bonuses(inventory, rows)) if rows else ()
 
 
 KNAPSACK = Knapsack()
@@ -54,6 +73,9 @@ KNAPSACK = Knapsack()
 @dataclass(frozen=True, slots=True)
 class Threshold:
     """The plain rule: a layer is in when the upper bound of its own drop is below the cutoff; see `allocate`."""
+
+    def accepts(self, inventory: Inventory, step: Step) -> bool:
+        return True
 
     def steps(
         self,

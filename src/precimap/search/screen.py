@@ -32,7 +32,8 @@ PROBE_SEED = 20_260_331
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScreenedBatch:
-    """One batch. changes: float32 [pairs, rows], of scores or of losses. scores: as forward gave them, float64.
+    """One batch. changes: float32 [pairs, rows], of scores or of losses. scores: as forward gave them, float64;
+    empty where losses were screened.
 
     outputs: float64 [pairs, units], squared change of a unit's scores; an estimate without bias where rows are units.
     """
@@ -142,7 +143,7 @@ def _screen_batch(
         if not changes.size:
             changes = np.zeros((len(plan.rows), len(rows)), np.float32)
             outputs = np.zeros((len(plan.rows), len(scores)))
-            values = scores.detach().double().cpu().numpy()
+            values = scores.detach().double().cpu().numpy() if plan.by_scores else values
         mode.backward(total)
         _add_changes(mode, plan, changes, len(rows))
         if not plan.by_scores:

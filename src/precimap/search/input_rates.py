@@ -1,0 +1,70 @@
+"""What low precision does to each layer's input: how far it reaches, what saturates, what becomes zero.
+
+For people: a layer that loses much is often one that saturates (a static range too small) or underflows (one scale for
+values of very different size). Nothing is decided by it. One batch, one pass for all layers and schemes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precimap.layers.interception import Interception, WeightCall
+from precimap.layers.quantized import QuantizedLayer, input_affine
+from precimap.layers.views import parameter_names
+from precimap.numerics.fast import fake_quantize
+from precimap.task import Task, to_device
+
+
+@dataclass(frozen=True, slots=True)
+class InputRates:
+    """amax: largest |input|. saturated: share of inputs beyond the range; underflowed: of those not zero that became 0."""
+
+    amax: float
+    saturated: float
+    underflowed: float
+
+
+class _Rates(Interception):
+    def __init__(self, weights: Mapping[str, Tensor], layers: Mapping[str, Sequence[QuantizedLayer]]) -> None:
+        super().__init__({name: weights[name] for name in layers})
+        self._layers = layers
+        self.sums: dict[tuple[str, str], list[float]] = {}  # amax, saturated, underflowed, not zero, inputs
+
+    def on_weight(self, call: WeightCall) -> Any:
+        if call.op.lookup or not call.input.numel():
+            return call.run()
+        x = call.input.detach().float()
+        for layer in self._layers[call.view.name]:
+            rounding = layer.scheme.input
+            if rounding is None:
+                continue
+            affine = input_affine(call, rounding, layer)
+            zero = 0.0 if affine.zero is None else affine.zero
+            low = (rounding.format.minimum - zero) * affine.scale
+            high = (rounding.format.maximum - zero) * affine.scale
+            # A step of slack: at an exact end of the range the scale's own rounding is no saturation.
+            beyond = (x > high * (1 + 1e-5)) | (x < low * (1 + 1e-5))
+            gone = (fake_quantize(x, rounding.format, affine) == 0) & (x != 0)
+            sums = self.sums.setdefault((layer.name, layer.scheme.name), [0.0] * 5)
+            sums[0] = max(sums[0], float(x.abs().max()))
+            for at, counted in enumerate((beyond, gone, x != 0), start=1):
+                sums[at] += int(counted.sum())
+            sums[4] += x.numel()
+        return call.run()
+
+
+def input_rates(task: Task, layers: Sequence[QuantizedLayer], batch: Any) -> dict[tuple[str, str], InputRates]:
+    """(layer, scheme name) -> rates on one batch; weight-only schemes, lookups and layers not called have none."""
+    by_name: dict[str, list[QuantizedLayer]] = {}
+    for layer in layers:
+        by_name.setdefault(layer.name, []).append(layer)
+    mode = _Rates(parameter_names(task.model), by_name)
+    with torch.no_grad(), mode:
+        task.forward(task.model, to_device(batch, task.device))
+    return {
+        key: InputRates(amax, beyond / inputs, gone / max(1.0, nonzero))
+        for key, (amax, beyond, gone, nonzero, inputs) in mode.sums.items()
+    }
