@@ -6,6 +6,7 @@ precision is not chosen for it. Torch-free, so that planning can be tested on in
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,11 @@ class OtherParameter:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inventory:
     """All parameters of a model and where its FLOPs are, for one batch.
+
+    Without slots, so that totals are summed once: they are asked for every layer of a model.
 
     weight_flops: in calls that contract a parameter, hidden ones included. hidden_flops: (reason, FLOPs) of weight
     products that no layer stands for. activation_flops: activation x activation products (attention, interactions).
@@ -76,13 +79,17 @@ class Inventory:
     hidden_flops: tuple[tuple[str, int], ...]
     activation_flops: int
 
-    @property
+    @cached_property
     def layer_flops(self) -> int:
         return sum(layer.flops for layer in self.layers)
 
-    @property
+    @cached_property
     def weight_flops(self) -> int:
         return self.layer_flops + sum(flops for _, flops in self.hidden_flops)
+
+    @cached_property
+    def layer_bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers)
 
     @property
     def covered(self) -> float:
@@ -95,7 +102,8 @@ class Inventory:
 
     def layer(self, name: str) -> Layer:
         """The layer of that name. Raises KeyError."""
-        return self._by_name()[name]
+        return self._by_name[name]
 
+    @cached_property
     def _by_name(self) -> dict[str, Layer]:
         return {layer.name: layer for layer in self.layers}

@@ -5,7 +5,7 @@ Invariant: the map holds the very scales that were measured; nothing is fitted a
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,10 +34,14 @@ class Findings:
     target: str
     premise: Premise
     alpha: float
+    _needed: dict[tuple[str, str], int | None] = field(default_factory=dict)  # every map of a chain asks again
 
-    def needed(self, found: Comparison) -> int | None:
+    def needed(self, known: Known, found: Comparison) -> int | None:
         """The units that would tell a drop like this one from the cutoff; None where no number would."""
-        return units_needed(found.drop, self.cutoff, self.alpha, worst=found.largest or None)
+        key = (known.layer, known.scheme)
+        if key not in self._needed:
+            self._needed[key] = units_needed(found.drop, self.cutoff, self.alpha, worst=found.largest or None)
+        return self._needed[key]
 
 
 def premise_of(task: Task, weights: str, prints: SplitPrints, version: str) -> Premise:
@@ -110,7 +114,7 @@ def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequenc
         return Verdict.TOLERANT, f"its own drop is at most {best.upper:.2g}, below the cutoff {cutoff:.2g} {how}"
     if best.lower > cutoff and chosen is None:
         return Verdict.SENSITIVE, f"its own drop is at least {best.lower:.2g}, above the cutoff {cutoff:.2g} {how}"
-    drop, n = best.drop, findings.needed(best)
+    drop, n = best.drop, findings.needed(found, best)
     told_apart = f"its own drop {drop.estimate:+.2g} +- {drop.error:.2g} {how}"
     asks = f"cannot be told from the cutoff {cutoff:.2g}" + ("" if n is None else f" (needs about {n:,} units)")
     return Verdict.UNDECIDED, f"{told_apart} {asks}; {_fate(chosen)}"

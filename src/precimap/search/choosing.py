@@ -21,7 +21,7 @@ from precimap.search.whole_maps import Chosen, Joint, bound, choose, measure, pr
 
 MOST_GIVEN_BACK = 2
 WORTH_A_LOOK = 0.02  # of the gain of everything: a smaller one is not worth a pass
-MOST_PREDICTIONS = 100
+MOST_PREDICTIONS = 64
 
 
 def chosen_maps(
@@ -33,8 +33,10 @@ def chosen_maps(
     steps = rule.steps(findings.inventory, run.task.metric, evidence.known, schemes, findings.cutoff)
     joints = [predicted_joint(evidence.predictor, known, step, assemble(findings, step.choice)) for step in steps]
 
+    screened = () if evidence.predictor is None else evidence.predictor.numbers
+
     def look(joint: Joint) -> Joint:
-        return measure(run, joint, baseline, limits.alpha)
+        return measure(run, joint, baseline, limits.alpha, screened)
 
     chosen = choose(joints, evidence.predictor, known, limits.margin, look, lambda: run.out_of_time)
     if chosen.best is None:
@@ -62,7 +64,7 @@ def _given_back(
             break
         step = _priced(findings, run.task.metric, choice)
         joint = predicted_joint(predictor, evidence.by_key(), step, assemble(findings, choice))
-        failed = measure(run, joint, baseline, limits.alpha)
+        failed = measure(run, joint, baseline, limits.alpha, predictor.numbers)
         chosen = replace(chosen, joints=(failed, *chosen.joints))
         if failed.passed(limits.margin) and rule.accepts(findings.inventory, step):
             return replace(chosen, best=0)
@@ -84,7 +86,8 @@ def _filled_up(
         {scheme.name: scheme for scheme in findings.schemes},
         currency(run.task.metric, evidence.known),
     )
-    if any(key not in predictor.screen.pairs for key in start.choice.items()):
+    seen = all(key in predictor.screen.pairs for key in start.choice.items())
+    if not seen or bound(predictor, known, start.choice) > limits.margin:
         return chosen
     base = {layer.name: layer.bytes for layer in findings.inventory.layers}
 
@@ -101,7 +104,11 @@ def _filled_up(
     ):
         return chosen
     joint = measure(
-        run, predicted_joint(predictor, known, step, assemble(findings, step.choice)), baseline, limits.alpha
+        run,
+        predicted_joint(predictor, known, step, assemble(findings, step.choice)),
+        baseline,
+        limits.alpha,
+        predictor.numbers,
     )
     at = best + 1
     joints = (*chosen.joints[:at], joint, *chosen.joints[at:])

@@ -22,7 +22,7 @@ from precimap.search.limits import Effort, Limits
 from precimap.search.predict import Predictor
 from precimap.search.probe import Probe, probe
 from precimap.search.rules import Rule, candidates
-from precimap.search.run import Parts, Run, scattered
+from precimap.search.run import Parts, Run, batch_subject, scattered
 from precimap.search.screen import Screen, screen
 from precimap.search.screen_plan import Key, Pair
 from precimap.search.whole_maps import bound
@@ -87,14 +87,15 @@ def _rates(run: Run, screened: Screen) -> dict[Key, InputRates]:
     """On one screened batch; from the journal where it holds them."""
     if not screened.batches:
         return {}
-    row = run.journal.find("rates", "inputs", screened.plan.digest)
+    number = min(screened.batches)
+    subject = batch_subject("inputs", number)
+    row = run.journal.find("rates", subject, screened.plan.digest)
     if row is None:
-        number = min(screened.batches)
         batch = next(batch for at, batch in enumerate(run.task.splits.search) if at == number)
         layers = [layer for one in screened.plan.passes for layer in one]
         found = [(*key, asdict(rates)) for key, rates in input_rates(run.task, layers, batch).items()]
-        run.journal.record("rates", "inputs", {"rates": found}, screened.plan.digest)
-        row = run.journal.find("rates", "inputs", screened.plan.digest)
+        run.journal.record("rates", subject, {"rates": found}, screened.plan.digest)
+        row = run.journal.find("rates", subject, screened.plan.digest)
     assert row is not None
     return {(layer, scheme): InputRates(**rates) for layer, scheme, rates in row.value["rates"]}
 

@@ -95,7 +95,7 @@ def gain(inventory: Inventory, layer: str, scheme: Scheme) -> float:
     found = inventory.layer(layer)
     saved = max(0.0, 1 - scheme.weight_bits / 16)
     flops = found.flops / inventory.weight_flops if inventory.weight_flops and scheme.computes_low else 0.0
-    size = found.bytes / sum(each.bytes for each in inventory.layers)
+    size = found.bytes / inventory.layer_bytes
     return saved * flops + BYTES * size * max(0.0, 1 - scheme.weight_bits / (8 * found.element_bytes))
 
 

@@ -11,6 +11,7 @@ measured (`fitted`), and is zero before. A factor from theory would need the sec
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from precimap.task import Scored, ScoredPart, Task, join_parts, judge_scores, to
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Predictor:
     """Predicts maps of screened layers. batches: those of the search split that were screened, by number."""
 
@@ -52,7 +53,7 @@ class Predictor:
         batches = {number: self.screen.batches[number] for number in numbers}
         return replace(self, screen=replace(self.screen, batches=batches))
 
-    @property
+    @cached_property
     def reference(self) -> Scored:
         """The baseline on the screened units."""
         return self.baseline.only(self.numbers)
@@ -61,7 +62,7 @@ class Predictor:
         """The units' predicted losses, and their predicted values of the metrics that can be predicted."""
         if self.screen.by_scores:
             return join_parts(self.task, [self._by_scores(keys, number) for number in self.numbers])
-        bend = self.curvature * self._energy(keys)
+        bend = self.curvature * self._energy(keys) if self.curvature else 0.0
         task = replace(self.task, reported=tuple(m for m in self.task.reported if isinstance(m, Loss)))
         return join_parts(task, [self._by_losses(keys, number, bend) for number in self.numbers])
 
@@ -82,7 +83,7 @@ class Predictor:
         return float(changes.mean())
 
     def fitted(self, keys: Sequence[Key], measured: Comparison) -> "Predictor":
-        """With the curvature that makes the prediction for this map agree with its measurement.
+        """With the curvature that makes the prediction for this map agree with its measurement on the screened units.
 
         Unchanged by a map with layers that the screen cannot see: what they add is not the curvature's.
         """

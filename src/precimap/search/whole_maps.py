@@ -27,7 +27,8 @@ CERTIFIED_BELOW = 2  # the fixed sequence starts this many maps below the best o
 class Joint:
     """One map as a whole. predicted: by the screen; measured: on the search split; either may be missing.
 
-    singles: the sum of its layers' own drops. drift: predicted mean change of the scores (or losses).
+    on_screened: the measurement on the units that the prediction is about. singles: the sum of its layers' own drops.
+    drift: predicted mean change of the scores (or losses).
     """
 
     map: PrecisionMap
@@ -36,6 +37,7 @@ class Joint:
     singles: float | None
     drift: float | None
     measured: Comparison | None = None
+    on_screened: Comparison | None = None
 
     def passed(self, margin: float) -> bool:
         return self.measured is not None and self.measured.upper <= margin
@@ -63,10 +65,11 @@ def _bounds(found: Comparison) -> dict[str, float | int | None]:
     }
 
 
-def measure(run: Run, joint: Joint, baseline: Parts, alpha: float) -> Joint:
-    """Measure a map as a whole on the search split."""
+def measure(run: Run, joint: Joint, baseline: Parts, alpha: float, screened: Sequence[int]) -> Joint:
+    """Measure a map as a whole on the search split; `screened`: the numbers of the batches that the screen saw."""
     parts = joint_parts(run, joint.map)
-    return replace(joint, measured=compare(run.task, baseline.whole, parts.whole, alpha))
+    there = compare(run.task, baseline.only(screened), parts.only(screened), alpha) if screened else None
+    return replace(joint, measured=compare(run.task, baseline.whole, parts.whole, alpha), on_screened=there)
 
 
 def joint_parts(run: Run, precision_map: PrecisionMap) -> Parts:
@@ -139,10 +142,9 @@ def choose(
         if at is None or out_of_time():
             break
         found[at] = look(found[at])
-        measured = found[at].measured
-        assert measured is not None
-        if predictor is not None:
-            predictor = predictor.fitted(list(found[at].step.choice.items()), measured)
+        there = found[at].on_screened
+        if predictor is not None and there is not None:
+            predictor = predictor.fitted(list(found[at].step.choice.items()), there)
         low, high = (at, high) if found[at].passed(margin) else (low, at)
     return Chosen(tuple(found), low if low >= 0 else None, predictor)
 
