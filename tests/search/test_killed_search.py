@@ -16,11 +16,10 @@ import torch
 
 import search_attempts
 from precimap import PrecisionMap, Task
-from precimap.errors import AlphaSpent, JournalError
+from precimap.errors import JournalError
 from precimap.journal import open_journal
 from precimap.metrics import NDCG
-from precimap.numerics.ranges import Percentile
-from precimap.numerics.schemes import SCHEMES
+from precimap.numerics.schemes import SCHEMES, Percentile
 from search_attempts import (
     EFFORT,
     SLOW,
@@ -131,8 +130,8 @@ def assert_nothing_is_repeated(attempts: list[Attempt], plain: Attempt, always: 
     kinds = Counter[str]()
     for segment in segments(plain.lines()):
         if segment.key is not None:
-            own = sum(place not in always for place in segment.forwards)
-            kinds[segment.key[0]] = max(kinds[segment.key[0]], own)
+            looks = sum(place not in always for place in segment.forwards)
+            kinds[segment.key[0]] = max(kinds[segment.key[0]], looks)
     assert kinds["probe"] == 2, "a recording and a replay"
     for one in attempts:
         known = set[tuple[str, ...]]()
@@ -212,12 +211,7 @@ def test_a_second_search_of_the_same_run_is_refused(start: Start, undisturbed: A
 
 
 def test_a_run_that_a_fault_interrupted_goes_on_when_it_is_repaired(undisturbed: Attempt, tmp_path: Path) -> None:
-    faults = [
-        40,
-        25,
-        60,
-        30,
-    ]  # forwards until the next fault: in the probes, the whole maps, the certificate, the draws
+    faults = (26, 30, 35, 40)  # forwards until the next one
     stages = []
     for fault in faults:
         left = iter(range(fault))
@@ -231,7 +225,7 @@ def test_a_run_that_a_fault_interrupted_goes_on_when_it_is_repaired(undisturbed:
         assert not (tmp_path / "run" / "map.json").exists()
         with open_journal(tmp_path / "run") as journal:
             stages.append(max(stage for stage, kind in enumerate(STAGES) if journal.count(kind)))
-    assert len(set(stages)) >= 3
+    assert len(set(stages)) == len(faults), "each fault came in another stage"
     searched(task_of(), tmp_path)
     assert_same_answer(tmp_path, undisturbed.folder)
     assert measured(tmp_path) == measured(undisturbed.folder)
@@ -240,7 +234,7 @@ def test_a_run_that_a_fault_interrupted_goes_on_when_it_is_repaired(undisturbed:
 
 def _spoil_weights(task: Task) -> Task:
     with torch.no_grad():
-        task.model.first.weight[0, 0] += 1e-3
+        next(task.model.parameters())[0, 0] += 1e-3
     return task
 
 
@@ -299,7 +293,7 @@ def test_another_effort_takes_no_measurement_for_another(tmp_path: Path) -> None
 # --- out of time --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("minutes", [1e-9, *range(8, 48, 8)])
+@pytest.mark.parametrize("minutes", [1e-9, 28, 36, 44])
 def test_a_run_that_was_out_of_time_is_valid_and_goes_on_later(
     minutes: float, undisturbed: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,16 +306,12 @@ def test_a_run_that_was_out_of_time_is_valid_and_goes_on_later(
     assert PrecisionMap.load(tmp_path / "run" / "map.json") == short.map
     assert set(short.map.layers) == set(full.layers)
     assert short.certified == bool(short.map.low) == short.answer.startswith("certified")
-    if minutes < 1:
+    assert short.certified == (minutes == 44), "the first look at a whole map is begun at 42 minutes"
+    if not short.certified:
         assert short.answer == "keep the baseline: time ran out before a map was measured as a whole"
-        assert not (tmp_path / "ledger").exists()
+        assert not (tmp_path / "ledger").exists(), "no look at the certify split, no alpha"
 
-    judged = charged(tmp_path) if (tmp_path / "ledger").exists() else []
-    if judged and judged != charged(undisturbed.folder):
-        with pytest.raises(AlphaSpent, match="fresh"):
-            searched(task_of(), tmp_path)
-    later = searched(task_of(), tmp_path, alpha_budget=0.1)
-    spent = {"certificate": {"spent_alpha"}}
-    assert later.map.model_dump(exclude=spent) == full.model_dump(exclude=spent)
-    assert charged(tmp_path)[-1:] == charged(undisturbed.folder)
-    assert measured(undisturbed.folder).items() <= measured(tmp_path).items()
+    searched(task_of(), tmp_path)
+    assert_same_answer(tmp_path, undisturbed.folder)
+    assert measured(tmp_path) == measured(undisturbed.folder)
+    assert charged(tmp_path) == charged(undisturbed.folder)

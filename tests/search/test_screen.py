@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from precimap import Splits, Task, search
+from precimap import Effort, Splits, Task, search
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
 from precimap.layers.interception import Interception, WeightCall
@@ -211,8 +211,9 @@ def test_without_a_gradient_every_layer_is_probed(task: Task, reason: str, tmp_p
 
 def _tensors_saved_by_hand(task: Task) -> int:
     """Bytes of what the backward of `Small` needs, written down from its ops: weights, and inputs of silu and tanh."""
-    model: Any = task.model
-    weights = sum(p.numel() for p in (model.left.weight, model.right.weight, model.last.weight))
+    model = task.model
+    assert isinstance(model, Small)
+    weights = sum(layer.weight.numel() for layer in (model.left, model.right, model.last))
     return 4 * (weights + UNITS * (32 + 16))
 
 
@@ -288,6 +289,8 @@ def test_the_output_error_is_unbiased() -> None:
 
 def _squares(model: nn.Module, name: str, layer: Any, x: Tensor) -> np.ndarray:
     class Local(Interception):
+        moved = torch.zeros(())
+
         def on_weight(self, call: WeightCall) -> Any:
             self.plain = call.run()
             self.error = emulate(call, layer, layer.weight(), SharedInputs()) - self.plain
@@ -302,8 +305,9 @@ def _squares(model: nn.Module, name: str, layer: Any, x: Tensor) -> np.ndarray:
         return given.sum(0)  # of units that do not touch each other: the Jacobian of each, side by side
 
     width = parameter_names(model)[name].shape[0]
-    jacobian = torch.autograd.functional.jacobian(scores, torch.zeros(len(x), width))  # [scores, units, width]
-    assert isinstance(jacobian, Tensor)
+    zeros = torch.zeros(len(x), width)
+    jacobian: Tensor = torch.autograd.functional.jacobian(scores, zeros)  # type: ignore[no-untyped-call]
+    # jacobian: [scores, units, width]
     change = torch.einsum("sub,ub->us", jacobian, local.error.detach())
     squares: np.ndarray = change.square().sum(1).double().numpy()
     return squares
@@ -321,8 +325,8 @@ def test_random_directions_differ_between_batches() -> None:
 def test_part_of_the_split_is_screened_where_a_row_is_a_unit() -> None:
     task = planted_task()
     found = screened(task, units=200)
-    assert sum(len(batch.scores) for batch in found.batches.values()) == 250  # two batches of 125
     assert not found.unseen
+    assert sum(batch.outputs.shape[1] for batch in found.batches.values()) == 250  # two batches of 125
 
 
 def test_planning_leaves_no_trace() -> None:
@@ -343,6 +347,31 @@ def test_scattered_batches_reach_the_units_and_spread(sizes: list[int], units: i
     assert held >= min(units, sum(sizes))
     assert held - max(sizes) < units  # not many more than asked for
     if len(set(sizes)) == 1 and len(chosen) > 1:
-        edges = [-1, *chosen, len(sizes)]
-        gaps = np.diff(edges)
-        assert max(gaps) <= 3 * (len(sizes) + 1) / len(chosen) + 1  # three-distance theorem: at most 2.62 times the mean
+        gaps = np.diff([-1, *chosen, len(sizes)])
+        # Three-distance theorem: at most 2.62 times the mean.
+        assert max(gaps) <= 3 * (len(sizes) + 1) / len(chosen) + 1
+
+
+def test_a_run_taken_up_with_less_memory_takes_no_row_for_another(tmp_path: Any) -> None:
+    """One scheme at a time orders the table otherwise; what was screened together may not be read as that."""
+    task, asked = planted_task(), {"schemes": ["fp8-tensor", "fp8"], "margin": 0.2}
+    together = search(task, run=tmp_path / "run", ledger=tmp_path, **asked)
+    assert together.evidence.predictor is not None
+    less = Effort(screen_memory=together.evidence.predictor.screen.plan.bytes - 1)
+    apart = search(task, run=tmp_path / "run", ledger=tmp_path, effort=less, **asked)
+    assert apart.evidence.predictor is not None
+    assert len(apart.evidence.predictor.screen.plan.passes) == 2
+    for key, known in apart.evidence.by_key().items():
+        assert known.loss_square == pytest.approx(together.evidence.by_key()[key].loss_square, rel=1e-4)
+
+
+def test_a_loss_without_gradient_gives_nothing_back_and_says_so(tmp_path: Any) -> None:
+    """Single scores are screened without the loss; where every map fails, the loss's gradient would be asked for."""
+
+    def numpy_loss(scores: Tensor, batch: Any) -> Tensor:
+        return torch.from_numpy(np.log1p(np.exp(-scores.numpy()))).squeeze(1)
+
+    found = search(small_task(Small(outputs=1), loss=numpy_loss), schemes=["fp8"], margin=1e-9, ledger=tmp_path)
+    assert not found.certified
+    assert "search split" in found.answer
+    assert all(joint.measured is None or not joint.passed(1e-9) for joint in found.chain)

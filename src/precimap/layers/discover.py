@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from precimap.errors import ModelError
+from precimap.layers.contents import version_of
 from precimap.layers.groups import fused_by_engines
 from precimap.layers.influence import InfluenceTrace, confirmed_dead
 from precimap.layers.interception import Interception, WeightCall
@@ -250,7 +251,13 @@ def _reason(name: str, mode: _Discovery) -> str:
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for two views of the same values, as two reshapes of one input are."""
-    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel(), tensor.dtype, tensor._version)
+    return (
+        tensor.untyped_storage().data_ptr(),
+        tensor.storage_offset(),
+        tensor.numel(),
+        tensor.dtype,
+        version_of(tensor),
+    )
 
 
 def _widths(call: WeightCall) -> tuple[int, int]:

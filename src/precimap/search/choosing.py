@@ -55,7 +55,10 @@ def _given_back(
         if failed is None or predictor is None or not predictor.screen.pairs or run.out_of_time:
             break
         assert failed.measured is not None
-        added = contributions(run, predictor, failed.step)
+        try:
+            added = contributions(run, predictor, failed.step)
+        except (RuntimeError, TypeError):  # scores were screened, but the loss carries no gradient
+            break
         if isinstance(run.task.metric, Loss):
             choice = reverted(failed.step, failed.measured, added, fused, limits.margin)
         else:

@@ -45,7 +45,6 @@ def plan_screen(
 ) -> ScreenPlan:
     """Look at the largest batch of the search split. A plan without passes has every layer in `unseen`."""
     layers = _codes(task, inventory, calibration, pairs)
-    digest = hashlib.sha256(json.dumps([[name, scheme_key(scheme)] for name, scheme in pairs]).encode()).hexdigest()
     batch = to_device(max(task.splits.search, key=_bytes), task.device)
     together = (layers,) if layers else ()
     apart = tuple(
@@ -61,9 +60,9 @@ def plan_screen(
             break
         need = max(one.bytes for one in found)
         if need <= memory and len({one.by_scores for one in found}) == 1:
-            return _fitting(layers, passes, found, need, digest)
+            return _fitting(layers, passes, found, need)
         reason = f"a batch would take {need >> 20} MB, more than the {memory >> 20} MB it may; give smaller batches"
-    return ScreenPlan(False, {}, {}, {name: reason for name, _ in pairs}, (), need, digest)
+    return ScreenPlan(False, {}, {}, {name: reason for name, _ in pairs}, (), need, "")
 
 
 def _fitting(
@@ -71,14 +70,17 @@ def _fitting(
     passes: Sequence[Sequence[QuantizedLayer]],
     found: Sequence["_Explored"],
     need: int,
-    digest: str,
 ) -> ScreenPlan:
     layouts = {key: layout for one in found for key, layout in one.layouts.items()}
     seen = {name for name, _ in layouts}
     reasons = {name: why for one in found for name, why in one.unseen.items()}
     unseen = {layer.name: reasons.get(layer.name, "it was not called") for layer in layers if layer.name not in seen}
     kept = [tuple(layer for layer in one if layer.name in seen) for one in passes]
-    rows = {(layer.name, layer.scheme.name): row for row, layer in enumerate(layer for one in kept for layer in one)}
+    order = [layer for one in kept for layer in one]
+    rows = {(layer.name, layer.scheme.name): row for row, layer in enumerate(order)}
+    # The order of the rows depends on how many schemes fit into memory: tables of another order are other tables.
+    said = [found[0].by_scores, [[layer.name, scheme_key(layer.scheme)] for layer in order]]
+    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
     return ScreenPlan(found[0].by_scores, rows, layouts, unseen, tuple(one for one in kept if one), need, digest)
 
 
