@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from precimap.layers.discover import discover
-from precimap.layers.first_order import FirstOrder, Layout, find_layout, row_changes
+from precimap.layers.first_order import (
+    FirstOrder,
+    Layout,
+    find_layout,
+    routed_changes,
+    routed_rows,
+    row_changes,
+    row_weights,
+)
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate, quantize_layer
 from precimap.layers.views import parameter_names
@@ -20,8 +28,8 @@ from zoo import ROWS, ZOO, Builder, Specimen
 
 FP8 = SCHEMES["fp8-tensor"]  # one scale for a tensor: also where the calls of a layer contract different dims
 TABLE = SCHEMES["fp8-weight"]  # a lookup has no input
-# Rows of these share a product, or reach it in an order of their own: no dim along which they lie.
-MIXED = {"gate_up_proj", "down_proj", "position_embeddings"}
+MIXED = {"position_embeddings"}  # one lookup of positions for all units
+ROUTED = {"qwen3_moe", "mixtral", "stacked_experts"}  # experts gather the tokens of several units
 
 PARTLY_FLOAT32 = {"qwen3_moe", "mixtral", "torchrec_dlrm", "torchrec_dlrm_dcn"}
 
@@ -60,7 +68,7 @@ def changes(specimen: Specimen, layers: Mapping[str, QuantizedLayer]) -> dict[st
         with mode:
             scores = specimen.forward(specimen.model, specimen.batch)
         rows = unit_values(scores)
-        weights = 0.5 + 1.5 * torch.rand(len(rows))
+        weights = row_weights(len(rows))
         mode.backward((rows * weights).sum())
         weighed = [tapped.gradient for tapped in mode.taps]
         mode.backward(rows.sum())
@@ -70,10 +78,16 @@ def changes(specimen: Specimen, layers: Mapping[str, QuantizedLayer]) -> dict[st
         if tapped.gradient is not None and gradient is not None:
             layout = find_layout(tapped.gradient.float(), gradient.float(), weights)
         before = found.get(tapped.layer, torch.zeros(len(rows), dtype=torch.float64))
-        if layout is None or before is None:
-            found[tapped.layer] = None
-        else:
+        lines = None
+        if layout is None and tapped.gradient is not None and gradient is not None:
+            lines = routed_rows(tapped.gradient, gradient, weights)
+        if before is None or (layout is None and lines is None):
+            found[tapped.layer] = before if not tapped.errors["s"].numel() else None
+        elif layout is not None:
             found[tapped.layer] = before + row_changes(tapped, layout, len(rows))["s"]
+        else:
+            assert lines is not None
+            found[tapped.layer] = before + routed_changes(tapped, lines, len(rows))["s"]
     return found
 
 
@@ -154,6 +168,8 @@ def test_changes_are_those_that_finite_differences_find(build: Builder) -> None:
             change, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()) + noise
         )
     assert compared
+    if specimen.name in ROUTED:
+        assert all(found[name] is not None for name in found if "experts" in name or "proj" in name), found.keys()
 
 
 class Interleaved(nn.Module):

@@ -250,24 +250,35 @@ def test_the_plan_looks_at_the_largest_batch() -> None:
 
 
 class TakesTurns(Small):
-    """In batches that start with a negative number the rows of the right way are a part of all rows."""
+    """In batches that start with a number of this sign the rows of the right way are a part of all rows."""
+
+    def __init__(self, sign: int) -> None:
+        super().__init__()
+        self.sign = sign
 
     def taken_out(self, value: Tensor) -> Tensor:
         return value
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.silu(self.first(x))
-        some = len(x) - 5 if x[0, 0] < 0 else len(x)
+        some = len(x) - 5 if self.sign * x[0, 0] > 0 else len(x)
         routed = F.pad(self.right(hidden[:some]), (0, 0, 0, len(x) - some))
         scores: Tensor = self.last(torch.tanh(self.left(hidden)) + routed)
         return scores
 
 
-def test_a_result_whose_rows_come_and_go_is_unseen() -> None:
-    task = small_task(TakesTurns())
-    starts = [float(batch["x"][0, 0]) for batch in task.splits.search]
+def test_rows_that_come_and_go_are_found_in_each_batch_or_the_layer_is_unseen() -> None:
+    """Where the batch of the plan shows that rows are gathered, they are looked for in each; else the layer is out."""
+    starts = [float(batch["x"][0, 0]) for batch in small_task(Small()).splits.search]
     assert min(starts) < 0 < max(starts)
+    first = -1 if starts[0] < 0 else 1
+    task = small_task(TakesTurns(first))
     found = screened(task)
+    assert not found.unseen
+    assert found.plan.routed == {"right.weight"}
+    predicted, direct = changes(found, ("right.weight", "fp8")), probed(task, ("right.weight", "fp8"))
+    assert np.corrcoef(predicted, direct)[0, 1] > 0.97
+    found = screened(small_task(TakesTurns(-first)))
     assert set(found.unseen) == {"right.weight"}
     assert {name for name, _ in found.pairs} == {"first.weight", "left.weight", "last.weight"}
 

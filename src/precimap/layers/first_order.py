@@ -212,3 +212,46 @@ def find_layout(plain: Tensor, weighed: Tensor, weights: Tensor) -> Layout | Non
             if float((found - expected).norm()) <= 0.05 * float(found.norm()):
                 return layout
     return None
+
+
+def row_weights(count: int) -> Tensor:
+    """One weight for each row, evenly spaced from 0.5 to 2 in a fixed random order: a row is known by its weight."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    return 0.5 + 1.5 * order / max(1, count - 1)
+
+
+def routed_rows(plain: Tensor, weighed: Tensor, weights: Tensor) -> Tensor | None:
+    """The row to which each line of a tensor belongs, where lines were gathered in an order of their own (experts).
+
+    A line is all values but those of the last dim. Its gradient under the weighed sum is its plain gradient times the
+    weight of its row, and the weight names the row. int64 [lines]; -1 for a line without a gradient. None where a line
+    mixes rows, or where the rounding of the backward pass is too coarse to tell the weights apart.
+    """
+    count = len(weights)
+    if plain.dim() < 2 or not plain.numel():
+        return None
+    lines, found = (t.reshape(-1, t.shape[-1]).float() for t in (plain, weighed))
+    square = torch.linalg.vecdot(lines, lines)
+    moving = square > 1e-12 * square.max()
+    ratio = torch.linalg.vecdot(found, lines) / torch.where(moving, square, 1.0)
+    off = (found - ratio[:, None] * lines).norm(dim=1) > 0.05 * found.norm(dim=1)
+    place = (ratio - 0.5) / 1.5 * max(1, count - 1)
+    nearest = place.round()
+    doubtful = off | ((place - nearest).abs() > 0.25) | (nearest < 0) | (nearest >= count)
+    if not moving.any() or bool((doubtful & moving).any()):
+        return None
+    row_at = weights.argsort()
+    return torch.where(moving, row_at[nearest.clamp(0, count - 1).long()], -1)
+
+
+def routed_changes(tapped: Tapped, rows: Tensor, count: int) -> dict[SchemeName, Tensor]:
+    """As `row_changes`, for lines that belong to `rows` (int64 [lines], -1 for none)."""
+    assert tapped.gradient is not None
+    lines = tapped.gradient.reshape(len(rows), -1).float()
+    belongs = rows >= 0
+    changes = {}
+    for scheme, error in tapped.errors.items():
+        each = torch.linalg.vecdot(lines, error.reshape(len(rows), -1)).double()
+        total = torch.zeros(count, dtype=torch.float64, device=each.device)
+        changes[scheme] = total.index_add_(0, rows[belongs], each[belongs]).cpu()
+    return changes

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from precimap.layers.first_order import row_changes
 from precimap.search.knapsack import Step
 from precimap.search.predict import Predictor
 from precimap.search.probe import Comparison
 from precimap.search.run import Run
+from precimap.search.screen import add_changes, find_routed
 from precimap.search.screen_plan import decode, first_order
 from precimap.task import to_device
 
@@ -43,15 +43,14 @@ def contributions(run: Run, predictor: Predictor, step: Step) -> dict[str, Float
             scores = task.forward(task.model, batch)
         with torch.enable_grad():
             losses = task.loss(scores, batch).float()
-            mode.backward(losses.sum())
-        sums = {layer.name: np.zeros(len(losses)) for layer in layers}
-        for tapped in mode.taps:
-            layout = plan.layouts.get((tapped.layer, tapped.number))
-            if layout is None:
-                continue
-            count = scores.numel() if plan.by_scores else len(losses)
-            change = row_changes(tapped, layout, count)[step.choice[tapped.layer]].numpy()
-            sums[tapped.layer] += change.reshape(len(losses), -1).sum(1)
+            total = losses.sum()
+            rows = scores.flatten().float() if plan.by_scores else losses
+        routed = find_routed(mode, plan, rows)
+        mode.backward(total)
+        changes = np.zeros((len(plan.rows), len(rows)))
+        add_changes(mode, plan, routed, changes, len(rows))
+        by_unit = changes.reshape(len(changes), len(losses), -1).sum(2)
+        sums = {layer.name: by_unit[plan.rows[layer.name, layer.scheme.name]] for layer in layers}
         for name, values in sums.items():
             found[name].append(values)
         mode.clear()

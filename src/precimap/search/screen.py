@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from precimap.layers.first_order import FirstOrder, row_changes
+from precimap.layers.first_order import FirstOrder, routed_changes, routed_rows, row_changes, row_weights
 from precimap.layers.inventory import Inventory
 from precimap.search.calibrate import Calibration
 from precimap.search.run import Run, scattered
@@ -144,33 +144,65 @@ def _screen_batch(
             changes = np.zeros((len(plan.rows), len(rows)), np.float32)
             outputs = np.zeros((len(plan.rows), len(scores)))
             values = scores.detach().double().cpu().numpy() if plan.by_scores else values
+        routed = find_routed(mode, plan, rows)
         mode.backward(total)
-        _add_changes(mode, plan, changes, len(rows))
+        add_changes(mode, plan, routed, changes, len(rows))
         if not plan.by_scores:
-            _add_outputs(mode, plan, outputs, scores, number)
+            _add_outputs(mode, plan, routed, outputs, scores, number)
         mode.clear()
     if plan.by_scores:
         outputs = np.square(changes, dtype=np.float64).reshape(*outputs.shape, -1).sum(2)
     return ScreenedBatch(changes, values, outputs)
 
 
-def _add_changes(mode: FirstOrder, plan: ScreenPlan, into: NDArray[Any], count: int) -> None:
-    for tapped in mode.taps:
+def find_routed(mode: FirstOrder, plan: ScreenPlan, rows: Tensor) -> dict[int, Tensor]:
+    """By place among the taps, to which row each line belongs, for layers that gather rows in an order of their own.
+
+    Two more backward passes, in models that have such layers. A call whose lines cannot be told has no entry.
+    """
+    if not plan.routed:
+        return {}
+    weights = row_weights(len(rows)).to(rows.device)
+    with torch.enable_grad():
+        total, weighed = rows.sum(), (rows * weights).sum()
+    mode.backward(total)
+    plain = [tapped.gradient for tapped in mode.taps]
+    mode.backward(weighed)
+    found = {}
+    for at, (tapped, gradient) in enumerate(zip(mode.taps, plain, strict=True)):
+        if tapped.layer in plan.routed and gradient is not None and tapped.gradient is not None:
+            lines = routed_rows(gradient, tapped.gradient, weights)
+            if lines is not None:
+                found[at] = lines
+    return found
+
+
+def add_changes(
+    mode: FirstOrder, plan: ScreenPlan, routed: Mapping[int, Tensor], into: NDArray[Any], count: int
+) -> None:
+    """Add each layer's change of each row to `into` [pairs, rows], after a backward pass of the summed rows."""
+    for at, tapped in enumerate(mode.taps):
         layout = plan.layouts.get((tapped.layer, tapped.number))
-        if layout is None:  # called more often than in the first batch: `_seen_throughout` takes the layer out
-            changes = {scheme: torch.full((count,), torch.nan) for scheme in tapped.errors}
-        else:
+        if layout is not None:
             changes = row_changes(tapped, layout, count)
+        elif at in routed:
+            changes = routed_changes(tapped, routed[at], count)
+        elif tapped.layer in plan.routed and (tapped.gradient is None or not tapped.gradient.any()):
+            continue  # an expert without tokens
+        else:  # called otherwise than in the batch of the plan: `_seen_throughout` takes the layer out
+            changes = {scheme: torch.full((count,), torch.nan) for scheme in tapped.errors}
         for scheme, change in changes.items():
             into[plan.rows[tapped.layer, scheme]] += change.numpy()
 
 
-def _add_outputs(mode: FirstOrder, plan: ScreenPlan, into: Floats, scores: Tensor, number: int) -> None:
+def _add_outputs(
+    mode: FirstOrder, plan: ScreenPlan, routed: Mapping[int, Tensor], into: Floats, scores: Tensor, number: int
+) -> None:
     """One random direction of a batch's scores: over many units that is as good as many directions for a few."""
     generator = torch.Generator().manual_seed(PROBE_SEED + number)
     direction = torch.randn(scores.shape, generator=generator).to(scores.device)
     with torch.enable_grad():
         mode.backward((scores.float() * direction).sum())
     change = np.zeros_like(into)
-    _add_changes(mode, plan, change, len(scores))
+    add_changes(mode, plan, routed, change, len(scores))
     into += change**2

@@ -8,14 +8,14 @@ memory is measured before the split is run, and one row or one token alone would
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from precimap.layers.first_order import FirstOrder, Layout, find_layout
+from precimap.layers.first_order import FirstOrder, Layout, find_layout, routed_rows, row_weights
 from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer, quantize_layer
 from precimap.layers.views import parameter_names
@@ -29,11 +29,16 @@ Key = tuple[str, str]  # layer, scheme name
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScreenPlan:
-    """How the split is screened, found on its largest batch. passes: the pairs that go through the model together."""
+    """How the split is screened, found on its largest batch. passes: the pairs that go through the model together.
+
+    layouts: of each call of a layer. routed: layers that gather rows in an order of their own, found anew in each batch.
+    digest: of what a row of the table stands for.
+    """
 
     by_scores: bool
     rows: Mapping[Key, int]
     layouts: Mapping[tuple[str, int], Layout]
+    routed: frozenset[str]
     unseen: Mapping[str, str]
     passes: tuple[tuple[QuantizedLayer, ...], ...]
     bytes: int
@@ -62,7 +67,7 @@ def plan_screen(
         if need <= memory and len({one.by_scores for one in found}) == 1:
             return _fitting(layers, passes, found, need)
         reason = f"a batch would take {need >> 20} MB, more than the {memory >> 20} MB it may; give smaller batches"
-    return ScreenPlan(False, {}, {}, {name: reason for name, _ in pairs}, (), need, "")
+    return ScreenPlan(False, {}, {}, frozenset(), {name: reason for name, _ in pairs}, (), need, "")
 
 
 def _fitting(
@@ -72,7 +77,8 @@ def _fitting(
     need: int,
 ) -> ScreenPlan:
     layouts = {key: layout for one in found for key, layout in one.layouts.items()}
-    seen = {name for name, _ in layouts}
+    routed = frozenset(name for one in found for name in one.routed)
+    seen = {name for name, _ in layouts} | routed
     reasons = {name: why for one in found for name, why in one.unseen.items()}
     unseen = {layer.name: reasons.get(layer.name, "it was not called") for layer in layers if layer.name not in seen}
     kept = [tuple(layer for layer in one if layer.name in seen) for one in passes]
@@ -81,7 +87,9 @@ def _fitting(
     # The order of the rows depends on how many schemes fit into memory: tables of another order are other tables.
     said = [found[0].by_scores, [[layer.name, scheme_key(layer.scheme)] for layer in order]]
     digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-    return ScreenPlan(found[0].by_scores, rows, layouts, unseen, tuple(one for one in kept if one), need, digest)
+    return ScreenPlan(
+        found[0].by_scores, rows, layouts, routed, unseen, tuple(one for one in kept if one), need, digest
+    )
 
 
 def _codes(
@@ -100,6 +108,7 @@ def _codes(
 class _Explored:
     by_scores: bool
     layouts: Mapping[tuple[str, int], Layout]
+    routed: frozenset[str]
     unseen: Mapping[str, str]
     bytes: int
 
@@ -115,33 +124,50 @@ def _explore(task: Task, layers: Sequence[QuantizedLayer], batch: Any) -> _Explo
         with saved, mode:
             scores = task.forward(task.model, batch)
         held = mode.held_bytes + saved.bytes + _decoded_bytes(layers)
-        by_scores, unseen = True, dict[str, str]()
-        layouts = _layouts(mode, scores.flatten().float(), unseen)
-        if unseen and scores.dim() > 1 and scores.numel() > scores.shape[0]:
-            by_scores, unseen = False, {}
-            layouts = _layouts(mode, task.loss(scores, batch).float(), unseen)
-        unseen |= dict.fromkeys(sorted(mode.before_cuts() - set(unseen)), "detach() hides a part of what it does")
+        by_scores = True
+        found = _found_rows(mode, scores.flatten().float())
+        if found.unseen and scores.dim() > 1 and scores.numel() > scores.shape[0]:
+            by_scores = False
+            found = _found_rows(mode, task.loss(scores, batch).float())
+        cut = mode.before_cuts() - set(found.unseen)
     mode.clear()
-    return _Explored(by_scores, {key: at for key, at in layouts.items() if key[0] not in unseen}, unseen, held)
+    unseen = found.unseen | dict.fromkeys(sorted(cut), "detach() hides a part of what it does")
+    layouts = {key: layout for key, layout in found.layouts.items() if key[0] not in unseen}
+    return _Explored(by_scores, layouts, found.routed - set(unseen), unseen, held)
 
 
-def _layouts(mode: FirstOrder, rows: Tensor, unseen: dict[str, str]) -> dict[tuple[str, int], Layout]:
-    """The layout of each call for these rows; layers without one go to `unseen`."""
-    weights = 0.5 + 1.5 * torch.rand(len(rows), generator=torch.Generator().manual_seed(1)).to(rows.device)
+@dataclass(slots=True)
+class _Found:
+    layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
+    routed: frozenset[str] = frozenset()
+    unseen: dict[str, str] = field(default_factory=dict)
+
+
+def _found_rows(mode: FirstOrder, rows: Tensor) -> _Found:
+    """Where these rows lie in the result of each call; a layer of which one call mixes them is `unseen`."""
+    weights = row_weights(len(rows)).to(rows.device)
     mode.backward(rows.sum())
     plain = [tapped.gradient for tapped in mode.taps]
     mode.backward((rows * weights).sum())
-    layouts = {}
+    found, irregular = _Found(), set[str]()
     for tapped, gradient in zip(mode.taps, plain, strict=True):
+        if not any(error.numel() for error in tapped.errors.values()):
+            irregular.add(tapped.layer)  # an expert without tokens
+            continue
         if gradient is None or tapped.gradient is None or not gradient.any():
-            unseen[tapped.layer] = "no gradient reaches its result"
+            found.unseen[tapped.layer] = "no gradient reaches its result"
             continue
         layout = find_layout(gradient.float(), tapped.gradient.float(), weights)
-        if layout is None:
-            unseen[tapped.layer] = "its result has no dim along which the units lie"
-        else:
-            layouts[tapped.layer, tapped.number] = layout
-    return {key: layout for key, layout in layouts.items() if key[0] not in unseen}
+        if layout is not None:
+            found.layouts[tapped.layer, tapped.number] = layout
+            continue
+        irregular.add(tapped.layer)
+        if routed_rows(gradient, tapped.gradient, weights) is None:
+            found.unseen[tapped.layer] = "its result has no dim along which the units lie"
+    found.routed = frozenset(irregular - set(found.unseen))
+    left_out = irregular | set(found.unseen)
+    found.layouts = {key: layout for key, layout in found.layouts.items() if key[0] not in left_out}
+    return found
 
 
 def decode(layers: Sequence[QuantizedLayer]) -> dict[Key, Tensor]:
