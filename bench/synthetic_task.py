@@ -16,10 +16,10 @@ from precimap.errors import InputError
 from precimap.metrics import Loss
 
 TOWERS = 8
-WIDTH = 32
-HIDDEN = 64
+WIDTH = 128
+HIDDEN = 256
 CLASSES = 16
-BATCH = 128
+BATCH = 512
 LINEARS = 4  # of a block, and of the head
 FEWEST = LINEARS * (TOWERS + 2)  # a block in each tower, one in the trunk, the head
 

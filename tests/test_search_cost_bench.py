@@ -171,7 +171,7 @@ def test_a_run_without_data_says_so_and_writes_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(real_tasks, "DATA", tmp_path)
-    for name, value in (("DEEP_LAYERS", 40), ("DEEP_SAMPLE", 2), ("DEEP_UNITS", (128,))):
+    for name, value in (("DEEP_LAYERS", 40), ("DEEP_SAMPLE", 2), ("DEEP_UNITS", (128,)), ("CLAIMED_UNITS", 128)):
         monkeypatch.setattr(search_cost, name, value)
     file = tmp_path / "cost.json"
     monkeypatch.setattr(sys, "argv", ["search_cost.py", "--json", str(file)])

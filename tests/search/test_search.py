@@ -119,8 +119,10 @@ def test_another_margin_takes_the_same_measurements(tmp_path: Path) -> None:
 
 def test_the_chain_is_nested_and_passed_on_the_search_split(result: SearchResult) -> None:
     for before, after in zip(result.chain, result.chain[1:], strict=False):
-        assert set(before.map.low) < set(after.map.low)
-    assert {c.map for c in result.certificates} <= {joint.map.fingerprint for joint in result.chain}
+        assert set(before.step.choice) < set(after.step.choice)
+    assert {c.map for c in result.certificates} <= {
+        joint.map.fingerprint for joint in result.chain if joint.map is not None
+    }
 
 
 def test_the_model_is_the_same_to_the_bit_after_a_search(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from precimap.search.repair import repair
 from precimap.search.rescore import contributions, halved, reverted
 from precimap.search.rules import Rule
 from precimap.search.run import Parts, Run
-from precimap.search.whole_maps import Chosen, Joint, bound, choose, measure, predicted_joint
+from precimap.search.whole_maps import Chosen, Joint, bound, choose, measure, predicted_joint, sequence
 
 MOST_GIVEN_BACK = 2
 WORTH_A_LOOK = 0.02  # of the gain of everything: a smaller one is not worth a pass
@@ -31,12 +31,11 @@ def chosen_maps(
     known = evidence.by_key()
     schemes = {scheme.name: scheme for scheme in findings.schemes}
     steps = rule.steps(findings.inventory, run.task.metric, evidence.known, schemes, findings.cutoff)
-    joints = [predicted_joint(evidence.predictor, known, step, assemble(findings, step.choice)) for step in steps]
-
+    joints = [predicted_joint(evidence.predictor, known, step) for step in steps]
     screened = () if evidence.predictor is None else evidence.predictor.numbers
 
     def look(joint: Joint) -> Joint:
-        return measure(run, joint, baseline, limits.alpha, screened)
+        return measure(run, _written(findings, joint), baseline, limits.alpha, screened)
 
     chosen = choose(joints, evidence.predictor, known, limits.margin, look, lambda: run.out_of_time)
     if chosen.best is None:
@@ -66,7 +65,7 @@ def _given_back(
         if choice is None:
             break
         step = _priced(findings, run.task.metric, choice)
-        joint = predicted_joint(predictor, evidence.by_key(), step, assemble(findings, choice))
+        joint = _written(findings, predicted_joint(predictor, evidence.by_key(), step))
         failed = measure(run, joint, baseline, limits.alpha, predictor.numbers)
         chosen = replace(chosen, joints=(failed, *chosen.joints))
         if failed.passed(limits.margin) and rule.accepts(findings.inventory, step):
@@ -106,16 +105,22 @@ def _filled_up(
         or step.gain - start.gain < WORTH_A_LOOK * chosen.joints[-1].step.gain
     ):
         return chosen
-    joint = measure(
-        run,
-        predicted_joint(predictor, known, step, assemble(findings, step.choice)),
-        baseline,
-        limits.alpha,
-        predictor.numbers,
-    )
+    joint = _written(findings, predicted_joint(predictor, known, step))
+    joint = measure(run, joint, baseline, limits.alpha, predictor.numbers)
     at = best + 1
     joints = (*chosen.joints[:at], joint, *chosen.joints[at:])
     return replace(chosen, joints=joints, best=at if joint.passed(limits.margin) else best)
+
+
+def _written(findings: Findings, joint: Joint) -> Joint:
+    """With its map; one of a thousand layers takes a while to write down, and few of a chain are needed."""
+    return joint if joint.map is not None else replace(joint, map=assemble(findings, joint.step.choice))
+
+
+def to_certify(findings: Findings, chosen: Chosen) -> Chosen:
+    """The chain with the maps of the sequence that is certified."""
+    wanted = {id(joint) for joint in sequence(chosen)}
+    return replace(chosen, joints=tuple(_written(findings, j) if id(j) in wanted else j for j in chosen.joints))
 
 
 def _priced(findings: Findings, metric: Metric, choice: Mapping[str, str]) -> Step:

@@ -15,12 +15,16 @@ from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.quantized import QuantizedLayer, input_affine
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import fake_quantize
+from precimap.numerics.quantize import Affine
 from precimap.task import Task, to_device
+
+ROWS = 64  # of each input: rates are for people, two digits will do
 
 
 @dataclass(frozen=True, slots=True)
 class InputRates:
-    """amax: largest |input|. saturated: share of inputs beyond the range; underflowed: of those not zero that became 0."""
+    """Of the first rows of a batch. amax: largest |input|. saturated: share of inputs beyond the range; underflowed: share
+    of those not zero that became zero."""
 
     amax: float
     saturated: float
@@ -36,12 +40,12 @@ class _Rates(Interception):
     def on_weight(self, call: WeightCall) -> Any:
         if call.op.lookup or not call.input.numel():
             return call.run()
-        x = call.input.detach().float()
+        x = call.input.detach()[:ROWS].float()
         for layer in self._layers[call.view.name]:
             rounding = layer.scheme.input
             if rounding is None:
                 continue
-            affine = input_affine(call, rounding, layer)
+            affine = _narrowed(input_affine(call, rounding, layer), len(x))
             zero = 0.0 if affine.zero is None else affine.zero
             low = (rounding.format.minimum - zero) * affine.scale
             high = (rounding.format.maximum - zero) * affine.scale
@@ -54,6 +58,13 @@ class _Rates(Interception):
                 sums[at] += int(counted.sum())
             sums[4] += x.numel()
         return call.run()
+
+
+def _narrowed(affine: Affine, rows: int) -> Affine:
+    """The scales of the first rows, where each row has its own."""
+    if not affine.scale.dim() or affine.scale.shape[0] == 1:
+        return affine
+    return Affine(affine.scale[:rows], None if affine.zero is None else affine.zero[:rows])
 
 
 def input_rates(task: Task, layers: Sequence[QuantizedLayer], batch: Any) -> dict[tuple[str, str], InputRates]:

@@ -28,7 +28,7 @@ from precimap.search.allocate import default_cutoff
 from precimap.search.assemble import Findings, assemble, premise_of
 from precimap.search.calibrate import Calibration, calibrated
 from precimap.search.certify import Question, certify
-from precimap.search.choosing import chosen_maps
+from precimap.search.choosing import chosen_maps, to_certify
 from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility
 from precimap.search.evidence import Evidence, gather
 from precimap.search.floor import rounding_floor
@@ -170,9 +170,11 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         search.premise,
         alpha,
     )
-    chosen = chosen_maps(run, findings, search.rule, evidence, baseline, search.limits)
+    chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
-    certificates = _certified(search, [joint.map for joint in sequence(chosen)], seen.prints, ledger)
+    certificates = _certified(
+        search, [joint.map for joint in sequence(chosen) if joint.map is not None], seen.prints, ledger
+    )
     final, certificate, answer = _answer(findings, chosen, certificates)
     final = final.model_copy(update={"rounding": _rounding(search, final, baseline)})
     run.journal.conclude("summary", "answer", {"answer": answer, "map": json.loads(final.model_dump_json())})
@@ -216,7 +218,7 @@ def _answer(
 ) -> tuple[PrecisionMap, Certificate | None, str]:
     passed = [certificate for certificate in certificates if certificate.certified]
     if passed:
-        final = next(joint.map for joint in chosen.joints if joint.map.fingerprint == passed[-1].map)
+        final = next(j.map for j in chosen.joints if j.map is not None and j.map.fingerprint == passed[-1].map)
         share = f"{final.flops_share:.1%} of the weight FLOPs"
         answer = f"certified: {len(final.low)} of {len(final.layers)} layers in low precision, {share}"
         return final.model_copy(update={"certificate": passed[-1]}), passed[-1], answer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, dequantized, quantize_layer
+from precimap.layers.quantized import QuantizedLayer, quantize_layer
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.metrics.paired import Drop, differences, lower_bound, paired_drop, upper_bound
@@ -103,10 +103,11 @@ def probe(
 ) -> tuple[Probe, ...]:
     """Measure each pair on the batches `numbers` of the search split; those that the journal holds are read from it.
 
-    replay_memory: bytes of recorded results that may be held. When the run is out of time, the batches that all pairs
+    replay_memory: bytes of recorded results that may be held, and a quarter of it of decoded weights. When the run is out of time, the batches that all pairs
     have seen are used; pairs that have seen none are left out.
     """
-    codes: dict[Pair, QuantizedLayer] = {}
+    codes: dict[Pair, tuple[QuantizedLayer, Tensor | None]] = {}
+    room = replay_memory // 4  # for decoded weights: decoding one takes as long as its product with a small batch
     complete: list[int] = []
     for number, batch in enumerate(run.task.splits.search):
         if number not in numbers:
@@ -118,7 +119,11 @@ def probe(
             if run.journal.find("probe", batch_subject(pair[0], number), scheme_key(pair[1])) is None
         ]
         for pair in missing:
-            codes.setdefault(pair, prepare(run.task, inventory, calibration, dict([pair]))[pair[0]])
+            if pair not in codes:
+                layer = prepare(run.task, inventory, calibration, dict([pair]))[pair[0]]
+                fits = 4 * layer.codes.numel() <= room
+                codes[pair] = layer, layer.weight() if fits else None
+                room -= 4 * layer.codes.numel() if fits else 0
         if missing and not _probe_batch(run, batch, number, [(p, codes[p]) for p in missing], replay_memory):
             break
         complete.append(number)
@@ -129,7 +134,11 @@ def probe(
 
 
 def _probe_batch(
-    run: Run, batch: object, number: int, layers: Sequence[tuple[Pair, QuantizedLayer]], replay_memory: int
+    run: Run,
+    batch: object,
+    number: int,
+    layers: Sequence[tuple[Pair, tuple[QuantizedLayer, Tensor | None]]],
+    replay_memory: int,
 ) -> bool:
     """Probe one batch under each layer. False when time ran out before the last."""
     task, weights = run.task, parameter_names(run.task.model)
@@ -138,12 +147,12 @@ def _probe_batch(
     with torch.no_grad():
         with Replay(weights, {}, {}, recording):
             score_batch(task, task.model, batch, number)
-        for (name, scheme), layer in layers:
+        for (name, scheme), (layer, decoded) in layers:
             if run.out_of_time:
                 return False
             started = time.perf_counter()
-            weight: dict[str, Tensor] = dequantized({name: layer})
-            with Replay(weights, {name: layer}, weight, recording):
+            weight = layer.weight() if decoded is None else decoded
+            with Replay(weights, {name: layer}, {name: weight}, recording):
                 part = score_batch(task, task.model, batch, number)
             subject, seconds = batch_subject(name, number), time.perf_counter() - started
             record_part(run.journal, "probe", subject, part, seconds, scheme_key(scheme))

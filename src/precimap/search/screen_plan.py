@@ -124,9 +124,9 @@ def _explore(task: Task, layers: Sequence[QuantizedLayer], batch: Any) -> _Explo
         with saved, mode:
             scores = task.forward(task.model, batch)
         held = mode.held_bytes + saved.bytes + _decoded_bytes(layers)
-        by_scores = True
-        found = _found_rows(mode, scores.flatten().float())
-        if found.unseen and scores.dim() > 1 and scores.numel() > scores.shape[0]:
+        by_scores = scores.numel() == scores.shape[0] or _holds_rows(mode, scores.numel())
+        found = _found_rows(mode, (scores.flatten() if by_scores else task.loss(scores, batch)).float())
+        if by_scores and found.unseen and scores.numel() > scores.shape[0]:
             by_scores = False
             found = _found_rows(mode, task.loss(scores, batch).float())
         cut = mode.before_cuts() - set(found.unseen)
@@ -134,6 +134,12 @@ def _explore(task: Task, layers: Sequence[QuantizedLayer], batch: Any) -> _Explo
     unseen = found.unseen | dict.fromkeys(sorted(cut), "detach() hides a part of what it does")
     layouts = {key: layout for key, layout in found.layouts.items() if key[0] not in unseen}
     return _Explored(by_scores, layouts, found.routed - set(unseen), unseen, held)
+
+
+def _holds_rows(mode: FirstOrder, count: int) -> bool:
+    """Whether every result has a dim in which that many rows can lie: a look at shapes, before any backward pass."""
+    errors = [error for tapped in mode.taps for error in tapped.errors.values()]
+    return all(any(Layout(dim, True).fits(error, count) for dim in range(error.dim())) for error in errors)
 
 
 @dataclass(slots=True)

@@ -27,15 +27,16 @@ CERTIFIED_BELOW = 2  # the fixed sequence starts this many maps below the best o
 class Joint:
     """One map as a whole. predicted: by the screen; measured: on the search split; either may be missing.
 
-    on_screened: the measurement on the units that the prediction is about. singles: the sum of its layers' own drops.
+    map: written down for those that are looked at or certified. on_screened: the measurement on the units that the
+    prediction is about. singles: the sum of its layers' own drops.
     drift: predicted mean change of the scores (or losses).
     """
 
-    map: PrecisionMap
     step: Step
     predicted: Comparison | None
     singles: float | None
     drift: float | None
+    map: PrecisionMap | None = None
     measured: Comparison | None = None
     on_screened: Comparison | None = None
 
@@ -45,8 +46,8 @@ class Joint:
     def row(self, margin: float) -> dict[str, object]:
         """For the journal."""
         return {
-            "map": self.map.fingerprint,
-            "low": list(self.map.low),
+            "map": None if self.map is None else self.map.fingerprint,
+            "low": list(self.step.choice),
             "gain": self.step.gain,
             "singles": self.singles,
             "drift": self.drift,
@@ -67,6 +68,7 @@ def _bounds(found: Comparison) -> dict[str, float | int | None]:
 
 def measure(run: Run, joint: Joint, baseline: Parts, alpha: float, screened: Sequence[int]) -> Joint:
     """Measure a map as a whole on the search split; `screened`: the numbers of the batches that the screen saw."""
+    assert joint.map is not None
     parts = joint_parts(run, joint.map)
     there = compare(run.task, baseline.only(screened), parts.only(screened), alpha) if screened else None
     return replace(joint, measured=compare(run.task, baseline.whole, parts.whole, alpha), on_screened=there)
@@ -105,16 +107,14 @@ def bound(predictor: Predictor | None, known: Mapping[Key, Known], choice: Mappi
     return upper
 
 
-def predicted_joint(
-    predictor: Predictor | None, known: Mapping[Key, Known], step: Step, precision_map: PrecisionMap
-) -> Joint:
+def predicted_joint(predictor: Predictor | None, known: Mapping[Key, Known], step: Step) -> Joint:
     """A map with what the screen says of it as a whole."""
     keys = list(step.choice.items())
     decisive = [known[key].decisive for key in keys]
     singles = sum(d.drop.estimate for d in decisive if d is not None) if all(d is not None for d in decisive) else None
     if predictor is None or any(key not in predictor.screen.pairs for key in keys):
-        return Joint(precision_map, step, None, singles, None)
-    return Joint(precision_map, step, predictor.comparison(keys), singles, predictor.drift(keys))
+        return Joint(step, None, singles, None)
+    return Joint(step, predictor.comparison(keys), singles, predictor.drift(keys))
 
 
 @dataclass(frozen=True, slots=True)
