@@ -33,8 +33,8 @@ class Sizes:
 
     calibration: int = 128
     search: int = 400
-    certify: int = 1200
-    pairs: int = 2048
+    certify: int = 1000
+    pairs: int = 1536
 
 
 DEFAULT_SIZES = Sizes()

@@ -105,13 +105,14 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
 
 def _unit(precision_map: PrecisionMap) -> float:
     """The power of ten in which the median error of a single layer's drop has one digit before the point."""
-    errors = [
-        e.error
-        for d in precision_map.layers.values()
-        for e in (*d.predicted.values(), *d.evidence.values())
-        if e.error > 0
-    ]
-    return 10.0 ** math.floor(math.log10(sorted(errors)[len(errors) // 2])) if errors else 1.0
+    errors = [e.error for d in precision_map.layers.values() for e in (*d.predicted.values(), *d.evidence.values())]
+    return _power_of_ten(errors)
+
+
+def _power_of_ten(errors: list[float]) -> float:
+    """In which the median error has one digit before the point; 1 without an error."""
+    found = sorted(error for error in errors if error > 0)
+    return 10.0 ** math.floor(math.log10(found[len(found) // 2])) if found else 1.0
 
 
 def _own_drop(decision: Decision, evidence: dict[str, Evidence], unit: float) -> str:
@@ -121,9 +122,9 @@ def _own_drop(decision: Decision, evidence: dict[str, Evidence], unit: float) ->
 
 def certificate_text(certificate: Certificate) -> RenderableType:
     """A certificate, a fact a line."""
-    upper = "none" if certificate.upper is None else f"{certificate.upper:+.5f}"
+    drop, error, upper = _told(certificate.error, certificate.drop, certificate.error, certificate.upper)
     lines = [
-        f"drop of {certificate.metric}: {certificate.drop:+.5f} ± {certificate.error:.5f} (standard error), "
+        f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error), "
         f"baseline {certificate.baseline:.5f}",
         f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
         f"bound: {certificate.bound}",
@@ -137,10 +138,18 @@ def certificate_text(certificate: Certificate) -> RenderableType:
     return Group(head, Text("\n".join(f"  {line}" for line in lines)))
 
 
+def _told(error: float, *values: float | None) -> tuple[str, ...]:
+    """Numbers with two digits of their error, at least five behind the point."""
+    digits = 5 if not error or not math.isfinite(error) else max(5, 1 - math.floor(math.log10(error)))
+    return tuple("none" if value is None else f"{value:+.{digits}f}" for value in values)
+
+
 def chain_table(run: RunRecord) -> RenderableType:
     """The maps of the chain as wholes: predicted, measured on the search split, tested on the certify split."""
+    errors = [row["measured"]["error"] for row in run.chain if row["measured"] is not None]
+    unit = _power_of_ten([error / 10 for error in errors])
     table = Table(
-        title="drops of whole maps, safest first (upper: one-sided bound)",
+        title=f"drops of whole maps x {unit:.0e}, safest first (upper: one-sided bound)",
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -148,15 +157,21 @@ def chain_table(run: RunRecord) -> RenderableType:
     for heading in ("low", "singles", "predicted", "search", "± s.e.", "upper", "certify", "± s.e.", "upper"):
         table.add_column(heading, justify="right")
     table.add_column("")
+
+    def cell(value: float | None) -> str:
+        return "none" if value is None else f"{value / unit:+.1f}"
+
     for row in run.chain:
         tested = next((c for c in run.certificates if c.map == row["map"]), None)
-        singles = "" if row["singles"] is None else f"{row['singles']:+.4f}"
-        predicted = "" if row["predicted"] is None else f"{row['predicted']['drop']:+.4f}"
         found = row["measured"]
-        cells = ["", "", ""] if found is None else [*_drop_cells(found["drop"], found["error"], found["upper"])]
-        cells += ["", "", ""] if tested is None else [*_drop_cells(tested.drop, tested.error, tested.upper)]
+        cells = [
+            "" if row["singles"] is None else cell(row["singles"]),
+            "" if row["predicted"] is None else cell(row["predicted"]["drop"]),
+        ]
+        cells += ["", "", ""] if found is None else [cell(found[name]) for name in ("drop", "error", "upper")]
+        cells += ["", "", ""] if tested is None else [cell(tested.drop), cell(tested.error), cell(tested.upper)]
         said = "" if tested is None else "yes" if tested.certified else "no"
-        table.add_row(str(len(row["low"])), singles, predicted, *cells, said)
+        table.add_row(str(len(row["low"])), *cells, said)
     return Group(table, *_drift(run))
 
 
@@ -166,10 +181,6 @@ def _drift(run: RunRecord) -> list[Text]:
     if final is None or final["drift"] is None:
         return []
     return [Text(f"predicted mean drift of the final map: {final['drift']:+.1e} (scores, or losses if not scalar)")]
-
-
-def _drop_cells(drop: float, error: float, upper: float | None) -> tuple[str, str, str]:
-    return f"{drop:+.4f}", f"{error:.4f}", "none" if upper is None else f"{upper:+.4f}"
 
 
 def audit_text(evidence: dict[str, Any]) -> RenderableType:
@@ -205,12 +216,14 @@ def _schemes_compared(layers: list[dict[str, Any]]) -> list[str]:
 
 def rounding_text(rounding: Rounding) -> RenderableType:
     """The two uncertainties of the final map, side by side."""
+    here = _told(rounding.error_over_units, rounding.shipped, rounding.error_over_units)
+    there = _told(rounding.sd, rounding.mean, rounding.sd, rounding.common)
     lines = [
         f"two uncertainties of its drop, on n = {rounding.n:,} units of the search split:",
-        f"  this artefact, its own grids: {rounding.shipped:+.5f} ± {rounding.error_over_units:.5f} (over units)",
-        f"  this policy, the next retrain: {rounding.mean:+.5f} ± {rounding.sd:.5f} (over {len(rounding.drops)} shifted "
+        f"  this artefact, its own grids: {here[0]} ± {here[1].lstrip('+')} (over units)",
+        f"  this policy, the next retrain: {there[0]} ± {there[1].lstrip('+')} (over {len(rounding.drops)} shifted "
         "grids),",
-        f"    of which {rounding.common:.5f} does not average out over more units",
+        f"    of which {there[2].lstrip('+')} does not average out over more units",
     ]
     return Text("\n".join(lines))
 

@@ -103,8 +103,8 @@ def probe(
 ) -> tuple[Probe, ...]:
     """Measure each pair on the batches `numbers` of the search split; those that the journal holds are read from it.
 
-    replay_memory: bytes of recorded results that may be held, and a quarter of it of decoded weights. When the run is out of time, the batches that all pairs
-    have seen are used; pairs that have seen none are left out.
+    replay_memory: bytes of recorded results that may be held, and a quarter of it of decoded weights. When the run is
+    out of time, the batches that all pairs have seen are used; pairs that have seen none are left out.
     """
     codes: dict[Pair, tuple[QuantizedLayer, Tensor | None]] = {}
     room = replay_memory // 4  # for decoded weights: decoding one takes as long as its product with a small batch
