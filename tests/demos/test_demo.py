@@ -31,12 +31,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, set[str]
 
 def test_it_makes_two_maps_and_deploys_one(demo: tuple[DemoResult, set[str]]) -> None:
     result, stages = demo
-    assert {"embed the index", "FP8: probe", "INT8: probe"} <= stages
+    assert {"embed the index", "FP8: screen", "INT8: screen", "FP8: probe", "INT8: probe"} <= stages
     fp8, int8 = PrecisionMap.load(result.files["FP8 map"]), PrecisionMap.load(result.files["INT8 map"])
     assert (fp8.target, int8.target) == ("emulated", "cpu-int8")
     assert len(fp8.layers) == len(int8.layers) == 40
     assert "dead" in fp8.layers["transformer.pooler.dense.weight"].reason
-    assert len(result.fp8.probes) == len(result.int8.probes) == 36
+    for run in (result.fp8, result.int8):
+        assert run.evidence is not None
+        assert len(run.evidence["layers"]) == 36
+        assert sum(row["probed"] is not None for row in run.evidence["layers"]) >= 8
     assert result.agreement.rms_difference < 1e-2 * result.agreement.largest_output
     assert all(Path(file).exists() for what, file in result.files.items() if what != "print a run again")
 

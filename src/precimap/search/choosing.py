@@ -108,7 +108,9 @@ def _filled_up(
     joint = _written(findings, predicted_joint(predictor, known, step))
     joint = measure(run, joint, baseline, limits.alpha, predictor.numbers)
     at = best + 1
-    joints = (*chosen.joints[:at], joint, *chosen.joints[at:])
+    # Of the maps above it those stay in the chain that hold it, and those that were looked at.
+    above = [j for j in chosen.joints[at:] if j.measured or step.choice.items() <= j.step.choice.items()]
+    joints = (*chosen.joints[:at], joint, *above)
     return replace(chosen, joints=joints, best=at if joint.passed(limits.margin) else best)
 
 
