@@ -25,18 +25,19 @@ from real_tasks import ncf
 from precimap.layers.target import EMULATED
 from precimap.metrics.paired import Floats
 from precimap.precision_map import PrecisionMap
-from precimap.search import certify, choosing
-from precimap.search.assemble import Findings
-from precimap.search.evidence import Evidence
-from precimap.search.knapsack import Step
-from precimap.search.known import Known
+from precimap.search.allocation.knapsack import Step
+from precimap.search.allocation.rules import KNAPSACK
+from precimap.search.certificate import certify
+from precimap.search.evidence.gather import Evidence
+from precimap.search.evidence.known import Known
+from precimap.search.evidence.predict import Predictor
+from precimap.search.evidence.probe import Comparison, compare
+from precimap.search.evidence.screen_plan import Key
 from precimap.search.limits import Limits
-from precimap.search.predict import Predictor
-from precimap.search.probe import Comparison, compare
-from precimap.search.rules import KNAPSACK
 from precimap.search.run import Parts, Run
-from precimap.search.screen_plan import Key
-from precimap.search.whole_maps import Chosen, Joint, sequence
+from precimap.search.whole import choosing
+from precimap.search.whole.assemble import Findings
+from precimap.search.whole.whole_maps import Chosen, Joint, sequence
 from precimap.task import Scored
 
 SEARCH_UNITS = 1000

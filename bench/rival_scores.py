@@ -25,7 +25,7 @@ from precimap.layers.views import parameter_names
 from precimap.metrics.paired import paired_drop
 from precimap.numerics.schemes import Scheme
 from precimap.search.calibrate import Calibration
-from precimap.search.probe import prepare
+from precimap.search.evidence.probe import prepare
 from precimap.task import Batches, Task, score, to_device
 
 # (layer, its output, what quantising this call changes of it) -> the output that the model goes on with.

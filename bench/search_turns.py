@@ -25,9 +25,9 @@ from search_work import (
 )
 
 from precimap.numerics.schemes import Scheme
+from precimap.search.evidence.probe import Probe
+from precimap.search.evidence.screen_plan import Pair
 from precimap.search.limits import Effort
-from precimap.search.probe import Probe
-from precimap.search.screen_plan import Pair
 from precimap.task import Task
 
 SEED = 3

@@ -30,12 +30,12 @@ from precimap.layers.target import EMULATED
 from precimap.numerics.schemes import Scheme
 from precimap.search.calibrate import Calibration, calibrate
 from precimap.search.eligibility import eligibility
+from precimap.search.evidence.probe import Probe, prepare, probe
+from precimap.search.evidence.screen_plan import Pair
 from precimap.search.limits import USUAL_EFFORT, Effort
 from precimap.search.pipeline import SearchResult, search
-from precimap.search.probe import Probe, prepare, probe
 from precimap.search.progress import silent
 from precimap.search.run import Parts, Run, scored
-from precimap.search.screen_plan import Pair
 from precimap.task import Batches, Task, first_batch, score
 
 ALPHA = 0.05

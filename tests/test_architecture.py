@@ -24,7 +24,14 @@ ORDER = (
 STRANGERS = {("search", "runtime"), ("runtime", "search")}
 TORCH_FREE = (
     *("errors", "durable", "journal", "precision_map", "numerics/formats", "numerics/schemes"),
-    *("layers/inventory", "layers/groups", "search/allocate", "search/ladders", "search/knapsack", "search/repair"),
+    *(
+        "layers/inventory",
+        "layers/groups",
+        "search/allocation/threshold",
+        "search/allocation/ladders",
+        "search/allocation/knapsack",
+        "search/allocation/repair",
+    ),
 )
 CORE_LIBRARIES = {"torch", "numpy", "scipy", "pydantic", "safetensors", "typer", "rich", "precimap"}
 LONGEST_FILE, LONGEST_FUNCTION = 320, 60

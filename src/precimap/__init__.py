@@ -7,10 +7,10 @@ from precimap.precision_map import Certificate, PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy
-from precimap.search.knapsack import Constraints
+from precimap.search.allocation.knapsack import Constraints
+from precimap.search.allocation.rules import Knapsack, Threshold
 from precimap.search.limits import Effort
 from precimap.search.pipeline import SearchResult, search
-from precimap.search.rules import Knapsack, Threshold
 from precimap.task import Splits, Task
 
 __all__ = [

@@ -30,12 +30,12 @@ from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
-from precimap.search.knapsack import Constraints
+from precimap.search.allocation.knapsack import Constraints
+from precimap.search.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
+from precimap.search.certificate.recertify import recertify
 from precimap.search.limits import Effort
 from precimap.search.pipeline import search as search_task
 from precimap.search.preflight import check_weights
-from precimap.search.recertify import recertify
-from precimap.search.rules import KNAPSACK, Knapsack, Rule, Threshold
 from precimap.task import first_batch
 from precimap.task_file import load_task
 

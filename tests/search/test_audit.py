@@ -15,8 +15,8 @@ from scipy.stats import binomtest
 from precimap import search
 from precimap.layers.inventory import Inventory, Layer
 from precimap.numerics.schemes import SCHEMES
-from precimap.search import evidence as evidence_module
-from precimap.search.audit import (
+from precimap.search.evidence import gather as evidence_module
+from precimap.search.evidence.audit import (
     LEAST_AUDITED,
     MOST_AUDITED,
     Audit,
@@ -25,9 +25,9 @@ from precimap.search.audit import (
     kind_of,
     to_audit,
 )
-from precimap.search.evidence import Evidence
+from precimap.search.evidence.gather import Evidence
+from precimap.search.evidence.screen import Screen, screen
 from precimap.search.limits import Effort
-from precimap.search.screen import Screen, screen
 from small_tasks import planted_task
 
 Changed = Callable[[NDArray[np.float32]], NDArray[np.float32]]

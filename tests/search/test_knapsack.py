@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from precimap.errors import InputError
-from precimap.search.knapsack import Constraints, Step, bytes_at, chain
-from precimap.search.ladders import Option
+from precimap.search.allocation.knapsack import Constraints, Step, bytes_at, chain
+from precimap.search.allocation.ladders import Option
 
 SCHEMES = ("a", "b", "c")
 BASE = 8

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precimap.errors import AlphaSpent, JournalError, SaveError, TaskError
-from precimap.search import ledger as ledger_module
-from precimap.search.ledger import Ledger
+from precimap.search.certificate import ledger as ledger_module
+from precimap.search.certificate.ledger import Ledger
 
 
 def content(ledger: Ledger) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def test_many_at_once_spend_no_more_than_the_budget(tmp_path: Path, monkeypatch:
 def test_another_process_waits_for_the_lock(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib\n"
-        "from precimap.search.ledger import Ledger\n"
+        "from precimap.search.certificate.ledger import Ledger\n"
         "ledger = Ledger.open(pathlib.Path(sys.argv[1]), 's', 0.05)\n"
         "print('ready', flush=True)\n"
         "print(ledger.spend('a', 0.05, 'child'), flush=True)\n"

@@ -19,15 +19,15 @@ from precimap.layers.target import EMULATED
 from precimap.metrics import NDCG, LogLoss, Loss
 from precimap.metrics.paired import Drop
 from precimap.numerics.schemes import SCHEMES
+from precimap.search.allocation.knapsack import Step
 from precimap.search.calibrate import Calibration
 from precimap.search.eligibility import eligibility
-from precimap.search.knapsack import Step
-from precimap.search.predict import Predictor
-from precimap.search.probe import Comparison, compare, prepare
+from precimap.search.evidence.predict import Predictor
+from precimap.search.evidence.probe import Comparison, compare, prepare
+from precimap.search.evidence.screen import screen
 from precimap.search.progress import silent
-from precimap.search.rescore import contributions, halved, reverted
 from precimap.search.run import Run, scored
-from precimap.search.screen import screen
+from precimap.search.whole.rescore import contributions, halved, reverted
 from precimap.task import Scored, judge_scores, score
 from small_tasks import planted_task
 

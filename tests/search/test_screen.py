@@ -21,11 +21,11 @@ from precimap.layers.views import parameter_names
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES
 from precimap.search.calibrate import Calibration
-from precimap.search.probe import prepare
+from precimap.search.evidence.probe import prepare
+from precimap.search.evidence.screen import Screen, screen
+from precimap.search.evidence.screen_plan import plan_screen
 from precimap.search.progress import silent
 from precimap.search.run import Run, scattered
-from precimap.search.screen import Screen, screen
-from precimap.search.screen_plan import plan_screen
 from precimap.task import score
 from small_tasks import planted_task
 

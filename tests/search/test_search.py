@@ -17,7 +17,7 @@ from precimap.metrics import NDCG, LogLoss, Loss
 from precimap.precision_map import Verdict
 from precimap.report.run_record import STAGES
 from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.search.recertify import recertify
+from precimap.search.certificate.recertify import recertify
 from precimap.task import score
 from small_tasks import batches, planted_task
 

@@ -24,22 +24,22 @@ from precimap.numerics.schemes import Scheme
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import Certificate, PrecisionMap, Premise, Rounding
 from precimap.search import preflight
-from precimap.search.allocate import default_cutoff
-from precimap.search.assemble import Findings, assemble, premise_of
+from precimap.search.allocation.rules import KNAPSACK, Rule, candidates
+from precimap.search.allocation.threshold import default_cutoff
 from precimap.search.calibrate import Calibration, calibrated
-from precimap.search.certify import Question, certify
-from precimap.search.choosing import chosen_maps, to_certify
+from precimap.search.certificate.certify import Question, certify
+from precimap.search.certificate.ledger import Ledger
+from precimap.search.certificate.rounding_draws import rounding_of
 from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility
-from precimap.search.evidence import Evidence, gather
-from precimap.search.floor import rounding_floor
-from precimap.search.ledger import Ledger
+from precimap.search.evidence.floor import rounding_floor
+from precimap.search.evidence.gather import Evidence, gather
+from precimap.search.evidence.probe import Comparison
 from precimap.search.limits import USUAL_EFFORT, Effort, Limits, chain_fingerprint, state_directory
-from precimap.search.probe import Comparison
 from precimap.search.progress import Progress, silent
-from precimap.search.rounding_draws import rounding_of
-from precimap.search.rules import KNAPSACK, Rule, candidates
 from precimap.search.run import Parts, Run, scored
-from precimap.search.whole_maps import Chosen, Joint, sequence
+from precimap.search.whole.assemble import Findings, assemble, premise_of
+from precimap.search.whole.choosing import chosen_maps, to_certify
+from precimap.search.whole.whole_maps import Chosen, Joint, sequence
 from precimap.task import Task, first_batch
 
 

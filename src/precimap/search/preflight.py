@@ -21,7 +21,7 @@ from precimap.metrics.metric import LogLoss
 from precimap.metrics.paired import detectable_drop, differences
 from precimap.numerics.schemes import Granularity, Scheme
 from precimap.search.calibrate import Calibration
-from precimap.search.probe import prepare
+from precimap.search.evidence.probe import prepare
 from precimap.task import Scored, Task, first_batch, labels_of, score
 
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.

@@ -20,8 +20,8 @@ from precimap.metrics.paired import Drop, differences, lower_bound, paired_drop,
 from precimap.numerics.schemes import Scheme, scheme_key
 from precimap.precision_map import Evidence
 from precimap.search.calibrate import Calibration
+from precimap.search.evidence.screen_plan import Pair
 from precimap.search.run import Parts, Run, batch_subject, part_of, record_part
-from precimap.search.screen_plan import Pair
 from precimap.task import Scored, Task, join_parts, score_batch, to_device
 
 

@@ -12,8 +12,8 @@ from precimap.journal import run_journal
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
 from precimap.search import preflight
-from precimap.search.certify import Question, certify
-from precimap.search.ledger import Ledger
+from precimap.search.certificate.certify import Question, certify
+from precimap.search.certificate.ledger import Ledger
 from precimap.search.limits import Limits, chain_fingerprint, state_directory
 from precimap.search.progress import Progress, silent
 from precimap.search.run import Run

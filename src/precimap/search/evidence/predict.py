@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from precimap.metrics.metric import Loss
-from precimap.search.probe import Comparison, compare
+from precimap.search.evidence.probe import Comparison, compare
+from precimap.search.evidence.screen import Screen
+from precimap.search.evidence.screen_plan import Key
 from precimap.search.run import Parts
-from precimap.search.screen import Screen
-from precimap.search.screen_plan import Key
 from precimap.task import Scored, ScoredPart, Task, join_parts, judge_scores, to_device
 
 Floats = NDArray[np.float64]

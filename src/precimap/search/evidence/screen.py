@@ -22,8 +22,8 @@ from torch import Tensor
 from precimap.layers.first_order import FirstOrder, routed_changes, routed_rows, row_changes, row_weights
 from precimap.layers.inventory import Inventory
 from precimap.search.calibrate import Calibration
+from precimap.search.evidence.screen_plan import Key, Pair, ScreenPlan, decode, first_order, plan_screen
 from precimap.search.run import Run, scattered
-from precimap.search.screen_plan import Key, Pair, ScreenPlan, decode, first_order, plan_screen
 from precimap.task import Task, to_device
 
 Floats = NDArray[np.float64]

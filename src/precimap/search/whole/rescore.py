@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from precimap.search.knapsack import Step
-from precimap.search.predict import Predictor
-from precimap.search.probe import Comparison
+from precimap.search.allocation.knapsack import Step
+from precimap.search.evidence.predict import Predictor
+from precimap.search.evidence.probe import Comparison
+from precimap.search.evidence.screen import add_changes, find_routed
+from precimap.search.evidence.screen_plan import decode, first_order
 from precimap.search.run import Run
-from precimap.search.screen import add_changes, find_routed
-from precimap.search.screen_plan import decode, first_order
 from precimap.task import to_device
 
 Floats = NDArray[np.float64]

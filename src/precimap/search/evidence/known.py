@@ -13,9 +13,9 @@ import numpy as np
 from precimap.layers.inventory import Inventory
 from precimap.metrics.metric import Metric
 from precimap.numerics.schemes import Scheme
-from precimap.search.ladders import Option
-from precimap.search.probe import Comparison
-from precimap.search.screen_plan import Key
+from precimap.search.allocation.ladders import Option
+from precimap.search.evidence.probe import Comparison
+from precimap.search.evidence.screen_plan import Key
 
 # Below about 1,000 units an order metric's own drops are noise, from about 2,000 on they are not (docs/how-it-decides.md).
 UNITS_FOR_ORDER = 2000

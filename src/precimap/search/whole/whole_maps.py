@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from precimap.layers.quantized import quantize_map
 from precimap.layers.target import EMULATED
 from precimap.precision_map import PrecisionMap
-from precimap.search.knapsack import Step
-from precimap.search.known import Known
-from precimap.search.predict import Predictor
-from precimap.search.probe import Comparison, compare
+from precimap.search.allocation.knapsack import Step
+from precimap.search.evidence.known import Known
+from precimap.search.evidence.predict import Predictor
+from precimap.search.evidence.probe import Comparison, compare
+from precimap.search.evidence.screen_plan import Key
 from precimap.search.run import Parts, Run, scored
-from precimap.search.screen_plan import Key
 
 MOST_LOOKS = 5
 CERTIFIED_BELOW = 2  # the fixed sequence starts this many maps below the best one of the search split

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from precimap.errors import InputError
-from precimap.search.allocate import LONGEST_CHAIN
-from precimap.search.ladders import (
+from precimap.search.allocation.ladders import (
     NO_BONUS,
     NO_COSTS,
     Family,
@@ -33,6 +32,7 @@ from precimap.search.ladders import (
     ladder,
     smallness,
 )
+from precimap.search.allocation.threshold import LONGEST_CHAIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from typing import Protocol
 from precimap.layers.inventory import Inventory
 from precimap.metrics.metric import Metric
 from precimap.numerics.schemes import Scheme
-from precimap.search.allocate import Candidate, threshold
-from precimap.search.knapsack import UNCONSTRAINED, Constraints, Step, bytes_at, chain
-from precimap.search.known import Known, bonuses, currency, options
+from precimap.search.allocation.knapsack import UNCONSTRAINED, Constraints, Step, bytes_at, chain
+from precimap.search.allocation.threshold import Candidate, threshold
+from precimap.search.evidence.known import Known, bonuses, currency, options
 
 
 class Rule(Protocol):

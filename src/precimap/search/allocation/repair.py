@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from precimap.errors import InputError
-from precimap.search.knapsack import Step, choice_of
-from precimap.search.ladders import NO_BONUS, NO_COSTS, Family, Option, families, per_cost
+from precimap.search.allocation.knapsack import Step, choice_of
+from precimap.search.allocation.ladders import NO_BONUS, NO_COSTS, Family, Option, families, per_cost
 
 _States = tuple[tuple[int, ...], ...]  # of all families
 _Change = tuple[tuple[int, int, int], ...]  # (family, item, rung to go to)

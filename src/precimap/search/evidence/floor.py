@@ -7,7 +7,7 @@ from precimap.layers.inventory import Inventory
 from precimap.layers.target import EMULATED
 from precimap.numerics.schemes import BF16_FLOOR
 from precimap.search.calibrate import Calibration
-from precimap.search.probe import Comparison, compare, prepare
+from precimap.search.evidence.probe import Comparison, compare, prepare
 from precimap.search.run import Parts, Run, scattered, scored
 
 

@@ -14,7 +14,7 @@ from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.target import Target
 from precimap.metrics.paired import units_needed
 from precimap.precision_map import Certificate, PrecisionMap
-from precimap.search.probe import Comparison, compare
+from precimap.search.evidence.probe import Comparison, compare
 from precimap.search.run import Run, scored
 from precimap.task import Scored, Task
 

@@ -15,9 +15,9 @@ from precimap.numerics.schemes import Scheme
 from precimap.precision_map import Decision, PrecisionMap, Premise, Verdict
 from precimap.search.calibrate import Calibration
 from precimap.search.eligibility import Eligibility
-from precimap.search.known import Known
+from precimap.search.evidence.known import Known
+from precimap.search.evidence.probe import Comparison
 from precimap.search.preflight import SplitPrints
-from precimap.search.probe import Comparison
 from precimap.task import Task
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from scipy.stats import beta
 
 from precimap.layers.inventory import Inventory
-from precimap.search.predict import Predictor
-from precimap.search.probe import Probe
-from precimap.search.screen_plan import Key, Pair
+from precimap.search.evidence.predict import Predictor
+from precimap.search.evidence.probe import Probe
+from precimap.search.evidence.screen_plan import Key, Pair
 
 LEAST_AUDITED = 8
 MOST_AUDITED = 16

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from precimap.metrics.metric import Loss, Metric
-from precimap.search.assemble import Findings, assemble
-from precimap.search.evidence import Evidence
-from precimap.search.knapsack import Step
-from precimap.search.known import bonuses, currency, options
+from precimap.search.allocation.knapsack import Step
+from precimap.search.allocation.repair import repair
+from precimap.search.allocation.rules import Rule
+from precimap.search.evidence.gather import Evidence
+from precimap.search.evidence.known import bonuses, currency, options
 from precimap.search.limits import Limits
-from precimap.search.repair import repair
-from precimap.search.rescore import contributions, halved, reverted
-from precimap.search.rules import Rule
 from precimap.search.run import Parts, Run
-from precimap.search.whole_maps import Chosen, Joint, bound, choose, measure, predicted_joint, sequence
+from precimap.search.whole.assemble import Findings, assemble
+from precimap.search.whole.rescore import contributions, halved, reverted
+from precimap.search.whole.whole_maps import Chosen, Joint, bound, choose, measure, predicted_joint, sequence
 
 MOST_GIVEN_BACK = 2
 WORTH_A_LOOK = 0.02  # of the gain of everything: a smaller one is not worth a pass

@@ -13,19 +13,19 @@ import numpy as np
 from precimap.layers.inventory import Inventory
 from precimap.metrics.paired import differences, paired_drop
 from precimap.numerics.schemes import Scheme
-from precimap.search.allocate import default_cutoff
-from precimap.search.audit import Audit, ambiguous, audit, kind_of, to_audit
+from precimap.search.allocation.rules import Rule, candidates
+from precimap.search.allocation.threshold import default_cutoff
 from precimap.search.calibrate import Calibration
-from precimap.search.input_rates import InputRates, input_rates
-from precimap.search.known import Known, costs_of, currency, gain
+from precimap.search.evidence.audit import Audit, ambiguous, audit, kind_of, to_audit
+from precimap.search.evidence.input_rates import InputRates, input_rates
+from precimap.search.evidence.known import Known, costs_of, currency, gain
+from precimap.search.evidence.predict import Predictor
+from precimap.search.evidence.probe import Probe, probe
+from precimap.search.evidence.screen import Screen, screen
+from precimap.search.evidence.screen_plan import Key, Pair
 from precimap.search.limits import Effort, Limits
-from precimap.search.predict import Predictor
-from precimap.search.probe import Probe, probe
-from precimap.search.rules import Rule, candidates
 from precimap.search.run import Parts, Run, batch_subject, scattered
-from precimap.search.screen import Screen, screen
-from precimap.search.screen_plan import Key, Pair
-from precimap.search.whole_maps import bound
+from precimap.search.whole.whole_maps import bound
 
 AUDIT_SEED = 8
 MOST_AMBIGUOUS = 4

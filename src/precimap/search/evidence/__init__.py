@@ -1,0 +1,12 @@
+"""What is found out about single layers: predicted by the screen, probed directly, and what it costs.
+
+gather.py       the step as a whole: screen, audit, probes
+screen_plan.py  where rows lie in each result, and what a screen takes
+screen.py       one instrumented pass: every layer's first-order effect under every scheme
+predict.py      what the screen predicts of a whole map (superposition)
+probe.py        one layer at a time, by replay
+audit.py        is the screen to be believed, and which probes a decision hangs on
+known.py        predicted and probed side by side, and the cost that follows
+input_rates.py  saturation and underflow of inputs, for people
+floor.py        what BF16 alone does
+"""
