@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.markup import escape
 
 from precimap.demos.demo import run_demo, unused_directory
 from precimap.errors import InputError, MapError, PrecimapError
@@ -104,7 +105,9 @@ def layers(task: TaskArgument, as_json: JsonOption = False) -> None:
 def search(
     task: TaskArgument,
     margin: MarginOption,
-    scheme: Annotated[list[str], typer.Option(help=f"Preferred first; out of {', '.join(SCHEMES)}.")],
+    scheme: Annotated[
+        list[str], typer.Option(help=f"Give several to let each layer take one; out of {', '.join(SCHEMES)}.")
+    ],
     run: RunOption,
     confidence: ConfidenceOption = 0.95,
     rule: RuleOption = RuleName.KNAPSACK,
@@ -218,6 +221,8 @@ def deploy(
 ) -> None:
     """Deploy a map, compare it with its emulation on one batch, and save it."""
     loaded, given = load_task(task), PrecisionMap.load(precision_map)
+    if not given.low:
+        raise MapError(f"{precision_map}: the map keeps every layer at base precision; there is nothing to deploy")
     started = time.perf_counter()
     deployed = deploy_map(loaded.model, given, target=None if target is None else target.value, task=loaded)
     found = deployment_of(deployed).agreement
@@ -270,6 +275,5 @@ def main() -> None:
     try:
         app(prog_name="precimap")
     except PrecimapError as error:
-        _errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        _errors.print(str(error), markup=False, highlight=False)
+        _errors.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
         sys.exit(2)

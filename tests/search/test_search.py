@@ -362,3 +362,22 @@ def test_the_metric_beside_the_gate_is_reported(tmp_path: Path) -> None:
     assert found.certificate is not None
     assert set(found.certificate.reported) == {"nDCG@10"}
     assert json.loads((tmp_path / "run" / "map.json").read_text())["certificate"]["reported"]["nDCG@10"]
+
+
+def test_what_a_table_shows_can_be_pinned_and_what_cannot_is_named(tmp_path: Path) -> None:
+    found = search(planted_task(), schemes=["fp8"], margin=MARGIN, pinned=["last"], ledger=tmp_path)
+    assert found.map.layers["last.weight"].verdict is Verdict.PINNED
+    with pytest.raises(InputError, match=r"matches a layer \(first.weight, outlier.weight, "):
+        search(planted_task(), schemes=["fp8"], margin=MARGIN, pinned=["nothing"], ledger=tmp_path)
+
+
+def test_another_answer_does_not_overwrite_a_map_and_a_spent_split_is_said_first(tmp_path: Path) -> None:
+    asked = {"schemes": ["fp8"], "ledger": tmp_path, "run": tmp_path / "run"}
+    first = search(planted_task(), margin=MARGIN, **asked)
+    second = search(planted_task(), margin=1e-9, **asked)
+    assert first.certified
+    assert not second.certified
+    assert PrecisionMap.load(tmp_path / "run" / "map.json").low == ()
+    assert PrecisionMap.load(tmp_path / "run" / f"map-{first.map.fingerprint}.json") == first.map
+    assert any("has given away alpha 0.05" in note for note in second.preflight.notes)
+    assert not first.preflight.notes

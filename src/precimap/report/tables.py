@@ -19,7 +19,7 @@ from precimap.report.run_record import RunRecord
 
 NAME_WIDTH = 36
 NARROW_NAME_WIDTH = 24  # beside all columns of a map
-SCHEME_WIDTH = 9
+SCHEME_WIDTH = 15
 SCALE_BYTES = 4  # float32
 _WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
 _STYLE = {
@@ -100,7 +100,8 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
     notes = [Text(f"{count} x {reason}", style="dim") for reason, count in reasons.items()]
     said = f"drops of single layers in {precision_map.premise.metric} x {unit:.0e}, {_sizes(precision_map)}"
-    return Group(table, *notes, Text(f"{said}; positive is worse", style="dim"))
+    whose = "; of the scheme in the last column, else of the first tried" if len(precision_map.schemes) > 1 else ""
+    return Group(table, *notes, Text(f"{said}; positive is worse{whose}", style="dim"))
 
 
 def _unit(precision_map: PrecisionMap) -> float:
@@ -147,7 +148,8 @@ def _told(error: float, *values: float | None) -> tuple[str, ...]:
 def chain_table(run: RunRecord) -> RenderableType:
     """The maps of the chain as wholes: predicted, measured on the search split, tested on the certify split."""
     errors = [row["measured"]["error"] for row in run.chain if row["measured"] is not None]
-    unit = _power_of_ten([error / 10 for error in errors])
+    singles = [abs(row["singles"]) for row in run.chain if row["singles"]]
+    unit = _power_of_ten([error / 10 for error in errors or singles])
     table = Table(
         title=f"drops of whole maps x {unit:.0e}, safest first (upper: one-sided bound)",
         title_justify="left",
@@ -156,7 +158,7 @@ def chain_table(run: RunRecord) -> RenderableType:
     )
     for heading in ("low", "singles", "predicted", "search", "± s.e.", "upper", "certify", "± s.e.", "upper"):
         table.add_column(heading, justify="right")
-    table.add_column("")
+    table.add_column("passed")
 
     def cell(value: float | None) -> str:
         return "none" if value is None else f"{value / unit:+.1f}"

@@ -63,9 +63,12 @@ def eligibility(
 
 
 def _matching(inventory: Inventory, pattern: str) -> list[str]:
-    matched = fnmatch.filter([layer.name for layer in inventory.layers], pattern)
+    names = [layer.name for layer in inventory.layers]
+    # Tables show names without `.weight`; what is shown can be asked for.
+    matched = [n for n in names if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n.removesuffix(".weight"), pattern)]
     if not matched:
-        raise InputError(f"expected a pattern that matches a layer, got {pattern!r}; `precimap layers` lists them")
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise InputError(f"expected a pattern that matches a layer ({some}), got {pattern!r}")
     return matched
 
 

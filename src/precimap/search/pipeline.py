@@ -43,7 +43,7 @@ from precimap.search.whole.whole_maps import Chosen, Joint, sequence
 from precimap.task import Task, first_batch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SearchResult:
     """The answer, and everything it rests on.
 
@@ -64,6 +64,9 @@ class SearchResult:
     @property
     def certified(self) -> bool:
         return self.certificate is not None and self.certificate.certified
+
+    def __repr__(self) -> str:
+        return f"SearchResult({self.answer!r})"
 
 
 def search(
@@ -86,13 +89,13 @@ def search(
 ) -> SearchResult:
     """Find the most aggressive precision map that the metric cannot tell from the model as given.
 
-    schemes: names or Schemes, the preferred first. margin: the largest drop you accept, in units of the metric.
-    rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its own drop is surely below it
-    (default: margin / number of candidate layers). pinned: shell patterns of layers to keep. allowed: pattern ->
-    the only schemes for the layers that match it. alpha_budget: what the certify split may give away in all (default
-    1 - confidence). effort: how hard to look, see `Effort`. run: a
-    directory for measurements and maps; one that holds measurements of the same model, data and schemes is taken up
-    again, also with another margin or rule. ledger: directory of the alpha ledgers (default `state_directory()`).
+    schemes: names or Schemes; of several each layer takes one (on equal terms, the first). margin: the largest drop you
+    accept, in units of the metric. rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its
+    own drop is surely below it (default: margin / number of candidate layers). pinned: shell patterns of layers to
+    keep. allowed: pattern -> the only schemes for the layers that match it. alpha_budget: what the certify split may
+    give away in all (default 1 - confidence). effort: how hard to look, see `Effort`. run: a directory for measurements
+    and maps; one that holds measurements of the same model, data and schemes is taken up again, also with another
+    margin or rule. ledger: directory of the alpha ledgers (default `state_directory()`).
     on_preflight: told what this many units can detect, before the long work.
 
     Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, JournalError for a run
@@ -116,11 +119,21 @@ def search(
         search_ = _Search(
             Run(task, journal, progress, ends_at), chosen, limits, rule, target, effort, premise, on_preflight
         )
-        seen = _Seen(prints, note, inventory, eligible)
-        result = _searched(search_, seen, Path(ledger) if ledger else state_directory())
+        folder = Path(ledger) if ledger else state_directory()
+        notes = tuple(said for said in (note, _alpha_note(folder, prints.certify.whole, limits)) if said)
+        result = _searched(search_, _Seen(prints, notes, inventory, eligible), folder)
         if run is not None:
-            result.map.save(Path(run) / "map.json")
+            _save(result.map, Path(run))
         return result
+
+
+def _save(precision_map: PrecisionMap, run: Path) -> None:
+    """Write the run's answer; the map that another question was answered with stays, under its fingerprint."""
+    path = run / "map.json"
+    before = PrecisionMap.load(path) if path.is_file() else None
+    if before is not None and before.fingerprint != precision_map.fingerprint:
+        before.save(run / f"map-{before.fingerprint}.json")
+    precision_map.save(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +155,7 @@ class _Seen:
     """What is known before a run directory is made: wrong input leaves none behind."""
 
     prints: preflight.SplitPrints
-    note: str | None
+    notes: tuple[str, ...]
     inventory: Inventory
     allowed: Eligibility
 
@@ -188,7 +201,7 @@ def _preflight(search: _Search, seen: _Seen, calibration: Calibration, baseline:
     drop = preflight.detectable(
         task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
     )
-    notes = preflight.notes(inventory, search.schemes) + ((seen.note,) if seen.note else ())
+    notes = preflight.notes(inventory, search.schemes) + seen.notes
     checked = preflight.Preflight(n, units, drop, notes)
     search.run.journal.conclude("preflight", task.name, asdict(checked))
     search.run.journal.conclude("inventory", task.name, asdict(inventory))
@@ -211,6 +224,17 @@ def _certified(
     rows = [certificate.model_dump() for certificate in certificates]
     search.run.journal.conclude("certificates", "certify", {"certificates": rows})
     return certificates
+
+
+def _alpha_note(ledger: Path, split: str, limits: Limits) -> str | None:
+    """Said before the long work: whether the certify split can still judge maps that it has not judged."""
+    spent = sum(entry.alpha for entry in Ledger.open(ledger, split, limits.budget).judged())
+    if spent + limits.alpha <= limits.budget * (1 + 1e-9):
+        return None
+    return (
+        f"the certify split has given away alpha {spent:g}: other maps than those it has judged need fresh data or an "
+        f"alpha budget of {spent + limits.alpha:g} (--alpha-budget)"
+    )
 
 
 def _answer(
