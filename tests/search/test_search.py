@@ -15,7 +15,7 @@ from precimap.journal import open_journal
 from precimap.layers.quantized import quantize_map, quantized
 from precimap.metrics import NDCG, LogLoss, Loss
 from precimap.precision_map import Verdict
-from precimap.report.run_record import STAGES
+from precimap.report.run_record import STAGES, read_run
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.certificate.recertify import recertify
 from precimap.task import score
@@ -381,3 +381,14 @@ def test_another_answer_does_not_overwrite_a_map_and_a_spent_split_is_said_first
     assert PrecisionMap.load(tmp_path / "run" / f"map-{first.map.fingerprint}.json") == first.map
     assert any("has given away alpha 0.05" in note for note in second.preflight.notes)
     assert not first.preflight.notes
+
+
+def test_a_spent_split_hides_nothing_of_the_search(tmp_path: Path) -> None:
+    search(planted_task(), schemes=["fp8"], margin=MARGIN, ledger=tmp_path)
+    with pytest.raises(AlphaSpent):
+        search(planted_task(), schemes=["fp8-tensor"], margin=MARGIN, ledger=tmp_path, run=tmp_path / "run")
+    record = read_run(tmp_path / "run")
+    assert record.answer is not None
+    assert "alpha of the certify split is spent" in record.answer
+    assert any(row["measured"] is not None for row in record.chain)
+    assert not record.certificates

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from precimap.errors import InputError
+from precimap.errors import AlphaSpent, InputError
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
@@ -185,13 +185,22 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
     )
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
-    certificates = _certified(
-        search, [joint.map for joint in sequence(chosen) if joint.map is not None], seen.prints, ledger
-    )
+    maps = [joint.map for joint in sequence(chosen) if joint.map is not None]
+    try:
+        certificates = _certified(search, maps, seen.prints, ledger)
+    except AlphaSpent:
+        said = "not certified: the alpha of the certify split is spent; what was found on the search split stays"
+        run.journal.conclude("certificates", "certify", {"certificates": []})
+        _conclude(run, assemble(findings, {}), said)
+        raise
     final, certificate, answer = _answer(findings, chosen, certificates)
     final = final.model_copy(update={"rounding": _rounding(search, final, baseline)})
-    run.journal.conclude("summary", "answer", {"answer": answer, "map": json.loads(final.model_dump_json())})
+    _conclude(run, final, answer)
     return SearchResult(final, certificate, answer, checked, inventory, floor, evidence, chosen.joints, certificates)
+
+
+def _conclude(run: Run, final: PrecisionMap, answer: str) -> None:
+    run.journal.conclude("summary", "answer", {"answer": answer, "map": json.loads(final.model_dump_json())})
 
 
 def _preflight(search: _Search, seen: _Seen, calibration: Calibration, baseline: Parts) -> preflight.Preflight:
