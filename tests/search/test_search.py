@@ -18,6 +18,7 @@ from precimap.precision_map import Verdict
 from precimap.report.run_record import STAGES, read_run
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.certificate.recertify import recertify
+from precimap.search.preflight import Preflight
 from precimap.task import score
 from small_tasks import batches, planted_task
 
@@ -373,14 +374,16 @@ def test_what_a_table_shows_can_be_pinned_and_what_cannot_is_named(tmp_path: Pat
 
 def test_another_answer_does_not_overwrite_a_map_and_a_spent_split_is_said_first(tmp_path: Path) -> None:
     asked = {"schemes": ["fp8"], "ledger": tmp_path, "run": tmp_path / "run"}
-    first = search(planted_task(), margin=MARGIN, **asked)
-    second = search(planted_task(), margin=1e-9, **asked)
+    told: list[Preflight] = []
+    first = search(planted_task(), margin=MARGIN, on_preflight=told.append, **asked)
+    second = search(planted_task(), margin=1e-9, on_preflight=told.append, **asked)
     assert first.certified
     assert not second.certified
     assert PrecisionMap.load(tmp_path / "run" / "map.json").low == ()
     assert PrecisionMap.load(tmp_path / "run" / f"map-{first.map.fingerprint}.json") == first.map
-    assert any("has given away alpha 0.05" in note for note in second.preflight.notes)
-    assert not first.preflight.notes
+    assert not told[0].notes
+    assert any("has given away alpha 0.05" in note for note in told[1].notes)
+    assert first.preflight == second.preflight, "what is written down does not depend on what was judged before"
 
 
 def test_a_spent_split_hides_nothing_of_the_search(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -120,8 +120,7 @@ def search(
             Run(task, journal, progress, ends_at), chosen, limits, rule, target, effort, premise, on_preflight
         )
         folder = Path(ledger) if ledger else state_directory()
-        notes = tuple(said for said in (note, _alpha_note(folder, prints.certify.whole, limits)) if said)
-        result = _searched(search_, _Seen(prints, notes, inventory, eligible), folder)
+        result = _searched(search_, _Seen(prints, note, inventory, eligible), folder)
         if run is not None:
             _save(result.map, Path(run))
         return result
@@ -155,7 +154,7 @@ class _Seen:
     """What is known before a run directory is made: wrong input leaves none behind."""
 
     prints: preflight.SplitPrints
-    notes: tuple[str, ...]
+    note: str | None
     inventory: Inventory
     allowed: Eligibility
 
@@ -165,7 +164,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
     calibration = calibrated(run, inventory, search.schemes)
     baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
     preflight.check_baseline(task, baseline.whole)
-    checked = _preflight(search, seen, calibration, baseline)
+    checked = _preflight(search, seen, calibration, baseline, ledger)
     floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha)
     run.journal.conclude("floor", "all layers", asdict(floor))
     by_name = {scheme.name: scheme for scheme in search.schemes}
@@ -203,19 +202,23 @@ def _conclude(run: Run, final: PrecisionMap, answer: str) -> None:
     run.journal.conclude("summary", "answer", {"answer": answer, "map": json.loads(final.model_dump_json())})
 
 
-def _preflight(search: _Search, seen: _Seen, calibration: Calibration, baseline: Parts) -> preflight.Preflight:
+def _preflight(
+    search: _Search, seen: _Seen, calibration: Calibration, baseline: Parts, ledger: Path
+) -> preflight.Preflight:
     inventory, task = seen.inventory, search.run.task
     n = sum(baseline.sizes)
     units = round(n * seen.prints.certify.batches / seen.prints.search.batches)
     drop = preflight.detectable(
         task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
     )
-    notes = preflight.notes(inventory, search.schemes) + seen.notes
+    notes = preflight.notes(inventory, search.schemes) + ((seen.note,) if seen.note else ())
     checked = preflight.Preflight(n, units, drop, notes)
     search.run.journal.conclude("preflight", task.name, asdict(checked))
     search.run.journal.conclude("inventory", task.name, asdict(inventory))
     if search.on_preflight is not None:
-        search.on_preflight(checked)
+        # Said and not written down: a run that is taken up after it paid is to find what an undisturbed one does.
+        spent = _alpha_note(ledger, seen.prints.certify.whole, search.limits)
+        search.on_preflight(replace(checked, notes=(*notes, spent)) if spent else checked)
     return checked
 
 
@@ -237,6 +240,8 @@ def _certified(
 
 def _alpha_note(ledger: Path, split: str, limits: Limits) -> str | None:
     """Said before the long work: whether the certify split can still judge maps that it has not judged."""
+    if not ledger.is_dir():
+        return None
     spent = sum(entry.alpha for entry in Ledger.open(ledger, split, limits.budget).judged())
     if spent + limits.alpha <= limits.budget * (1 + 1e-9):
         return None
