@@ -5,7 +5,7 @@ spaced sample of the rest, so that amax ranges are exact and percentile and leas
 values. Histograms, the alternative, fix their bins before they know the range.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from precimap.errors import ModelError, TaskError
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import InputRange
+from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.layers.views import parameter_names
 from precimap.numerics.ranges import fit
 from precimap.numerics.schemes import Scheme, scheme_key
@@ -76,6 +76,19 @@ class Calibration:
         values = self.seen[layer]
         affine = fit(values, scheme.input, tuple(range(values.dim())))
         return InputRange(float(affine.scale), 0 if affine.zero is None else int(affine.zero))
+
+
+def codes(
+    task: Task, inventory: Inventory, calibration: Calibration, pairs: Iterable[tuple[str, Scheme]]
+) -> tuple[QuantizedLayer, ...]:
+    """Codes and scales of each (layer, scheme), in the order given: what every later step computes with."""
+    weights = parameter_names(task.model)
+    return tuple(
+        quantize_layer(
+            name, weights[name], inventory.layer(name).contracted, scheme, calibration.input_range(name, scheme)
+        )
+        for name, scheme in pairs
+    )
 
 
 def calibrated(run: Run, inventory: Inventory, schemes: Sequence[Scheme]) -> Calibration:

@@ -24,8 +24,7 @@ from precimap.numerics.schemes import Scheme
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import Certificate, PrecisionMap, Premise, Rounding
 from precimap.search import preflight
-from precimap.search.allocation.rules import KNAPSACK, Rule, candidates
-from precimap.search.allocation.threshold import default_cutoff
+from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of
 from precimap.search.calibrate import Calibration, calibrated
 from precimap.search.certificate.certify import Question, certify
 from precimap.search.certificate.ledger import Ledger
@@ -170,7 +169,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
     by_name = {scheme.name: scheme for scheme in search.schemes}
     pairs = [(layer, by_name[name]) for layer, name in seen.allowed.open_pairs()]
     evidence = gather(run, inventory, calibration, baseline, pairs, search.rule, search.limits, search.effort)
-    limit = search.limits.cutoff or default_cutoff(search.limits.margin, candidates(inventory, evidence.known))
+    limit = cutoff_of(search.limits, inventory, evidence.known)
     findings = Findings(
         inventory,
         search.schemes,

@@ -11,8 +11,9 @@ from precimap.layers.inventory import Inventory
 from precimap.metrics.metric import Metric
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.knapsack import UNCONSTRAINED, Constraints, Step, bytes_at, chain
-from precimap.search.allocation.threshold import Candidate, threshold
+from precimap.search.allocation.threshold import Candidate, default_cutoff, threshold
 from precimap.search.evidence.known import Known, bonuses, currency, options
+from precimap.search.limits import Limits
 
 
 class Rule(Protocol):
@@ -106,3 +107,8 @@ def candidates(inventory: Inventory, known: Sequence[Known]) -> list[Candidate]:
         for found in known
         if found.decisive is not None
     ]
+
+
+def cutoff_of(limits: Limits, inventory: Inventory, known: Sequence[Known]) -> float:
+    """The drop of a single layer up to which it is called tolerant: the user's, or the margin shared by all candidates."""
+    return limits.cutoff or default_cutoff(limits.margin, candidates(inventory, known))

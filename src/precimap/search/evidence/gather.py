@@ -13,8 +13,7 @@ import numpy as np
 from precimap.layers.inventory import Inventory
 from precimap.metrics.paired import differences, paired_drop
 from precimap.numerics.schemes import Scheme
-from precimap.search.allocation.rules import Rule, candidates
-from precimap.search.allocation.threshold import default_cutoff
+from precimap.search.allocation.rules import Rule, cutoff_of
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.audit import Audit, ambiguous, audit, kind_of, to_audit
 from precimap.search.evidence.input_rates import InputRates, input_rates
@@ -128,7 +127,7 @@ def _flipping(
     if predictor is None or found is None or not predictor.predicts_metric:
         return ()
     metric = predictor.task.metric
-    limit = limits.cutoff or default_cutoff(limits.margin, candidates(inventory, evidence.known))
+    limit = cutoff_of(limits, inventory, evidence.known)
     steps = rule.steps(inventory, metric, evidence.known, schemes, limit)
     known = evidence.by_key()
     best = next((s for s in reversed(steps) if bound(predictor, known, s.choice) <= limits.margin), None)

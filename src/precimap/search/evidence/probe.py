@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, quantize_layer
+from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.metrics.paired import Drop, differences, lower_bound, paired_drop, upper_bound
 from precimap.numerics.schemes import Scheme, scheme_key
 from precimap.precision_map import Evidence
-from precimap.search.calibrate import Calibration
+from precimap.search.calibrate import Calibration, codes
 from precimap.search.evidence.screen_plan import Pair
 from precimap.search.run import Parts, Run, batch_subject, part_of, record_part
 from precimap.task import Scored, Task, join_parts, score_batch, to_device
@@ -82,13 +82,7 @@ def prepare(
     task: Task, inventory: Inventory, calibration: Calibration, choice: Mapping[str, Scheme]
 ) -> dict[str, QuantizedLayer]:
     """Codes and scales of the chosen layers: what every later step computes with."""
-    weights = parameter_names(task.model)
-    return {
-        name: quantize_layer(
-            name, weights[name], inventory.layer(name).contracted, scheme, calibration.input_range(name, scheme)
-        )
-        for name, scheme in choice.items()
-    }
+    return {layer.name: layer for layer in codes(task, inventory, calibration, choice.items())}
 
 
 def probe(

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from precimap.layers.first_order import FirstOrder, Layout, find_layout, routed_rows, row_weights
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, quantize_layer
+from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import Scheme, scheme_key
-from precimap.search.calibrate import Calibration
+from precimap.search.calibrate import Calibration, codes
 from precimap.task import Task, to_device
 
 Pair = tuple[str, Scheme]
@@ -49,7 +49,7 @@ def plan_screen(
     task: Task, inventory: Inventory, calibration: Calibration, pairs: Sequence[Pair], memory: int
 ) -> ScreenPlan:
     """Look at the largest batch of the search split. A plan without passes has every layer in `unseen`."""
-    layers = _codes(task, inventory, calibration, pairs)
+    layers = codes(task, inventory, calibration, pairs)
     batch = to_device(max(task.splits.search, key=_bytes), task.device)
     together = (layers,) if layers else ()
     apart = tuple(
@@ -89,18 +89,6 @@ def _fitting(
     digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
     return ScreenPlan(
         found[0].by_scores, rows, layouts, routed, unseen, tuple(one for one in kept if one), need, digest
-    )
-
-
-def _codes(
-    task: Task, inventory: Inventory, calibration: Calibration, pairs: Sequence[Pair]
-) -> tuple[QuantizedLayer, ...]:
-    weights = parameter_names(task.model)
-    return tuple(
-        quantize_layer(
-            name, weights[name], inventory.layer(name).contracted, scheme, calibration.input_range(name, scheme)
-        )
-        for name, scheme in pairs
     )
 
 
