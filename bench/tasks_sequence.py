@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from precimap import Splits, Task
-from precimap.metrics import NDCG, Loss
+from precimap.metrics import NDCG, Loss, Recall
 
 SHORTEST = 4  # one input and one target to train on, one item to stop on, one to judge
 NEGATIVES = 100
@@ -71,7 +71,7 @@ def amazon_sasrec(
         loss=loss,
         metric=Loss("log-loss"),
         clusters=lambda batch: batch["user"],
-        reported=(NDCG(10),),
+        reported=(NDCG(10), Recall(10)),
         name="Amazon video games, SASRec",
     )
 
