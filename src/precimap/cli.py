@@ -24,9 +24,10 @@ from precimap.layers.target import EMULATED, Target
 from precimap.numerics.schemes import SCHEMES, range_rule_from_row
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
+from precimap.report.inventory_table import inventory_table
 from precimap.report.progress_bar import progress_bar
 from precimap.report.run_record import read_run
-from precimap.report.tables import certificate_text, inventory_table, preflight_text, run_page
+from precimap.report.tables import certificate_text, preflight_text, run_page
 from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy as deploy_map
