@@ -3,6 +3,7 @@
 from precimap import metrics
 from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED
+from precimap.metrics.guard import Guard
 from precimap.precision_map import Certificate, PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
@@ -19,6 +20,7 @@ __all__ = [
     "Certificate",
     "Constraints",
     "Effort",
+    "Guard",
     "Knapsack",
     "PrecisionMap",
     "SearchResult",

@@ -77,7 +77,25 @@ TaskArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="A map.json that a search wrote.")]
 TargetOption = Annotated[TargetName, typer.Option(help="What the map is for.")]
-MarginOption = Annotated[float, typer.Option(help="The largest drop you accept, in the metric's units.")]
+
+
+def margin_of(text: str) -> float:
+    """A number, or a percentage: "0.05%" is 0.0005."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected a number such as 0.002, or a percentage such as 0.05%, got {text!r}"
+        ) from None
+
+
+MarginOption = Annotated[
+    float,
+    typer.Option(
+        help="The largest drop you accept, in the metric's units; 0.05% is 0.0005 of the baseline's NE.",
+        parser=margin_of,
+    ),
+]
 ConfidenceOption = Annotated[float, typer.Option(help="One-sided confidence of the certificate.")]
 RunOption = Annotated[
     Path, typer.Option(help="Directory of the measurements and the map; taken up again if it exists.")

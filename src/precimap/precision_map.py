@@ -71,14 +71,34 @@ class Decision(_Record):
     bytes: int = Field(default=0, ge=0, lt=2**63)
 
 
+class GuardAnswer(_Record):
+    """What the certify split says of one guard: held when `upper` is at most `margin`, at the certificate's alpha.
+
+    drop keeps its sign, also of a two-sided metric, whose bound is that of its size. value: of the baseline.
+    """
+
+    held: bool
+    drop: float
+    error: float
+    upper: float | None
+    margin: float = Field(gt=0)
+    unit: str
+    baseline: float
+    n: int = Field(ge=1)
+    clusters: int = Field(ge=1)
+    needed: int | None
+
+
 class Certificate(_Record):
     """The answer of the certify split about one map.
 
     `upper` is the one-sided bound of the drop at confidence 1 - alpha (None: there is no finite one); the map is
-    certified when it is at most `margin`. `spent_alpha` is what this split has given away in all, this map included.
+    certified when it is at most `margin` and every guard is held. `spent_alpha` is what this split has given away in
+    all, this map included.
     """
 
     metric: str
+    unit: str = ""
     certified: bool
     verdict: str
     claim: str
@@ -94,6 +114,7 @@ class Certificate(_Record):
     clusters: int = Field(ge=1)
     changed: int = Field(ge=0)
     needed: int | None
+    guards: dict[str, GuardAnswer] = Field(default_factory=dict)
     reported: dict[str, tuple[float, float]] = Field(default_factory=dict)
     split: str
     map: str
@@ -104,7 +125,13 @@ class Certificate(_Record):
             f"{self.verdict}: {self.metric} drop {self.drop:+.5f} +- {self.error:.5f} (standard error), "
             f"{100 * (1 - self.alpha):g} % upper bound {upper}, margin {self.margin:g}; n = {self.n}"
             + (f" in {self.clusters} clusters" if self.clusters != self.n else "")
-            + f", {self.changed} changed. {self.claim}"
+            + f", {self.changed} changed."
+            + "".join(
+                f" Guard {name} {'held' if g.held else 'not held'}: {g.drop:+.5f} +- {g.error:.5f}, bound "
+                f"{'none' if g.upper is None else format(g.upper, '.5f')}, margin {g.margin:g}."
+                for name, g in self.guards.items()
+            )
+            + f" {self.claim}"
         )
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from precimap.layers.inventory import Inventory
 from precimap.numerics.schemes import Granularity
-from precimap.precision_map import Certificate, Decision, Evidence, PrecisionMap, Rounding, Verdict
+from precimap.precision_map import Certificate, Decision, Evidence, GuardAnswer, PrecisionMap, Rounding, Verdict
 from precimap.report.run_record import RunRecord
 
 NAME_WIDTH = 36
@@ -125,18 +125,31 @@ def certificate_text(certificate: Certificate) -> RenderableType:
     """A certificate, a fact a line."""
     drop, error, upper = _told(certificate.error, certificate.drop, certificate.error, certificate.upper)
     lines = [
-        f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error), "
-        f"baseline {certificate.baseline:.5f}",
+        f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error)"
+        f"{' ' + certificate.unit if certificate.unit else ''}, baseline {certificate.baseline:.5f}",
         f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
         f"bound: {certificate.bound}",
         f"n = {certificate.n:,} units"
         + (f" in {certificate.clusters:,} clusters" if certificate.clusters != certificate.n else "")
         + f", {certificate.changed:,} changed; alpha spent on this split: {certificate.spent_alpha:g}",
     ]
+    for name, guard in certificate.guards.items():
+        lines += _guard_lines(name, guard, certificate.alpha)
     lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
     lines.append(certificate.claim)
     head = Text(certificate.verdict.upper(), style="bold green" if certificate.certified else "bold yellow")
     return Group(head, Text("\n".join(f"  {line}" for line in lines)))
+
+
+def _guard_lines(name: str, guard: GuardAnswer, alpha: float) -> list[str]:
+    drop, error, upper = _told(guard.error, guard.drop, guard.error, guard.upper)
+    size = f"n = {guard.n:,}" + (f" in {guard.clusters:,} clusters" if guard.clusters != guard.n else "")
+    needed = "" if guard.held or guard.needed is None else f"; needs about {guard.needed:,} units"
+    return [
+        f"guard {name} {'held' if guard.held else 'NOT HELD'}: {drop} ± {error.lstrip('+')}"
+        f"{' ' + guard.unit if guard.unit else ''}, baseline {guard.baseline:.5f},",
+        f"  {100 * (1 - alpha):g} % bound {upper.lstrip('+')}, margin {guard.margin:g}; {size}{needed}",
+    ]
 
 
 def _told(error: float, *values: float | None) -> tuple[str, ...]:

@@ -112,6 +112,7 @@ def search(
     eligible = eligibility(inventory, chosen, target, pinned, allowed)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
     written = premise.model_dump() | {"target": target.name, "numerics": NUMERICS_VERSION}
+    written["metrics beside it"] = task.kept_beside
     ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
     with ExitStack() as stack:
         journal = stack.enter_context(run_journal(None if run is None else Path(run), written))
@@ -191,7 +192,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         run.journal.conclude("certificates", "certify", {"certificates": []})
         _conclude(run, assemble(findings, {}), said)
         raise
-    final, certificate, answer = _answer(findings, chosen, certificates)
+    final, certificate, answer = _answer(search, findings, chosen, certificates)
     final = final.model_copy(update={"rounding": _rounding(search, final, baseline)})
     _conclude(run, final, answer)
     return SearchResult(final, certificate, answer, checked, inventory, floor, evidence, chosen.joints, certificates)
@@ -228,7 +229,9 @@ def _certified(
     if chain:
         limits, run = search.limits, search.run
         spent = Ledger.open(ledger, prints.certify.whole, limits.budget).spend(
-            chain_fingerprint(chain), limits.alpha, f"{run.task.name}: {len(chain)} maps for {search.target.name}"
+            chain_fingerprint(chain, run.task.guarded),
+            limits.alpha,
+            f"{run.task.name}: {len(chain)} maps for {search.target.name}",
         )
         question = Question(limits.margin, limits.alpha, spent, prints.certify.whole)
         certificates = certify(run, search.target, chain, question)
@@ -251,7 +254,7 @@ def _alpha_note(ledger: Path, split: str, limits: Limits) -> str | None:
 
 
 def _answer(
-    findings: Findings, chosen: Chosen, certificates: Sequence[Certificate]
+    search: _Search, findings: Findings, chosen: Chosen, certificates: Sequence[Certificate]
 ) -> tuple[PrecisionMap, Certificate | None, str]:
     passed = [certificate for certificate in certificates if certificate.certified]
     if passed:
@@ -263,9 +266,11 @@ def _answer(
     if certificates:
         said = f"keep the baseline: the safest map was not certified ({certificates[0].verdict})"
         return baseline, certificates[0], said
-    measured = [joint.measured.upper for joint in chosen.joints if joint.measured is not None]
+    margin = search.limits.margin
+    measured = [joint.measured.strictest(margin) for joint in chosen.joints if joint.measured is not None]
     if measured:
-        said = f"already on the search split the best bound of a map, {min(measured):.2g}, is above the margin"
+        said = f"already on the search split the best bound of a map is {min(measured) / margin:.2g} times the margin"
+        said += " of the gate or a guard" if search.run.task.guarded else ""
         return baseline, None, f"keep the baseline: {said}"
     if chosen.joints:
         return baseline, None, "keep the baseline: time ran out before a map was measured as a whole"

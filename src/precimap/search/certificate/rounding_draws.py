@@ -19,7 +19,9 @@ from torch import nn
 from precimap.errors import InputError, SchemeError
 from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.target import EMULATED
-from precimap.metrics.paired import Drop, Units, differences, paired_drop
+from precimap.metrics.metric import PairedDrops
+from precimap.metrics.paired import Drop, paired_drop
+from precimap.metrics.units import Units
 from precimap.numerics.grid_shift import GridShift
 from precimap.precision_map import PrecisionMap, Rounding
 from precimap.search.run import Parts, Run, scattered, scored
@@ -89,10 +91,10 @@ def rounding_of(run: Run, precision_map: PrecisionMap, baseline: Parts, draws: i
     task, numbers = run.task, scattered(baseline.sizes, units)
     before = baseline.only(numbers)
 
-    def drops(subject: str, layers: Callable[[], Mapping[str, QuantizedLayer]]) -> NDArray[np.float64]:
+    def drops(subject: str, layers: Callable[[], Mapping[str, QuantizedLayer]]) -> PairedDrops:
         split = task.splits.search
         parts = scored(run, "draw", subject, split, lambda: EMULATED.running(task.model, layers()), numbers=numbers)
-        return differences(task.metric, before.values, parts.whole.values)
+        return task.metric.paired(before.values, parts.whole.values, before.units)
 
     try:
         draw_layers(task.model, precision_map, 0)
@@ -100,17 +102,17 @@ def rounding_of(run: Run, precision_map: PrecisionMap, baseline: Parts, draws: i
         return None
     fingerprint = precision_map.fingerprint
     shipped = drops(fingerprint, lambda: quantize_map(task.model, precision_map))
-    shifted = []
+    shifted = []  # units of the metric are the same in every draw: they follow from labels and clusters
     for seed in range(draws):
         run.progress("rounding draws", seed, draws)
         layers = functools.partial(draw_layers, task.model, precision_map, seed)
-        shifted.append(drops(f"{fingerprint} on grid {seed}", layers))
+        shifted.append(drops(f"{fingerprint} on grid {seed}", layers).d)
     run.progress("rounding draws", draws, draws)
-    spread = rounding_spread(paired_drop(shipped, before.units), np.stack(shifted), before.units)
+    spread = rounding_spread(paired_drop(shipped.d, shipped.units), np.stack(shifted), shipped.units)
     return Rounding(
         shipped=spread.shipped,
         error_over_units=spread.error_over_units,
-        n=spread.n,
+        n=shipped.rows,
         drops=spread.drops,
         mean=spread.mean,
         sd=spread.error_over_rounding,

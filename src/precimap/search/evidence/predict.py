@@ -63,7 +63,9 @@ class Predictor:
         if self.screen.by_scores:
             return join_parts(self.task, [self._by_scores(keys, number) for number in self.numbers])
         bend = self.curvature * self._energy(keys) if self.curvature else 0.0
-        task = replace(self.task, reported=tuple(m for m in self.task.reported if isinstance(m, Loss)))
+        losses = tuple(m for m in self.task.reported if isinstance(m, Loss))
+        guards = tuple(g for g in self.task.guarded if isinstance(g.metric, Loss))
+        task = replace(self.task, reported=losses, guards=guards)
         return join_parts(task, [self._by_losses(keys, number, bend) for number in self.numbers])
 
     def comparison(self, keys: Sequence[Key]) -> Comparison | None:
@@ -113,5 +115,7 @@ class Predictor:
         change = self.screen.change(keys, number) + bend
         losses = part.losses + change
         reported = {m.name: part.reported[m.name] + change for m in self.task.reported if isinstance(m, Loss)}
+        guards = {g.label: part.guards[g.label] + change for g in self.task.guarded if isinstance(g.metric, Loss)}
         values = part.values + change if isinstance(self.task.metric, Loss) else part.values
-        return ScoredPart(values, losses, reported, part.clusters, part.weights)
+        slices = {label: rows for label, rows in part.slices.items() if label in guards}
+        return ScoredPart(values, losses, reported, guards, slices, part.clusters, part.weights)
