@@ -1,6 +1,6 @@
-"""A real recommender with published weights, for tests that need real differences.
+"""Real recommenders with published weights, for tests that need real differences.
 
-NCF-MLP (He et al. 2017, "Neural Collaborative Filtering") trained on MovieLens-1M by its authors, with the
+NCF-MLP and GMF (He et al. 2017, "Neural Collaborative Filtering") trained on MovieLens-1M by their authors, with the
 leave-one-out candidates they evaluate on: for each of 6,040 users one held-out film and 99 others. The files are not
 part of the project; a test that asks for them is skipped where they are absent.
 """
@@ -39,6 +39,21 @@ class NCF(nn.Module):
         return logits
 
 
+class GMF(nn.Module):
+    """Generalized matrix factorization: the product of user and item embedding, weighed by one output column."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.user_embedding = nn.Embedding.from_pretrained(weights["user_embedding_W"])
+        self.item_embedding = nn.Embedding.from_pretrained(weights["item_embedding_W"])
+        self.prediction = _linear(weights, "prediction")
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        """int64 [n], int64 [n] -> logits float32 [n]."""
+        logits: Tensor = self.prediction(self.user_embedding(user) * self.item_embedding(item)).squeeze(-1)
+        return logits
+
+
 def _linear(weights: dict[str, Tensor], name: str) -> nn.Linear:
     kernel = weights[f"{name}_W"]  # Keras: [in, out]
     layer = nn.Linear(*kernel.shape)
@@ -51,6 +66,11 @@ def _linear(weights: dict[str, Tensor], name: str) -> nn.Linear:
 def ncf_mlp() -> NCF:
     """The tower with its published weights, in evaluation mode; skips the test where the files are absent."""
     return NCF(load_file(_present("mlp.safetensors"))).eval().requires_grad_(False)
+
+
+def ncf_gmf() -> GMF:
+    """The factorization with its published weights; otherwise as `ncf_mlp`."""
+    return GMF(load_file(_present("gmf.safetensors"))).eval().requires_grad_(False)
 
 
 def ncf_candidates() -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ NAME_WIDTH = 36
 NARROW_NAME_WIDTH = 24  # beside all columns of a map
 SCHEME_WIDTH = 15
 SCALE_BYTES = 4  # float32
+PRODUCTS_SHOWN = 12
 _WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
 _STYLE = {
     Verdict.TOLERANT: "green",
@@ -43,7 +44,7 @@ def short_name(name: str, width: int = NAME_WIDTH) -> str:
 
 
 def inventory_table(inventory: Inventory) -> RenderableType:
-    """Every parameter of a model: the layers, then the others by reason, then where the FLOPs are."""
+    """Every parameter of a model: the layers, the others by reason, the products without a weight, where the FLOPs are."""
     table = Table(title=f"{len(inventory.layers)} layers", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
     table.add_column("op", no_wrap=True)
@@ -56,7 +57,8 @@ def inventory_table(inventory: Inventory) -> RenderableType:
         note = note or ("scheme" if layer.fused else "") or ("input" if layer.siblings else "")
         shape = "x".join(map(str, layer.shape))
         table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", note)
-    return Group(table, Text(), _others(inventory), Text(), _coverage(inventory))
+    parts = (table, _others(inventory), *([_products(inventory)] if inventory.products else []), _coverage(inventory))
+    return Group(*(part for pair in zip(parts, itertools.repeat(Text())) for part in pair))
 
 
 def _others(inventory: Inventory) -> RenderableType:
@@ -69,6 +71,26 @@ def _others(inventory: Inventory) -> RenderableType:
         reasons.setdefault(other.reason, []).append(other.numel)
     for reason, sizes in reasons.items():
         table.add_row(str(len(sizes)), f"{sum(sizes):,}", reason)
+    return table
+
+
+def _products(inventory: Inventory) -> RenderableType:
+    title = "activation x activation products"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("op", no_wrap=True, max_width=16)
+    for heading in ("left", "right"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("calls", "FLOPs", "of all"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    every = inventory.weight_flops + inventory.activation_flops
+    for product in inventory.products[:PRODUCTS_SHOWN]:
+        shapes = ("x".join(map(str, shape)) for shape in (product.left, product.right))
+        table.add_row(product.op, *shapes, f"{product.calls:,}", f"{product.flops:,}", f"{product.flops / every:.1%}")
+    rest = inventory.products[PRODUCTS_SHOWN:]
+    if rest:
+        flops = sum(product.flops for product in rest)
+        calls = sum(product.calls for product in rest)
+        table.add_row(f"{len(rest)} others", "--json", "", f"{calls:,}", f"{flops:,}", f"{flops / every:.1%}")
     return table
 
 
