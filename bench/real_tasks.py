@@ -12,7 +12,7 @@ import gzip
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from precimap import Splits, Task, discover
+from precimap.data import split_by_cluster
 from precimap.demos.minilm import batches_by_length, embed, load_encoder, load_tokenizer
-from precimap.errors import InputError
 from precimap.metrics import MRR, NDCG, LogLoss, Loss
 from precimap.numerics.schemes import scheme
 from precimap.task import first_batch, score
@@ -159,28 +159,6 @@ def frappe_dcnv2(
         clusters=lambda batch: batch["features"][:, 0],
         name="frappe, DCNv2",
     )
-
-
-def split_by_cluster(cluster: Rows, sizes: Sequence[int]) -> list[Rows]:
-    """Rows int64 [size] for each size, in their old order, no cluster in two of them; the same on every call.
-
-    cluster: [rows]. Clusters come in a shuffled order; one that would overfill its part is cut, and what is cut off is
-    in no part. Raises InputError when the rows do not suffice.
-    """
-    names = np.unique(cluster)
-    waiting = list(np.random.default_rng(0).permutation(names))
-    order = np.argsort(cluster, kind="stable")
-    starts = np.searchsorted(cluster[order], names)
-    rows_of = dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True))
-    parts = []
-    for size in sizes:
-        part: list[int] = []
-        while len(part) < size and waiting:
-            part.extend(rows_of[int(waiting.pop())].tolist())
-        if len(part) < size:
-            raise InputError(f"expected splits of {tuple(sizes)} units, got data with {len(cluster)}; ask for fewer")
-        parts.append(np.sort(np.array(part[:size], dtype=np.int64)))
-    return parts
 
 
 def _threads(document: dict[str, dict[str, list[dict[str, object]]]]) -> tuple[list[tuple[int, str]], ...]:
