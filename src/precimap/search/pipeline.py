@@ -210,7 +210,7 @@ def _preflight(
     drop = preflight.detectable(
         task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
     )
-    notes = preflight.notes(inventory, search.schemes) + ((seen.note,) if seen.note else ())
+    notes = (*preflight.notes(inventory, search.schemes), *seen.allowed.idle(), *((seen.note,) if seen.note else ()))
     checked = preflight.Preflight(n, units, drop, notes)
     search.run.journal.conclude("preflight", task.name, asdict(checked))
     search.run.journal.conclude("inventory", task.name, asdict(inventory))

@@ -134,7 +134,7 @@ def _flipping(
     if best is None:
         return ()
     costs = costs_of([row for row in evidence.known if row.trusted], currency(metric, evidence.known))
-    gains = {key: gain(inventory, key[0], schemes[key[1]]) for key in costs}
+    gains = {key: gain(inventory, key[0], schemes[key[1]], rule.bytes_worth) for key in costs}
     return ambiguous(costs, gains, best.choice, found.approximation, MOST_AMBIGUOUS)
 
 
