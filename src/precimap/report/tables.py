@@ -13,14 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from precimap.layers.inventory import Inventory
-from precimap.numerics.schemes import Granularity
 from precimap.precision_map import Certificate, Decision, Evidence, PrecisionMap, Rounding, Verdict
 from precimap.report.run_record import RunRecord
 
 NAME_WIDTH = 36
 NARROW_NAME_WIDTH = 24  # beside all columns of a map
 SCHEME_WIDTH = 15
-SCALE_BYTES = 4  # float32
 _WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
 _STYLE = {
     Verdict.TOLERANT: "green",
@@ -49,13 +47,15 @@ def inventory_table(inventory: Inventory) -> RenderableType:
     table.add_column("op", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     table.add_column("FLOPs", justify="right")
+    table.add_column("bytes", justify="right")
     table.add_column("shares", no_wrap=True)
     for layer in inventory.layers:
         share = layer.flops / inventory.weight_flops if inventory.weight_flops else 0.0
         note = "dead" if layer.dead else ("scheme+input" if layer.fused and layer.siblings else "")
         note = note or ("scheme" if layer.fused else "") or ("input" if layer.siblings else "")
         shape = "x".join(map(str, layer.shape))
-        table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", note)
+        size = f"{layer.bytes / inventory.layer_bytes:.1%}"
+        table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", size, note)
     return Group(table, Text(), _others(inventory), Text(), _coverage(inventory))
 
 
@@ -76,6 +76,7 @@ def _coverage(inventory: Inventory) -> RenderableType:
     lines = [
         f"{inventory.parameters:,} parameters, all accounted for",
         f"weight FLOPs: {inventory.weight_flops:,} in a batch of {inventory.units}, {inventory.covered:.1%} in layers",
+        f"bytes of all layers: {_megabytes(inventory.layer_bytes)}, {_table_share(inventory):.1%} in embedding tables",
         f"activation x activation FLOPs: {inventory.activation_flops:,}, always in base precision",
     ]
     lines += [f"hidden from layers: {reason}, {flops:,} FLOPs" for reason, flops in inventory.hidden_flops]
@@ -265,12 +266,11 @@ def preflight_text(preflight: dict[str, Any]) -> RenderableType:
 
 
 def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> RenderableType:
-    before = sum(decision.bytes for decision in precision_map.layers.values())
-    after = sum(_bytes_after(precision_map, name) for name in precision_map.layers)
     lines = [
         f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, "
         f"{precision_map.flops_share:.1%} of the weight FLOPs",
-        f"bytes of all layers: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
+        f"bytes of all layers: {_megabytes(precision_map.bytes_before)} -> {_megabytes(precision_map.bytes_after)}, "
+        f"{precision_map.bytes_share:.1%} of them in low precision",
     ]
     if floor is not None:
         drop = floor["drop"]
@@ -286,11 +286,10 @@ def _sizes(precision_map: PrecisionMap) -> str:
     return ", ".join(found) or "none known"
 
 
-def _bytes_after(precision_map: PrecisionMap, name: str) -> float:
-    decision, scheme = precision_map.layers[name], precision_map.scheme_of(name)
-    if scheme is None:
-        return decision.bytes
-    values = math.prod(decision.shape)
-    per_channel = scheme.weight.granularity is Granularity.PER_CHANNEL
-    scales = values // math.prod(decision.shape[d] for d in decision.contracted or ()) if per_channel else 1
-    return values * scheme.weight_bits / 8 + scales * SCALE_BYTES
+def _table_share(inventory: Inventory) -> float:
+    """Of the bytes of all layers, those of tables that are looked up and not multiplied."""
+    return sum(x.bytes for x in inventory.layers if x.lookup and not x.flops) / max(1, inventory.layer_bytes)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

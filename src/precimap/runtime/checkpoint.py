@@ -106,6 +106,7 @@ def _with_base_tensors(
                     raise MapError(
                         f"{path}: {name}: the model has {tuple(value.shape)}, the file {tuple(tensors[name].shape)}"
                     )
-                tensor = tensors[name].to(value.device)
+                # Copied: in the file a tensor lies at any address, and float products round by the alignment of theirs.
+                tensor = tensors[name].to(value.device, copy=True)
                 slot[attribute] = nn.Parameter(tensor, requires_grad=False) if slot is module._parameters else tensor
     return copied
