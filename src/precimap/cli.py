@@ -31,6 +31,7 @@ from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
+from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
 from precimap.search.certificate.recertify import recertify
@@ -54,6 +55,7 @@ class TargetName(StrEnum):
 
     EMULATED = "emulated"
     CPU_INT8 = "cpu-int8"
+    TORCHREC = "torchrec"
 
 
 class Probes(StrEnum):
@@ -70,7 +72,11 @@ class RuleName(StrEnum):
     THRESHOLD = "threshold"
 
 
-TARGETS: dict[TargetName, Target] = {TargetName.EMULATED: EMULATED, TargetName.CPU_INT8: CPU_INT8}
+TARGETS: dict[TargetName, Target] = {
+    TargetName.EMULATED: EMULATED,
+    TargetName.CPU_INT8: CPU_INT8,
+    TargetName.TORCHREC: TORCHREC,
+}
 
 TaskArgument = Annotated[
     str, typer.Argument(metavar="TASK", help="file.py, file.py:function or package.module:function")

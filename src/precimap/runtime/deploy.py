@@ -19,10 +19,15 @@ from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
 from precimap.runtime.cpu_int8 import CPU_INT8, Int8Linear
 from precimap.runtime.cpu_tables import PackedTable, tables
+from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.task import Task, first_batch
 
 Build = Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module]
-TARGETS: dict[str, Build] = {"emulated": emulated.deployed, CPU_INT8.name: CPU_INT8.deployed}
+TARGETS: dict[str, Build] = {
+    "emulated": emulated.deployed,
+    CPU_INT8.name: CPU_INT8.deployed,
+    TORCHREC.name: TORCHREC.deployed,
+}
 
 # Float32 sums of exact integer products differ in their order only; a BF16 result is rounded once more.
 CHECKED_ROWS = 4096  # of each packed table
@@ -65,9 +70,9 @@ def deploy(
 ) -> nn.Module:
     """A model that computes as the map says, on this machine; `model` itself is not modified and shares its tensors.
 
-    target: `cpu-int8` or `emulated`; by default the map's own. task: if given, the deployed model and the emulation
-    score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel is
-    compared with its emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what
+    target: `cpu-int8`, `torchrec` or `emulated`; by default the map's own. task: if given, the deployed model and the
+    emulation score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel
+    is compared with its emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what
     the target cannot run or runs wrongly.
     """
     precision_map.check(weights=of_weights(model))

@@ -91,13 +91,15 @@ def gain(inventory: Inventory, layer: str, scheme: Scheme, bytes_worth: float = 
     """The share of the model's weight FLOPs that low precision saves, 8 bits taking half the time of 16, and bytes.
 
     bytes_worth: what saving the bytes of all layers is worth, where saving the time of all their FLOPs is worth 1.
-    Packed codes and scales are counted as `Scheme.stored_bytes` does. A stand-in until layers are timed on the target.
+    The scale and offset of packed rows count, a good part of a narrow row. Scales of products do not: a few bytes would
+    set one granularity above another, whatever it costs. A stand-in until layers are timed on the target.
     """
     found = inventory.layer(layer)
     saved = max(0.0, 1 - scheme.weight_bits / 16)
     flops = found.flops / inventory.weight_flops if inventory.weight_flops and scheme.computes_low else 0.0
-    smaller = max(0, found.bytes - scheme.stored_bytes(found.shape, found.contracted)) / inventory.layer_bytes
-    return saved * flops + bytes_worth * smaller
+    codes = found.numel * scheme.weight_bits / 8
+    stored = codes if scheme.rows is None else scheme.stored_bytes(found.shape, found.contracted)
+    return saved * flops + bytes_worth * max(0.0, found.bytes - stored) / inventory.layer_bytes
 
 
 def options(
