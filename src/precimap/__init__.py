@@ -8,6 +8,7 @@ from precimap.precision_map import Certificate, PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy
+from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import Knapsack, Threshold
 from precimap.search.limits import Effort
@@ -17,6 +18,7 @@ from precimap.task import Splits, Task
 __all__ = [
     "CPU_INT8",
     "EMULATED",
+    "TORCHREC",
     "Certificate",
     "Constraints",
     "Effort",

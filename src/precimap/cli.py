@@ -25,15 +25,18 @@ from precimap.numerics.schemes import SCHEMES, range_rule_from_row
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
 from precimap.report.progress_bar import progress_bar
+from precimap.report.proof import certificate_text
 from precimap.report.run_record import read_run
-from precimap.report.tables import certificate_text, inventory_table, preflight_text, run_page
+from precimap.report.tables import inventory_table, preflight_text, run_page
 from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
+from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
 from precimap.search.certificate.recertify import recertify
+from precimap.search.evidence.known import BYTES_WORTH
 from precimap.search.limits import Effort
 from precimap.search.pipeline import search as search_task
 from precimap.search.preflight import check_weights
@@ -53,6 +56,7 @@ class TargetName(StrEnum):
 
     EMULATED = "emulated"
     CPU_INT8 = "cpu-int8"
+    TORCHREC = "torchrec"
 
 
 class Probes(StrEnum):
@@ -69,7 +73,11 @@ class RuleName(StrEnum):
     THRESHOLD = "threshold"
 
 
-TARGETS: dict[TargetName, Target] = {TargetName.EMULATED: EMULATED, TargetName.CPU_INT8: CPU_INT8}
+TARGETS: dict[TargetName, Target] = {
+    TargetName.EMULATED: EMULATED,
+    TargetName.CPU_INT8: CPU_INT8,
+    TargetName.TORCHREC: TORCHREC,
+}
 
 TaskArgument = Annotated[
     str, typer.Argument(metavar="TASK", help="file.py, file.py:function or package.module:function")
@@ -105,6 +113,9 @@ RangeOption = Annotated[str, typer.Option(help="How static input ranges are chos
 AllowOption = Annotated[
     list[str] | None, typer.Option(help="PATTERN=SCHEME,...: the only schemes for layers of this shell pattern.")
 ]
+BytesOption = Annotated[
+    float, typer.Option(help="What saving all bytes is worth, where saving the time of all FLOPs is worth 1.")
+]
 BudgetOption = Annotated[
     float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")
 ]
@@ -135,8 +146,12 @@ def search(
     allow: AllowOption = None,
     input_range: RangeOption = "amax",
     probe: Annotated[Probes, typer.Option(help="Which layers are measured one at a time.")] = Probes.AMBIGUOUS,
-    minimum_gain: Annotated[float, typer.Option(help="Least share of the FLOP time that a map must save.")] = 0.0,
+    minimum_gain: Annotated[
+        float,
+        typer.Option(help="Least gain of a map: the share of the FLOP time it saves, and what its bytes are worth."),
+    ] = 0.0,
     maximum_bytes: Annotated[int | None, typer.Option(help="Of all layers together, under the map.")] = None,
+    bytes_worth: BytesOption = BYTES_WORTH,
     effective_bits: Annotated[float | None, typer.Option(help="Limit of the average bits of a weight.")] = None,
     rounding_draws: Annotated[int, typer.Option(help="Shifted rounding grids for the final map; 0: none.")] = 8,
     screen_memory: Annotated[int, typer.Option(help="MB that the screen may hold for a batch.")] = 4096,
@@ -155,7 +170,7 @@ def search(
             schemes=schemes,
             margin=margin,
             confidence=confidence,
-            rule=_rule(rule, Knapsack(Constraints(minimum_gain, maximum_bytes), effective_bits)),
+            rule=_rule(rule, Knapsack(Constraints(minimum_gain, maximum_bytes), effective_bits, bytes_worth)),
             cutoff=cutoff,
             target=TARGETS[target],
             pinned=pin or (),
@@ -182,7 +197,8 @@ def _rule(name: RuleName, knapsack: Knapsack) -> Rule:
         return knapsack
     if knapsack != KNAPSACK:
         raise InputError(
-            "expected --minimum-gain, --maximum-bytes and --effective-bits with the knapsack; the threshold has no budget"
+            "expected --minimum-gain, --maximum-bytes, --effective-bits and --bytes-worth with the knapsack; "
+            "the threshold has no budget"
         )
     return Threshold()
 

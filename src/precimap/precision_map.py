@@ -211,6 +211,26 @@ class PrecisionMap(_Record):
         return sum(d.flops_share for name, d in self.layers.items() if (s := self.scheme_of(name)) and s.computes_low)
 
     @property
+    def bytes_before(self) -> int:
+        """Of all layers in base precision."""
+        return sum(decision.bytes for decision in self.layers.values())
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all layers under the map, scales and offsets included."""
+        return sum(
+            decision.bytes
+            if (scheme := self.scheme_of(name)) is None
+            else scheme.stored_bytes(decision.shape, decision.contracted)
+            for name, decision in self.layers.items()
+        )
+
+    @property
+    def bytes_share(self) -> float:
+        """Share of the layers' bytes that a map puts in low precision, counted in base precision; 0 without any."""
+        return sum(self.layers[name].bytes for name in self.low) / self.bytes_before if self.bytes_before else 0.0
+
+    @property
     def fingerprint(self) -> str:
         """Of what runs: weights, target, schemes and static ranges. Evidence and certificate do not enter."""
         running = {

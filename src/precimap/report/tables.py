@@ -13,14 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from precimap.layers.inventory import Inventory
-from precimap.numerics.schemes import Granularity
-from precimap.precision_map import Certificate, Decision, Evidence, GuardAnswer, PrecisionMap, Rounding, Verdict
+from precimap.precision_map import Decision, Evidence, PrecisionMap, Verdict
+from precimap.report.proof import certificate_text, rounding_text
 from precimap.report.run_record import RunRecord
 
 NAME_WIDTH = 36
 NARROW_NAME_WIDTH = 24  # beside all columns of a map
 SCHEME_WIDTH = 15
-SCALE_BYTES = 4  # float32
 PRODUCTS_SHOWN = 12
 _WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
 _STYLE = {
@@ -50,13 +49,15 @@ def inventory_table(inventory: Inventory) -> RenderableType:
     table.add_column("op", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     table.add_column("FLOPs", justify="right")
+    table.add_column("bytes", justify="right")
     table.add_column("shares", no_wrap=True)
     for layer in inventory.layers:
         share = layer.flops / inventory.weight_flops if inventory.weight_flops else 0.0
         note = "dead" if layer.dead else ("scheme+input" if layer.fused and layer.siblings else "")
         note = note or ("scheme" if layer.fused else "") or ("input" if layer.siblings else "")
         shape = "x".join(map(str, layer.shape))
-        table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", note)
+        size = f"{layer.bytes / inventory.layer_bytes:.1%}"
+        table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", size, note)
     parts = (table, _others(inventory), *([_products(inventory)] if inventory.products else []), _coverage(inventory))
     return Group(*(part for pair in zip(parts, itertools.repeat(Text())) for part in pair))
 
@@ -98,6 +99,7 @@ def _coverage(inventory: Inventory) -> RenderableType:
     lines = [
         f"{inventory.parameters:,} parameters, all accounted for",
         f"weight FLOPs: {inventory.weight_flops:,} in a batch of {inventory.units}, {inventory.covered:.1%} in layers",
+        f"bytes of all layers: {_megabytes(inventory.layer_bytes)}, {_table_share(inventory):.1%} in embedding tables",
         f"activation x activation FLOPs: {inventory.activation_flops:,}, always in base precision",
     ]
     lines += [f"hidden from layers: {reason}, {flops:,} FLOPs" for reason, flops in inventory.hidden_flops]
@@ -141,43 +143,6 @@ def _power_of_ten(errors: list[float]) -> float:
 def _own_drop(decision: Decision, evidence: dict[str, Evidence], unit: float) -> str:
     found = evidence.get(decision.scheme) if decision.scheme else next(iter(evidence.values()), None)
     return "" if found is None else f"{found.drop / unit:+.1f} ±{found.error / unit:4.1f}"
-
-
-def certificate_text(certificate: Certificate) -> RenderableType:
-    """A certificate, a fact a line."""
-    drop, error, upper = _told(certificate.error, certificate.drop, certificate.error, certificate.upper)
-    lines = [
-        f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error)"
-        f"{' ' + certificate.unit if certificate.unit else ''}, baseline {certificate.baseline:.5f}",
-        f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
-        f"bound: {certificate.bound}",
-        f"n = {certificate.n:,} units"
-        + (f" in {certificate.clusters:,} clusters" if certificate.clusters != certificate.n else "")
-        + f", {certificate.changed:,} changed; alpha spent on this split: {certificate.spent_alpha:g}",
-    ]
-    for name, guard in certificate.guards.items():
-        lines += _guard_lines(name, guard, certificate.alpha)
-    lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
-    lines.append(certificate.claim)
-    head = Text(certificate.verdict.upper(), style="bold green" if certificate.certified else "bold yellow")
-    return Group(head, Text("\n".join(f"  {line}" for line in lines)))
-
-
-def _guard_lines(name: str, guard: GuardAnswer, alpha: float) -> list[str]:
-    drop, error, upper = _told(guard.error, guard.drop, guard.error, guard.upper)
-    size = f"n = {guard.n:,}" + (f" in {guard.clusters:,} clusters" if guard.clusters != guard.n else "")
-    needed = "" if guard.held or guard.needed is None else f"; needs about {guard.needed:,} units"
-    return [
-        f"guard {name} {'held' if guard.held else 'NOT HELD'}: {drop} ± {error.lstrip('+')}"
-        f"{' ' + guard.unit if guard.unit else ''}, baseline {guard.baseline:.5f},",
-        f"  {100 * (1 - alpha):g} % bound {upper.lstrip('+')}, margin {guard.margin:g}; {size}{needed}",
-    ]
-
-
-def _told(error: float, *values: float | None) -> tuple[str, ...]:
-    """Numbers with two digits of their error, at least five behind the point."""
-    digits = 5 if not error or not math.isfinite(error) else max(5, 1 - math.floor(math.log10(error)))
-    return tuple("none" if value is None else f"{value:+.{digits}f}" for value in values)
 
 
 def chain_table(run: RunRecord) -> RenderableType:
@@ -251,20 +216,6 @@ def _schemes_compared(layers: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def rounding_text(rounding: Rounding) -> RenderableType:
-    """The two uncertainties of the final map, side by side."""
-    here = _told(rounding.error_over_units, rounding.shipped, rounding.error_over_units)
-    there = _told(rounding.sd, rounding.mean, rounding.sd, rounding.common)
-    lines = [
-        f"two uncertainties of its drop, on n = {rounding.n:,} units of the search split:",
-        f"  this artefact, its own grids: {here[0]} ± {here[1].lstrip('+')} (over units)",
-        f"  this policy, the next retrain: {there[0]} ± {there[1].lstrip('+')} (over {len(rounding.drops)} shifted "
-        "grids),",
-        f"    of which {there[2].lstrip('+')} does not average out over more units",
-    ]
-    return Text("\n".join(lines))
-
-
 def run_page(run: RunRecord) -> RenderableType:
     """Everything about a run."""
     parts: list[RenderableType] = []
@@ -300,12 +251,11 @@ def preflight_text(preflight: dict[str, Any]) -> RenderableType:
 
 
 def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> RenderableType:
-    before = sum(decision.bytes for decision in precision_map.layers.values())
-    after = sum(_bytes_after(precision_map, name) for name in precision_map.layers)
     lines = [
         f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, "
         f"{precision_map.flops_share:.1%} of the weight FLOPs",
-        f"bytes of all layers: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
+        f"bytes of all layers: {_megabytes(precision_map.bytes_before)} -> {_megabytes(precision_map.bytes_after)}, "
+        f"{precision_map.bytes_share:.1%} of them in low precision",
     ]
     if floor is not None:
         drop = floor["drop"]
@@ -321,11 +271,10 @@ def _sizes(precision_map: PrecisionMap) -> str:
     return ", ".join(found) or "none known"
 
 
-def _bytes_after(precision_map: PrecisionMap, name: str) -> float:
-    decision, scheme = precision_map.layers[name], precision_map.scheme_of(name)
-    if scheme is None:
-        return decision.bytes
-    values = math.prod(decision.shape)
-    per_channel = scheme.weight.granularity is Granularity.PER_CHANNEL
-    scales = values // math.prod(decision.shape[d] for d in decision.contracted or ()) if per_channel else 1
-    return values * scheme.weight_bits / 8 + scales * SCALE_BYTES
+def _table_share(inventory: Inventory) -> float:
+    """Of the bytes of all layers, those of tables that are looked up and not multiplied."""
+    return sum(x.bytes for x in inventory.layers if x.lookup and not x.flops) / max(1, inventory.layer_bytes)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

@@ -18,12 +18,19 @@ from precimap.numerics.quantize import Affine
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
 from precimap.runtime.cpu_int8 import CPU_INT8, Int8Linear
+from precimap.runtime.cpu_tables import PackedTable, tables
+from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.task import Task, first_batch
 
 Build = Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module]
-TARGETS: dict[str, Build] = {"emulated": emulated.deployed, CPU_INT8.name: CPU_INT8.deployed}
+TARGETS: dict[str, Build] = {
+    "emulated": emulated.deployed,
+    CPU_INT8.name: CPU_INT8.deployed,
+    TORCHREC.name: TORCHREC.deployed,
+}
 
 # Float32 sums of exact integer products differ in their order only; a BF16 result is rounded once more.
+CHECKED_ROWS = 4096  # of each packed table
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 
@@ -47,7 +54,10 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deployment:
-    """What a deployed model carries as `precimap`: its map, its target and the codes and scales it runs."""
+    """What a deployed model carries as `precimap`: its map, its target and the codes and scales it runs.
+
+    layers: without those that are packed tables, whose rows are in their modules and nowhere else.
+    """
 
     map: PrecisionMap
     target: str
@@ -60,9 +70,9 @@ def deploy(
 ) -> nn.Module:
     """A model that computes as the map says, on this machine; `model` itself is not modified and shares its tensors.
 
-    target: `cpu-int8` or `emulated`; by default the map's own. task: if given, the deployed model and the emulation
-    score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel is
-    compared with its emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what
+    target: `cpu-int8`, `torchrec` or `emulated`; by default the map's own. task: if given, the deployed model and the
+    emulation score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel
+    is compared with its emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what
     the target cannot run or runs wrongly.
     """
     precision_map.check(weights=of_weights(model))
@@ -80,11 +90,21 @@ def build(model: nn.Module, precision_map: PrecisionMap, layers: dict[str, Quant
         raise DeployError(f"expected a target out of {', '.join(TARGETS)}, got {target!r}")
     deployed = TARGETS[target](model, layers)
     deployed.eval()
+    packed = set()
     for name, module in deployed.named_modules():
         if isinstance(module, Int8Linear):
             _check_layer(name, module, layers)
-    _carry(deployed, Deployment(precision_map, target, layers))
+        elif isinstance(module, PackedTable):
+            _check_table(module, layers)
+            packed.add(module.layer_name)
+    kept = {name: layer for name, layer in layers.items() if name not in packed}
+    _carry(deployed, Deployment(precision_map, target, kept))
     return deployed
+
+
+def deployed_layers(deployed: nn.Module) -> dict[str, QuantizedLayer]:
+    """Codes and scales of every layer in low precision, packed tables included. Raises DeployError as `deployment_of`."""
+    return deployment_of(deployed).layers | tables(deployed)
 
 
 def _carry(deployed: nn.Module, deployment: Deployment) -> None:
@@ -118,6 +138,21 @@ def _check_layer(name: str, module: Int8Linear, layers: Mapping[str, QuantizedLa
         raise DeployError(
             f"{name or 'the model'}: the INT8 kernel differs from its emulation by {difference:.3g}, allowed are "
             f"{allowed:.3g}; this CPU or torch build multiplies INT8 wrongly. Deploy with target='emulated' and report it."
+        )
+
+
+def _check_table(module: PackedTable, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Compare rows, spread over the table, as the operator reads them with what their codes stand for."""
+    expected = layers[module.layer_name].weight()
+    rows = torch.linspace(0, len(expected) - 1, min(len(expected), CHECKED_ROWS)).long()
+    expected = expected[rows]
+    found = module.lookup(rows, torch.arange(len(rows)))
+    allowed = TOLERANCE[torch.float32] * float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    if not difference <= allowed:
+        raise DeployError(
+            f"{module.layer_name}: the operator reads rows that differ from their codes by {difference:.3g}, allowed are "
+            f"{allowed:.3g}; this torch build reads packed rows otherwise. Deploy with target='emulated' and report it."
         )
 
 

@@ -211,7 +211,7 @@ def _preflight(
     drop = preflight.detectable(
         task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
     )
-    notes = preflight.notes(inventory, search.schemes) + ((seen.note,) if seen.note else ())
+    notes = (*preflight.notes(inventory, search.schemes), *seen.allowed.idle(), *((seen.note,) if seen.note else ()))
     checked = preflight.Preflight(n, units, drop, notes)
     search.run.journal.conclude("preflight", task.name, asdict(checked))
     search.run.journal.conclude("inventory", task.name, asdict(inventory))
@@ -259,7 +259,7 @@ def _answer(
     passed = [certificate for certificate in certificates if certificate.certified]
     if passed:
         final = next(j.map for j in chosen.joints if j.map is not None and j.map.fingerprint == passed[-1].map)
-        share = f"{final.flops_share:.1%} of the weight FLOPs"
+        share = f"{final.flops_share:.1%} of the weight FLOPs, {final.bytes_share:.1%} of the bytes"
         answer = f"certified: {len(final.low)} of {len(final.layers)} layers in low precision, {share}"
         return final.model_copy(update={"certificate": passed[-1]}), passed[-1], answer
     baseline = assemble(findings, {})

@@ -135,7 +135,7 @@ def _flipping(
         return ()
     counted = price(metric, evidence.known, limits.margin)
     costs = costs_of([row for row in evidence.known if row.trusted], counted)
-    gains = {key: gain(inventory, key[0], schemes[key[1]]) for key in costs}
+    gains = {key: gain(inventory, key[0], schemes[key[1]], rule.bytes_worth) for key in costs}
     return ambiguous(costs, gains, best.choice, found.approximation, MOST_AMBIGUOUS)
 
 

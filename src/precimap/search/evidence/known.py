@@ -19,8 +19,8 @@ from precimap.search.evidence.screen_plan import Key
 
 # Below about 1,000 units an order metric's own drops are noise, from about 2,000 on they are not (docs/how-it-decides.md).
 UNITS_FOR_ORDER = 2000
-# Until times are measured: what sharing an input saves, and what bytes are worth, only has to break ties.
-SHARED_INPUT, BYTES = 0.01, 1e-3
+# Until times are measured: what sharing an input saves, and what bytes are worth unless the user says, breaks ties.
+SHARED_INPUT, BYTES_WORTH = 0.01, 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +100,29 @@ def cost(found: Known, counted: Price) -> float:
     return max(rate * (max(0.0, drop.estimate) + drop.error) for drop, rate in drops)
 
 
-def gain(inventory: Inventory, layer: str, scheme: Scheme) -> float:
-    """The share of the model's weight FLOPs that low precision saves, 8 bits taking half the time of 16; bytes break ties.
+def gain(inventory: Inventory, layer: str, scheme: Scheme, bytes_worth: float = BYTES_WORTH) -> float:
+    """The share of the model's weight FLOPs that low precision saves, 8 bits taking half the time of 16, and bytes.
 
-    A stand-in until layers are timed on the target.
+    bytes_worth: what saving the bytes of all layers is worth, where saving the time of all their FLOPs is worth 1.
+    The scale and offset of packed rows count, a good part of a narrow row. Scales of products do not: a few bytes would
+    set one granularity above another, whatever it costs. A stand-in until layers are timed on the target.
     """
     found = inventory.layer(layer)
     saved = max(0.0, 1 - scheme.weight_bits / 16)
     flops = found.flops / inventory.weight_flops if inventory.weight_flops and scheme.computes_low else 0.0
-    size = found.bytes / inventory.layer_bytes
-    return saved * flops + BYTES * size * max(0.0, 1 - scheme.weight_bits / (8 * found.element_bytes))
+    codes = found.numel * scheme.weight_bits / 8
+    stored = codes if scheme.rows is None else scheme.stored_bytes(found.shape, found.contracted)
+    return saved * flops + bytes_worth * max(0.0, found.bytes - stored) / inventory.layer_bytes
 
 
 def options(
-    inventory: Inventory, known: Sequence[Known], schemes: Mapping[str, Scheme], counted: Price
+    inventory: Inventory,
+    known: Sequence[Known],
+    schemes: Mapping[str, Scheme],
+    counted: Price,
+    bytes_worth: float = BYTES_WORTH,
 ) -> tuple[Option, ...]:
-    """The table that a knapsack is filled from."""
+    """The table that a knapsack is filled from; `bytes_worth` as in `gain`."""
     rows = []
     for found in known:
         layer, scheme = inventory.layer(found.layer), schemes[found.scheme]
@@ -123,9 +130,9 @@ def options(
             Option(
                 layer=found.layer,
                 scheme=found.scheme,
-                gain=gain(inventory, found.layer, scheme),
+                gain=gain(inventory, found.layer, scheme, bytes_worth),
                 cost=cost(found, counted),
-                bytes=layer.numel * scheme.weight_bits // 8,
+                bytes=scheme.stored_bytes(layer.shape, layer.contracted),
                 fused=layer.fused,
                 siblings=layer.siblings,
             )

@@ -64,7 +64,7 @@ def _given_back(
             choice = halved(failed.step, added, fused)
         if choice is None:
             break
-        step = _priced(findings, run.task.metric, choice, limits.margin)
+        step = _priced(findings, rule, run.task.metric, choice, limits.margin)
         joint = _written(findings, predicted_joint(predictor, evidence.by_key(), step))
         failed = measure(run, joint, baseline, limits.alpha, predictor.numbers)
         chosen = replace(chosen, joints=(failed, *chosen.joints))
@@ -87,6 +87,7 @@ def _filled_up(
         [found for found in evidence.known if (found.layer, found.scheme) in predictor.screen.pairs],
         {scheme.name: scheme for scheme in findings.schemes},
         price(run.task.metric, evidence.known, limits.margin),
+        rule.bytes_worth,
     )
     seen = all(key in predictor.screen.pairs for key in start.choice.items())
     if not seen or bound(predictor, known, start.choice, limits.margin) > limits.margin:
@@ -125,11 +126,12 @@ def to_certify(findings: Findings, chosen: Chosen) -> Chosen:
     return replace(chosen, joints=tuple(_written(findings, j) if id(j) in wanted else j for j in chosen.joints))
 
 
-def _priced(findings: Findings, metric: Metric, choice: Mapping[str, str], margin: float) -> Step:
+def _priced(findings: Findings, rule: Rule, metric: Metric, choice: Mapping[str, str], margin: float) -> Step:
     """A step for a choice that no chain gave."""
     by_name = {scheme.name: scheme for scheme in findings.schemes}
     chosen = [found for found in findings.known if choice.get(found.layer) == found.scheme]
-    rows = options(findings.inventory, chosen, by_name, price(metric, findings.known, margin))
+    counted = price(metric, findings.known, margin)
+    rows = options(findings.inventory, chosen, by_name, counted, rule.bytes_worth)
     sizes = {layer.name: layer.bytes for layer in findings.inventory.layers}
     sizes |= {row.layer: row.bytes for row in rows}
     return Step(dict(choice), sum(row.gain for row in rows), sum(row.cost for row in rows), sum(sizes.values()))
