@@ -12,6 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = (
     {"errors", "durable", "journal"},
     {"numerics"},
+    {"certificate"},
     {"precision_map"},
     {"layers", "fingerprints"},
     {"metrics"},
@@ -24,7 +25,7 @@ ORDER = (
 )
 STRANGERS = {("search", "runtime"), ("runtime", "search")}
 TORCH_FREE = (
-    *("errors", "durable", "journal", "precision_map", "numerics/formats", "numerics/schemes"),
+    *("errors", "durable", "journal", "certificate", "precision_map", "numerics/formats", "numerics/schemes"),
     *(
         "layers/inventory",
         "layers/groups",

@@ -8,7 +8,7 @@ import math
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from precimap.precision_map import Certificate, GuardAnswer, Rounding
+from precimap.certificate import Certificate, GuardAnswer, Rounding
 
 
 def certificate_text(certificate: Certificate) -> RenderableType:

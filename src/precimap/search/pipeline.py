@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from precimap.certificate import Certificate, Rounding
 from precimap.errors import AlphaSpent, InputError
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
@@ -22,7 +23,7 @@ from precimap.layers.target import EMULATED, Target
 from precimap.numerics import NUMERICS_VERSION
 from precimap.numerics.schemes import Scheme
 from precimap.numerics.schemes import scheme as scheme_by_name
-from precimap.precision_map import Certificate, PrecisionMap, Premise, Rounding
+from precimap.precision_map import PrecisionMap, Premise
 from precimap.search import preflight
 from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of
 from precimap.search.calibrate import Calibration, calibrated

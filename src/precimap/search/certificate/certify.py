@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from precimap.certificate import Certificate, GuardAnswer
 from precimap.errors import TaskError
 from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.target import Target
 from precimap.metrics.guard import Guard
 from precimap.metrics.paired import Drop, units_needed
-from precimap.precision_map import Certificate, GuardAnswer, PrecisionMap
+from precimap.precision_map import PrecisionMap
 from precimap.search.evidence.probe import Comparison, compare
 from precimap.search.run import Run, scored
 from precimap.task import Scored, Task

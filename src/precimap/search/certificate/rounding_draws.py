@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from precimap.certificate import Rounding
 from precimap.errors import InputError, SchemeError
 from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.target import EMULATED
@@ -23,7 +24,7 @@ from precimap.metrics.metric import PairedDrops
 from precimap.metrics.paired import Drop, paired_drop
 from precimap.metrics.units import Units
 from precimap.numerics.grid_shift import GridShift
-from precimap.precision_map import PrecisionMap, Rounding
+from precimap.precision_map import PrecisionMap
 from precimap.search.run import Parts, Run, scattered, scored
 
 
