@@ -30,6 +30,14 @@ class GuardAnswer(Record):
     needed: int | None
 
 
+class Unrepaired(Record):
+    """What a map with a realigned last logit drops without it, on the same units; it decides nothing."""
+
+    drop: float
+    error: float
+    upper: float | None
+
+
 class Certificate(Record):
     """The answer of the certify split about one map.
 
@@ -57,6 +65,7 @@ class Certificate(Record):
     needed: int | None
     guards: dict[str, GuardAnswer] = Field(default_factory=dict)
     reported: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    unrepaired: Unrepaired | None = None
     split: str
     map: str
 

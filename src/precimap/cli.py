@@ -158,6 +158,9 @@ def search(
     replay_memory: Annotated[int, typer.Option(help="MB of recorded results that probes may hold.")] = 4096,
     max_minutes: Annotated[float | None, typer.Option(help="Then certify the best answer so far.")] = None,
     alpha_budget: BudgetOption = None,
+    realign: Annotated[
+        bool, typer.Option("--realign", help="Fold a label-free scale and bias of the score into the last layer.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""
@@ -184,6 +187,7 @@ def search(
                 minutes=max_minutes,
             ),
             run=run,
+            realign=realign,
             progress=progress,
             on_preflight=lambda found: _errors.print(preflight_text(asdict(found))),
         )

@@ -83,6 +83,18 @@ class Premise(Record):
     torch: str
 
 
+class Realignment(Record):
+    """A scale and a shift of the model's scores, to be folded into `layer`, the nn.Linear that makes them.
+
+    Fitted without labels, on the n scores of the calibration split: scale * quantised score + shift ~ score of the baseline.
+    """
+
+    layer: str
+    scale: float = Field(gt=0)
+    shift: float
+    n: int = Field(ge=1)
+
+
 class PrecisionMap(Record):
     """Layer -> scheme for one model. Make it with `precimap.search`, read it with `PrecisionMap.load`."""
 
@@ -93,6 +105,7 @@ class PrecisionMap(Record):
     premise: Premise
     certificate: Certificate | None = None
     rounding: Rounding | None = None
+    realignment: Realignment | None = None
 
     @model_validator(mode="after")
     def _schemes_fit(self) -> Self:
@@ -148,13 +161,14 @@ class PrecisionMap(Record):
 
     @property
     def fingerprint(self) -> str:
-        """Of what runs: weights, target, schemes and static ranges. Evidence and certificate do not enter."""
+        """Of what runs: weights, target, schemes, static ranges, realignment. Evidence and certificate do not enter."""
         running = {
             name: (d.scheme, self.schemes[d.scheme], d.input_scale, d.input_zero)
             for name, d in sorted(self.layers.items())
             if d.scheme is not None
         }
-        text = json.dumps([self.premise.weights, self.target, running], sort_keys=True)
+        repaired = [] if self.realignment is None else [self.realignment.model_dump(exclude={"n"})]
+        text = json.dumps([self.premise.weights, self.target, running, *repaired], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
@@ -211,6 +225,8 @@ class PrecisionMap(Record):
             before, after = self.layers.get(name), other.layers.get(name)
             if _running(before, self) != _running(after, other):
                 lines.append(f"{name}: {_said(before)} -> {_said(after)}")
+        if self.realignment != other.realignment:
+            lines.append(f"realignment: {_repair(self.realignment)} -> {_repair(other.realignment)}")
         if self.target != other.target:
             lines.append(f"target: {self.target} -> {other.target}")
         for field in Premise.model_fields:
@@ -233,6 +249,10 @@ def _said(decision: Decision | None) -> str:
     return (
         decision.scheme if decision.input_scale is None else f"{decision.scheme} (input scale {decision.input_scale:g})"
     )
+
+
+def _repair(realignment: Realignment | None) -> str:
+    return "none" if realignment is None else f"{realignment.scale:.6g} x + {realignment.shift:.6g}"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

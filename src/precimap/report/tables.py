@@ -257,6 +257,12 @@ def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> Rende
         f"bytes of all layers: {_megabytes(precision_map.bytes_before)} -> {_megabytes(precision_map.bytes_after)}, "
         f"{precision_map.bytes_share:.1%} of them in low precision",
     ]
+    if precision_map.realignment is not None:
+        repair = precision_map.realignment
+        lines.append(
+            f"last logit realigned in {repair.layer}: x {repair.scale:.5f} {repair.shift:+.5f} "
+            f"(without labels, n = {repair.n:,} scores)"
+        )
     if floor is not None:
         drop = floor["drop"]
         lines.append(f"noise floor (rounding every layer to BF16): {drop['estimate']:+.1e} ± {drop['error']:.1e}")

@@ -7,14 +7,17 @@ gate and every guard do, each at the full alpha (intersection-union). Going from
 aggressive end down until something passes is not this: measured, 9 to 27 % false certificates at 5 %.
 """
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from precimap.certificate import Certificate, GuardAnswer
+from torch import nn
+
+from precimap.certificate import Certificate, GuardAnswer, Unrepaired
 from precimap.errors import TaskError
-from precimap.layers.quantized import QuantizedLayer, quantize_map
+from precimap.layers.quantized import quantize_map
+from precimap.layers.realign import realigned
 from precimap.layers.target import Target
 from precimap.metrics.guard import Guard
 from precimap.metrics.paired import Drop, units_needed
@@ -43,27 +46,39 @@ def certify(run: Run, target: Target, chain: Sequence[PrecisionMap], question: Q
     """
     task, looks = run.task, len(chain) + 1
     run.progress("certify", 0, looks)
-    baseline = _certify_split(run, target, "baseline", dict)
+    baseline = _certify_split(run, target, None)
     certificates: list[Certificate] = []
     for number, precision_map in enumerate(chain):
         run.progress("certify", number + 1, looks)
-        layers = functools.partial(quantize_map, task.model, precision_map)
-        other = _certify_split(run, target, precision_map.fingerprint, layers)
-        certificates.append(_certificate(task, target, baseline, other, question, precision_map.fingerprint))
+        other = _certify_split(run, target, precision_map)
+        found = _certificate(task, target, baseline, other, question, precision_map.fingerprint)
+        if precision_map.realignment is not None:
+            plain = _certify_split(run, target, precision_map.model_copy(update={"realignment": None}))
+            found = found.model_copy(update={"unrepaired": _unrepaired(task, baseline, plain, question.alpha)})
+        certificates.append(found)
         if not certificates[-1].certified:
             break
     run.progress("certify", looks, looks)
     return tuple(certificates)
 
 
-def _certify_split(
-    run: Run, target: Target, subject: str, layers: Callable[[], Mapping[str, QuantizedLayer]]
-) -> Scored:
-    """The certify split as the target runs it; layers are quantised only if a batch is still to be scored."""
+def _certify_split(run: Run, target: Target, precision_map: PrecisionMap | None) -> Scored:
+    """The certify split as the target runs the map (None: the baseline); quantised only if a batch is to be scored."""
     task = run.task
-    return scored(
-        run, "certify", f"{subject} on {target.name}", task.splits.certify, lambda: target.running(task.model, layers())
-    ).whole
+
+    def running() -> AbstractContextManager[nn.Module]:
+        if precision_map is None:
+            return target.running(task.model, {})
+        model = realigned(task.model, precision_map.realignment)
+        return target.running(model, quantize_map(model, precision_map))
+
+    subject = "baseline" if precision_map is None else precision_map.fingerprint
+    return scored(run, "certify", f"{subject} on {target.name}", task.splits.certify, running).whole
+
+
+def _unrepaired(task: Task, baseline: Scored, plain: Scored, alpha: float) -> Unrepaired:
+    found = compare(task, baseline, plain, alpha)
+    return Unrepaired(drop=found.drop.estimate, error=found.drop.error, upper=found.evidence().upper)
 
 
 def _certificate(

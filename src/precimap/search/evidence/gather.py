@@ -55,8 +55,12 @@ def gather(
     rule: Rule,
     limits: Limits,
     effort: Effort,
+    realigned: bool = False,
 ) -> Evidence:
-    """Screen, audit and probe the pairs; with `effort.probe_all` probe each of them on the whole search split."""
+    """Screen, audit and probe the pairs; with `effort.probe_all` probe each of them on the whole search split.
+
+    realigned: maps are served with realigned scores, so predictions are of such.
+    """
     probing = _Probing(run, inventory, calibration, baseline, limits.alpha, effort)
     if effort.probe_all or not pairs:
         numbers = tuple(range(len(baseline.sizes)))
@@ -64,7 +68,7 @@ def gather(
     screened = screen(run, inventory, calibration, pairs, effort.screen_memory, baseline.sizes, effort.screen_units)
     numbers = tuple(sorted(screened.batches)) or scattered(baseline.sizes, effort.screen_units)
     batches = {n: batch for n, batch in enumerate(run.task.splits.search) if n in screened.batches}
-    predictor = Predictor(run.task, screened, baseline, batches, limits.alpha)
+    predictor = Predictor(run.task, screened, baseline, batches, limits.alpha, realigned=realigned)
     seen = [pair for pair in pairs if (pair[0], pair[1].name) in screened.pairs]
     few = tuple(numbers[at] for at in scattered([baseline.sizes[n] for n in numbers], effort.audit_units))
     audits = probing.on(to_audit(inventory, seen, AUDIT_SEED), few) if seen else ()

@@ -117,7 +117,9 @@ def _filled_up(
 
 def _written(findings: Findings, joint: Joint) -> Joint:
     """With its map; one of a thousand layers takes a while to write down, and few of a chain are needed."""
-    return joint if joint.map is not None else replace(joint, map=assemble(findings, joint.step.choice))
+    return (
+        joint if joint.map is not None else replace(joint, map=findings.realign(assemble(findings, joint.step.choice)))
+    )
 
 
 def to_certify(findings: Findings, chosen: Chosen) -> Chosen:

@@ -7,9 +7,13 @@ search split in any order costs no certainty; the certify split is another matte
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from precimap.layers.quantized import quantize_map
+from precimap.layers.realign import realigned
 from precimap.layers.target import EMULATED
 from precimap.precision_map import PrecisionMap
 from precimap.search.allocation.knapsack import Step
@@ -78,12 +82,17 @@ def measure(run: Run, joint: Joint, baseline: Parts, alpha: float, screened: Seq
 def joint_parts(run: Run, precision_map: PrecisionMap) -> Parts:
     """The search split, scored under a map by emulation."""
     split = run.task.splits.search
+
+    def running() -> AbstractContextManager[nn.Module]:
+        model = realigned(run.task.model, precision_map.realignment)
+        return EMULATED.running(model, quantize_map(model, precision_map))
+
     return scored(
         run,
         "joint",
         precision_map.fingerprint,
         split,
-        lambda: EMULATED.running(run.task.model, quantize_map(run.task.model, precision_map)),
+        running,
         lambda done: run.progress("whole maps", done, len(split) if isinstance(split, Sequence) else done),
     )
 
