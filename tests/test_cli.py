@@ -23,6 +23,9 @@ def wrong():
 """
 
 
+SEARCH = ("search", "mine.py", "--scheme", "fp8-static", "--margin", "1", "--run", "x")
+
+
 @dataclass(frozen=True)
 class Ran:
     """What a command left behind."""
@@ -127,6 +130,9 @@ def test_layers_accounts_for_all_parameters(precimap: Callable[..., Ran]) -> Non
             ("search", "mine.py", "--scheme", "fp8-static", "--margin", "1", "--run", "x", "--input-range", "max"),
             "percentile",
         ),
+        ((*SEARCH, "--input-range", "rows:float32"), "an input takes amax"),
+        ((*SEARCH, "--bytes-worth", "-1"), "0 or more; got -1.0"),
+        ((*SEARCH, "--bytes-worth", "1", "--rule", "threshold"), "--bytes-worth with the knapsack"),
         (("report", "nowhere"), "run directory"),
         (("certify", "mine.py", "mine.py", "--margin", "1"), "expected a precision map"),
     ],
