@@ -21,6 +21,7 @@ ORDER = (
     {"search", "runtime"},
     {"report"},
     {"demos"},
+    {"cli_options"},
     {"cli", "__init__", "__main__"},
 )
 STRANGERS = {("search", "runtime"), ("runtime", "search")}

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +16,27 @@ import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
+from precimap.cli_options import (
+    TARGETS,
+    AllowOption,
+    BudgetOption,
+    BytesOption,
+    ConfidenceOption,
+    JsonOption,
+    MapArgument,
+    MarginOption,
+    Probes,
+    RangeOption,
+    RuleName,
+    RuleOption,
+    RunOption,
+    TargetName,
+    TargetOption,
+    TaskArgument,
+)
 from precimap.demos.demo import run_demo, unused_directory
 from precimap.errors import InputError, MapError, PrecimapError
 from precimap.layers.discover import discover
-from precimap.layers.target import EMULATED, Target
 from precimap.numerics.schemes import SCHEMES, range_rule_from_row
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
@@ -29,10 +45,8 @@ from precimap.report.proof import certificate_text
 from precimap.report.run_record import read_run
 from precimap.report.tables import inventory_table, preflight_text, run_page
 from precimap.runtime.checkpoint import save_deployed
-from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
-from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
 from precimap.search.certificate.recertify import recertify
@@ -49,76 +63,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _errors = Console(stderr=True)
-
-
-class TargetName(StrEnum):
-    """What a map can be made for here."""
-
-    EMULATED = "emulated"
-    CPU_INT8 = "cpu-int8"
-    TORCHREC = "torchrec"
-
-
-class Probes(StrEnum):
-    """Which layers are measured directly. Ambiguous: those that the screen leaves open, and a random audit of it."""
-
-    AMBIGUOUS = "ambiguous"
-    ALL = "all"
-
-
-class RuleName(StrEnum):
-    """How a chain of maps is made."""
-
-    KNAPSACK = "knapsack"
-    THRESHOLD = "threshold"
-
-
-TARGETS: dict[TargetName, Target] = {
-    TargetName.EMULATED: EMULATED,
-    TargetName.CPU_INT8: CPU_INT8,
-    TargetName.TORCHREC: TORCHREC,
-}
-
-TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="file.py, file.py:function or package.module:function")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="A map.json that a search wrote.")]
-TargetOption = Annotated[TargetName, typer.Option(help="What the map is for.")]
-
-
-def margin_of(text: str) -> float:
-    """A number, or a percentage: "0.05%" is 0.0005."""
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise typer.BadParameter(
-            f"expected a number such as 0.002, or a percentage such as 0.05%, got {text!r}"
-        ) from None
-
-
-MarginOption = Annotated[
-    float,
-    typer.Option(
-        help="The largest drop you accept, in the metric's units; 0.05% is 0.0005 of the baseline's NE.",
-        parser=margin_of,
-    ),
-]
-ConfidenceOption = Annotated[float, typer.Option(help="One-sided confidence of the certificate.")]
-RunOption = Annotated[
-    Path, typer.Option(help="Directory of the measurements and the map; taken up again if it exists.")
-]
-RuleOption = Annotated[RuleName, typer.Option(help="Most time saved for the margin, or each layer by itself.")]
-RangeOption = Annotated[str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")]
-AllowOption = Annotated[
-    list[str] | None, typer.Option(help="PATTERN=SCHEME,...: the only schemes for layers of this shell pattern.")
-]
-BytesOption = Annotated[
-    float, typer.Option(help="What saving all bytes is worth, where saving the time of all FLOPs is worth 1.")
-]
-BudgetOption = Annotated[
-    float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")
-]
 
 
 @app.command()

@@ -282,3 +282,14 @@ def test_a_phase_is_refused_for_rows() -> None:
     how = scheme("int8-row").weight
     with pytest.raises(SchemeError, match="row_limits"):
         GridShift(1).weight_affine("table", how.format, fit(torch.randn(3, 4), how, (1,)))
+
+
+def test_a_large_table_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, how = torch.randn(70, 12), scheme("int8-row").weight
+    affine = fit(x, how, (1,))
+    codes = quantize(x, how.format, affine)
+    expected = dequantize(codes, how.format, affine)
+    monkeypatch.setattr("precimap.numerics.quantize._LARGEST_PART", 100)
+    assert torch.equal(dequantize(codes, how.format, affine), expected)
+    one = Affine(affine.scale[:1], None, affine.offset[:1])  # type: ignore[index]
+    assert torch.equal(dequantize(codes, how.format, one)[33], dequantize(codes[33:34], how.format, one)[0])

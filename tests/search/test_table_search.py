@@ -20,8 +20,9 @@ from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import Knapsack
 from precimap.search.eligibility import eligibility
-from precimap.search.evidence.known import gain
+from precimap.search.evidence.known import gain, options
 from precimap.search.limits import Effort
+from precimap.search.whole import choosing
 
 EFFORT = Effort(rounding_draws=2)
 WIDTH, CLASSES = 16, 16
@@ -99,6 +100,22 @@ def test_each_layer_takes_the_scheme_that_the_metric_allows(task: Task, tmp_path
     assert result.map.bytes_before == 4 * (5000 * WIDTH + 64 * 32 + CLASSES * 64)
     assert result.map.bytes_after == 3000 * 12 + 2000 * 24 + (64 * 32 + 64 * 4) + (CLASSES * 64 + CLASSES * 4)
     assert result.map.bytes_share == 1
+
+
+def test_every_gain_of_a_search_has_the_worth_that_was_asked_for(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where room that the chain leaves is filled up: gains of two worths could not be compared."""
+    worths = []
+
+    def recorded(inventory: Any, known: Any, schemes: Any, counted: Any, worth: float = 1e-3) -> Any:
+        worths.append(worth)
+        return options(inventory, known, schemes, counted, worth)
+
+    monkeypatch.setattr(choosing, "options", recorded)
+    found(task, tmp_path, ["fp8", "int8-row", "int4-row"], rule=Knapsack(bytes_worth=0.7))
+    assert worths
+    assert set(worths) == {0.7}
 
 
 def test_a_table_that_the_metric_needs_is_kept(task: Task, tmp_path: Path) -> None:

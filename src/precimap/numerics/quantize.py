@@ -24,6 +24,8 @@ from torch import Tensor
 from precimap.errors import SchemeError
 from precimap.numerics.formats import FloatFormat, Format, IntegerFormat
 
+_LARGEST_PART = 1 << 22  # values that are held in float64 at a time
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Affine:
@@ -89,9 +91,14 @@ def dequantize(codes: Tensor, format: Format, affine: Affine) -> Tensor:
 def with_offset(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """q * scale + offset in float32, rounded once, as the fused multiply-add of torch's and FBGEMM's operators.
 
-    By way of float64, where the product is exact; rounding twice could differ in one of about 2**29 values.
+    By way of float64, where the product is exact; rounding twice could differ in one of about 2**29 values. Large
+    tables row by row: their float64 copy would be the largest tensor of a search.
     """
-    return torch.addcmul(offset.double(), codes.double(), scale.double()).float()
+    if codes.numel() <= _LARGEST_PART or codes.dim() < 2:
+        return torch.addcmul(offset.double(), codes.double(), scale.double()).float()
+    rows = max(1, _LARGEST_PART // codes[0].numel())
+    alike = [each.expand(codes.shape[0], *each.shape[1:]).split(rows) for each in (codes, scale, offset)]
+    return torch.cat([with_offset(*part) for part in zip(*alike, strict=True)])
 
 
 def refuse_zero(format: Format, affine: Affine) -> None:
