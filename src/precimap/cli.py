@@ -22,14 +22,17 @@ from precimap.cli_options import (
     BudgetOption,
     BytesOption,
     ConfidenceOption,
+    GainOption,
     JsonOption,
     MapArgument,
     MarginOption,
     Probes,
     RangeOption,
+    RealignOption,
     RuleName,
     RuleOption,
     RunOption,
+    SchemeOption,
     TargetName,
     TargetOption,
     TaskArgument,
@@ -37,7 +40,7 @@ from precimap.cli_options import (
 from precimap.demos.demo import run_demo, unused_directory
 from precimap.errors import InputError, MapError, PrecimapError
 from precimap.layers.discover import discover
-from precimap.numerics.schemes import SCHEMES, range_rule_from_row
+from precimap.numerics.schemes import range_rule_from_row
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
 from precimap.report.progress_bar import progress_bar
@@ -78,9 +81,7 @@ def layers(task: TaskArgument, as_json: JsonOption = False) -> None:
 def search(
     task: TaskArgument,
     margin: MarginOption,
-    scheme: Annotated[
-        list[str], typer.Option(help=f"Give several to let each layer take one; out of {', '.join(SCHEMES)}.")
-    ],
+    scheme: SchemeOption,
     run: RunOption,
     confidence: ConfidenceOption = 0.95,
     rule: RuleOption = RuleName.KNAPSACK,
@@ -90,10 +91,7 @@ def search(
     allow: AllowOption = None,
     input_range: RangeOption = "amax",
     probe: Annotated[Probes, typer.Option(help="Which layers are measured one at a time.")] = Probes.AMBIGUOUS,
-    minimum_gain: Annotated[
-        float,
-        typer.Option(help="Least gain of a map: the share of the FLOP time it saves, and what its bytes are worth."),
-    ] = 0.0,
+    minimum_gain: GainOption = 0.0,
     maximum_bytes: Annotated[int | None, typer.Option(help="Of all layers together, under the map.")] = None,
     bytes_worth: BytesOption = BYTES_WORTH,
     effective_bits: Annotated[float | None, typer.Option(help="Limit of the average bits of a weight.")] = None,
@@ -102,9 +100,7 @@ def search(
     replay_memory: Annotated[int, typer.Option(help="MB of recorded results that probes may hold.")] = 4096,
     max_minutes: Annotated[float | None, typer.Option(help="Then certify the best answer so far.")] = None,
     alpha_budget: BudgetOption = None,
-    realign: Annotated[
-        bool, typer.Option("--realign", help="Fold a label-free scale and bias of the score into the last layer.")
-    ] = False,
+    realign: RealignOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""

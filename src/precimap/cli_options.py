@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from precimap.layers.target import EMULATED, Target
+from precimap.numerics.schemes import SCHEMES
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.torchrec_tables import TORCHREC
 
@@ -75,6 +76,15 @@ RuleOption = Annotated[RuleName, typer.Option(help="Most time saved for the marg
 RangeOption = Annotated[str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")]
 AllowOption = Annotated[
     list[str] | None, typer.Option(help="PATTERN=SCHEME,...: the only schemes for layers of this shell pattern.")
+]
+SchemeOption = Annotated[
+    list[str], typer.Option(help=f"Give several to let each layer take one; out of {', '.join(SCHEMES)}.")
+]
+GainOption = Annotated[
+    float, typer.Option(help="Least gain of a map: the share of the FLOP time it saves, and what its bytes are worth.")
+]
+RealignOption = Annotated[
+    bool, typer.Option("--realign", help="Fold a label-free scale and bias of the score into the last layer.")
 ]
 BytesOption = Annotated[
     float, typer.Option(help="What saving all bytes is worth, where saving the time of all FLOPs is worth 1.")
