@@ -31,7 +31,8 @@ def frappe_dcnv2(
 ) -> Task:
     """A DCNv2 trained here on frappe's training file, judged on its test file.
 
-    A unit is a row, a cluster its user; scores: logits [rows]; metric: log-loss. Calibration rows are training rows.
+    A unit is a row, a cluster its user; scores: logits [rows]; metric: log-loss. Calibration rows are training rows
+    of users that no other split has.
     The weights are kept in the folder `cache` (a temporary one by default), under a key of recipe, data and code.
     Raises FileNotFoundError without the data, InputError for too many units.
     """
@@ -66,8 +67,8 @@ def _task(name: str, recipe: ClickRecipe, cache: Path | None, sizes: tuple[int, 
     chosen = split_by_cluster(test_features[:, 0].numpy(), sizes[1:])
     judged = torch.cat([test_features[rows, 0] for rows in chosen])
     others = (~torch.isin(features[:, 0], judged)).nonzero().flatten().numpy()
-    (own,) = split_by_cluster(others, sizes[:1])
-    own = np.sort(own)
+    (found,) = split_by_cluster(np.arange(len(others)), sizes[:1])
+    own = others[found]
     return Task(
         model,
         splits=Splits(batches(features, labels, own), *(batches(test_features, test_labels, rows) for rows in chosen)),
