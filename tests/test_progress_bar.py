@@ -44,6 +44,14 @@ def test_reading_is_told_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         "read logs.tsv: 1.0 MB of 90.0 MB",
         "read logs.tsv: 30.0 MB of 90.0 MB, about 80 s left",
     ]
+    now = 150.0
+    log.truncate(0)
+    with reading_bar(Console(file=log)) as progress:  # the second pass has a time of its own
+        for done in (80_000_000, 90_000_000, 1_000_000):
+            progress("read logs.tsv", done, 90_000_000)
+        now = 190.0
+        progress("read logs.tsv", 45_000_000, 90_000_000)
+    assert log.getvalue().endswith("1.0 MB of 90.0 MB\nread logs.tsv: 45.0 MB of 90.0 MB, about 40 s left\n")
     with reading_bar(Console(file=screen, force_terminal=True, width=80)) as progress:
         progress("read logs.tsv", 30_000_000, 90_000_000)
     assert "30.0/90.0 MB" in screen.getvalue()

@@ -19,14 +19,11 @@ from torch import Tensor
 from precimap.data import CRITEO, Columns, Encoding, Logs, hashed, hex_modulo, log_counts, vocabulary
 from precimap.errors import DataError
 
-# The first two rows of the sample in Criteo's own layout, and one with everything missing.
+# Made up, in Criteo's layout; the last has everything missing.
+HEX = [f"{k * 0x1F123BB5 % 2**32:08x}" for k in range(1, 53)]
 CRITEO_ROWS = (
-    "0\t1\t1\t5\t0\t1382\t4\t15\t2\t181\t1\t2\t\t2\t68fd1e64\t80e26c9b\tfb936136\t7b4723c4\t25c83c98\t7e0ccccf\tde7995b8"
-    "\t1f89b562\ta73ee510\ta8cd5504\tb2cb9c98\t37c9c164\t2824a5f6\t1adce6ef\t8ba8b39a\t891b62e7\te5ba7672\tf54016b9\t"
-    "21ddcdc9\tb1252a9d\t07b5194c\t\t3a171ecb\tc5c50484\te8b83407\t9727dd16",
-    "1\t2\t-2\t44\t1\t102\t8\t2\t2\t4\t1\t1\t\t4\t68fd1e64\tf0cf0024\t6f67f7e5\t41274cd7\t25c83c98\tfe6b92e5\t922afcc0\t"
-    "0b153874\ta73ee510\t2b53e5fb\t4f1b46f3\t623049e6\td7020589\tb28479f6\te6c5b5cd\tc92f3b61\t07c540c4\tb04e4670\t21ddcdc9"
-    "\t5840adea\t60f6221e\t\t3a171ecb\t43f13e8b\te8b83407\t731c3655",
+    "\t".join(["0", *"1 1 5 0 1382 4 15 2 181 1 2".split(), "", "2", *HEX[:21], "", *HEX[22:26]]),
+    "\t".join(["1", *"2 -2 44 1 102 8 2 2 4 1 1".split(), "", "4", *HEX[26:]]),
     "0" + 39 * "\t",
 )
 SMALL = Columns("y", ("a", "b"), ("c",), user="u", time="t")
@@ -214,7 +211,7 @@ def test_a_damaged_line_is_named_where_rows_were_picked(tmp_path: Path) -> None:
 
 def test_a_category_that_the_function_refuses_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
-    path.write_text(CRITEO_ROWS[0] + "\n" + CRITEO_ROWS[1].replace("f0cf0024", "no hex") + "\n")
+    path.write_text(CRITEO_ROWS[0] + "\n" + CRITEO_ROWS[1].replace(HEX[27], "no hex") + "\n")
     with pytest.raises(DataError, match=r"train.txt, line 2, column C2: got 'no hex': invalid literal"):
         Logs([path], CRITEO, Encoding(log_counts, hex_modulo(10))).load()
     with pytest.raises(DataError, match=r"train.txt, line 1, column C1: expected an index from 0, got -1"):
@@ -280,7 +277,51 @@ def test_users_and_times_as_numbers_and_texts(tmp_path: Path) -> None:
     assert scan.times.tolist() == [5, 6.5, 7]
 
 
+@pytest.mark.parametrize(
+    "times",
+    [
+        pa.array(["2026-03-31T12:00:00Z", "2026-03-31 12:00:01.5+02:00"]),
+        pa.array(["2026-03-31T12:00:00", "2026-03-31 10:00:01.5"]),
+        pa.array([1_774_958_400_000_000_001, 1_774_951_201_500_000_999], pa.timestamp("ns", tz="Europe/Berlin")),
+        pa.array([1_774_958_400, 1_774_951_201.5]),
+    ],
+)
+def test_times_of_any_kind_are_seconds(times: pa.Array, tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"y": [True, False], "t": times}), tmp_path / "logs.parquet")
+    scan = Logs([tmp_path / "logs.parquet"], Columns("y", time="t"), Encoding()).scan()
+    assert scan.times is not None
+    assert scan.times.tolist() == pytest.approx([1_774_958_400, 1_774_951_201.5], abs=1e-6)
+    assert scan.labels.tolist() == [1, 0]
+
+
+def test_a_time_of_day_and_a_category_with_a_point_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "logs.parquet"
+    parquet.write_table(pa.table({"y": [1.0], "t": pa.array([1], pa.time32("s")), "c": [17.0]}), path)
+    with pytest.raises(DataError, match="row 1, column t: expected a number or a time"):
+        Logs([path], Columns("y", time="t"), Encoding()).load()
+    for columns in (Columns("y", categorical=("c",)), Columns("y", user="c")):
+        with pytest.raises(DataError, match="column c: expected texts or integers, got double"):
+            Logs([path], columns, ENCODING).load()
+
+
+def test_lines_of_other_systems_and_quoted_fields(tmp_path: Path) -> None:
+    path = tmp_path / "logs.csv"
+    path.write_bytes('\ufeffy,a,b,c,u,t\r\n1,3,0.5,"a ""b"", c",u,5\r\n0,,,,v,6'.encode())
+    seen: list[object] = []
+
+    def index(value: object) -> int:
+        seen.append(value)
+        return 0
+
+    (batch,) = Logs([path], SMALL, Encoding(log_counts, index)).load()
+    assert seen == ['a "b", c', None]
+    assert batch["dense"].tolist() == [[pytest.approx(math.log(4)), pytest.approx(math.log(1.5))], [0, 0]]
+    assert batch["time"].tolist() == [5, 6]
+
+
 def test_columns_are_checked() -> None:
+    with pytest.raises(DataError, match=r"a list of files, got 'logs.tsv'"):
+        Logs("logs.tsv", CRITEO, ENCODING)
     with pytest.raises(DataError, match="I1 more than once"):
         Columns("label", ("I1", "I1"))
     with pytest.raises(DataError, match="out of the header given, got user"):

@@ -68,14 +68,14 @@ def times(chunk: Chunk, column: str) -> NDArray[np.float64]:
 
     array = _column(chunk, column)
     values = None if pa.types.is_temporal(array.type) else _cast(array, pa.float64())
-    if values is None:
-        stamps = _cast(array, pa.timestamp("us"))
-        values = None if stamps is None else _cast(stamps.cast(pa.int64()), pa.float64())
-        if values is None:
-            _refuse_first(chunk, column, array, pa.timestamp("us"), "a number or a time such as 2026-03-31T12:00:00")
-        found = _float64(values) / 1e6
-    else:
+    if values is not None:
         found = _float64(values)
+    else:
+        naive, zoned = pa.timestamp("us"), pa.timestamp("us", tz="UTC")
+        stamps = _cast(array, zoned if _cast(array, naive) is None else naive)
+        if stamps is None:
+            _refuse_first(chunk, column, array, (naive, zoned), "a number or a time such as 2026-03-31T12:00:00")
+        found = _float64(stamps.cast(pa.int64())) / 1e6
     _refuse(chunk, column, ~np.isfinite(found), "a time")
     return found
 
@@ -99,13 +99,18 @@ def _numbers(chunk: Chunk, column: str) -> NDArray[np.float64]:
     array = _column(chunk, column)
     values = _cast(array, pa.float64())
     if values is None:
-        _refuse_first(chunk, column, array, pa.float64(), "a number")
+        _refuse_first(chunk, column, array, (pa.float64(),), "a number")
     return _float64(values)
 
 
 def _indexed(chunk: Chunk, column: str, index: Callable[[Any], int]) -> NDArray[np.int64]:
     """Int64 [n]: `index` of each distinct value, then gathered."""
     array = _column(chunk, column)
+    if _is_floating(array):
+        raise DataError(
+            f"{chunk.path}, column {column}: expected texts or integers, got {array.type}, in which 17 is 17.0 and another "
+            "value for a hash; store the column as integers"
+        )
     coded = array.dictionary_encode(null_encoding="encode")
     places: NDArray[np.int64] = coded.indices.to_numpy(zero_copy_only=False)
     values = coded.dictionary.to_pylist()
@@ -124,12 +129,20 @@ def _indexed(chunk: Chunk, column: str, index: Callable[[Any], int]) -> NDArray[
     return gathered
 
 
+def _is_floating(array: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_floating(array.type))
+
+
 def _cast(array: Any, kind: Any) -> Any:
     """The array as another type; None where a value does not fit it."""
     import pyarrow as pa
 
+    # Large integers are rounded to float64, and nanoseconds to microseconds.
+    rounding = pa.types.is_integer(array.type) or pa.types.is_temporal(array.type)
     try:
-        return array.cast(kind, safe=not pa.types.is_integer(array.type))  # large integers round to float64
+        return array.cast(kind, safe=not rounding)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None
 
@@ -139,10 +152,10 @@ def _float64(array: Any) -> NDArray[np.float64]:
     return values
 
 
-def _refuse_first(chunk: Chunk, column: str, array: Any, kind: Any, expected: str) -> NoReturn:
-    """Raise for the first value that does not become a `kind`."""
-    faulty = (row for row in range(len(array)) if _cast(array.slice(row, 1), kind) is None)
-    row = next(faulty, 0)
+def _refuse_first(chunk: Chunk, column: str, array: Any, kinds: Sequence[Any], expected: str) -> NoReturn:
+    """Raise for the first value that becomes none of `kinds`."""
+    rows = range(len(array))
+    row = next((row for row in rows if all(_cast(array.slice(row, 1), kind) is None for kind in kinds)), 0)
     raise DataError(f"{chunk.place(row)}, column {column}: expected {expected}, got {array[row].as_py()!r}")
 
 

@@ -47,6 +47,10 @@ class Logs:
     columns: Columns
     encoding: Encoding
 
+    def __post_init__(self) -> None:
+        if isinstance(self.files, str | Path):
+            raise DataError(f"expected a list of files, got {self.files!r}; give [{str(self.files)!r}]")
+
     def scan(self, progress: Progress | None = None) -> Scan:
         """Labels, users and times of all rows: 20 bytes a row in memory. Raises DataError, ImportError."""
         own = self.columns

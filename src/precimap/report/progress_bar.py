@@ -56,10 +56,14 @@ def _bars(console: Console, counter: ProgressColumn, said: Callable[[int], str])
     )
     with Bars(*columns, console=console) as bars:
         stages: dict[str, TaskID] = {}
+        last: dict[str, int] = {}
 
         def advance(stage: str, done: int, total: int) -> None:
             if stage not in stages:
                 stages[stage] = bars.add_task(stage, total=total)
+            elif done < last[stage]:  # the same work again, such as another pass over a file
+                bars.reset(stages[stage], total=total)
+            last[stage] = done
             bars.update(stages[stage], completed=done, total=total)
 
         yield advance
@@ -67,13 +71,15 @@ def _bars(console: Console, counter: ProgressColumn, said: Callable[[int], str])
 
 def _lines(console: Console, said: Callable[[int], str]) -> Progress:
     started: dict[str, float] = {}
+    last: dict[str, int] = {}
     last_line = float("-inf")
 
     def advance(stage: str, done: int, total: int) -> None:
         nonlocal last_line
         now = time.monotonic()
-        new = stage not in started
-        begun = started.setdefault(stage, now)
+        new = done < last.get(stage, done + 1)  # not seen, or the same work again
+        begun = started[stage] = now if new else started[stage]
+        last[stage] = done
         if new or now - last_line >= SECONDS_BETWEEN_LINES:
             last_line = now
             left = f", about {(now - begun) * (total - done) / done:.0f} s left" if done and now > begun else ""
