@@ -124,7 +124,8 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
     notes = [Text(f"{count} x {reason}", style="dim") for reason, count in reasons.items()]
     said = f"drops of single layers in {precision_map.premise.metric} x {unit:.0e}, {_sizes(precision_map)}"
-    whose = "; of the scheme in the last column, else of the first tried" if len(precision_map.schemes) > 1 else ""
+    whose = "; predicted with the last logit realigned, probed without" if precision_map.realignment else ""
+    whose += "; of the scheme in the last column, else of the first tried" if len(precision_map.schemes) > 1 else ""
     return Group(table, *notes, Text(f"{said}; positive is worse{whose}", style="dim"))
 
 
