@@ -151,11 +151,9 @@ def _batches(sequences: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def _sampled_softmax(model: SASRec, history: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
-    """Mean over all positions of -log of the target's share among itself and the negatives."""
-    real = targets != PAD
-    # A history one longer than the last target's: where it is PAD and the target is not, it is the first item.
-    states, wanted = model.states(history)[real], targets[real]
-    return _loss(model, states, wanted, negatives).mean()
+    """Mean over all items that have one before them of -log of the item's share among itself and the negatives."""
+    real = history != PAD
+    return _loss(model, model.states(history)[real], targets[real], negatives).mean()
 
 
 def _last_loss(model: SASRec, sequences: Tensor, negatives: Tensor) -> Tensor:

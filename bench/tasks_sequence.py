@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from precimap import Splits, Task
 from precimap.data import split_by_cluster
-from precimap.metrics import NDCG, Loss
+from precimap.metrics import NDCG, Loss, Recall
 
 SHORTEST = 4  # one input and one target to train on, one item to stop on, one to judge
 NEGATIVES = 100
@@ -72,7 +72,7 @@ def amazon_sasrec(
         loss=loss,
         metric=Loss("log-loss"),
         clusters=lambda batch: batch["user"],
-        reported=(NDCG(10),),
+        reported=(NDCG(10), Recall(10)),
         name="Amazon video games, SASRec",
     )
 

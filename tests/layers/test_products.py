@@ -123,3 +123,30 @@ def test_the_total_is_that_of_the_products_and_grouped_queries_share_keys() -> N
         ActivationProduct(SDPA, (3, 4, 5, 8), (3, 2, 5, 8), 1, scores),
     )
     assert inventory.activation_flops == scores + weighed
+
+
+class Unsupported(nn.Module):
+    """Products in forms that no entry of the table describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs, self.up = nn.Bilinear(8, 8, 4), nn.ConvTranspose1d(4, 4, 1)
+        self.row, self.inner = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(5, 4))
+        self.scale = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(self.pairs(x, x).unsqueeze(2)).squeeze(2)
+        return torch.inner(hidden, self.inner) * self.scale + torch.linalg.vecdot(hidden, self.row).unsqueeze(1)
+
+
+def test_a_weight_in_a_product_of_an_unknown_form_is_not_said_to_be_in_none() -> None:
+    inventory = discover(Unsupported(), lambda model, x: model(x), torch.randn(3, 8))
+
+    assert [(layer.name, layer.ops, layer.flops) for layer in inventory.layers] == [
+        ("inner", ("inner",), 2 * 3 * 5 * 4)
+    ]
+    reasons = {other.name: other.reason for other in inventory.others}
+    assert "product of more than two bilinear, which is not supported" in reasons["pairs.weight"]
+    assert "transposed convolution conv_transpose1d, which is not supported" in reasons["up.weight"]
+    assert "product of vectors linalg_vecdot, which is not supported" in reasons["row"]
+    assert "contract nothing" in reasons["scale"]

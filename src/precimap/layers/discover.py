@@ -20,7 +20,15 @@ from precimap.layers.groups import fused_by_engines
 from precimap.layers.influence import InfluenceTrace, confirmed_dead
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.inventory import ActivationProduct, Inventory, Layer, OtherParameter
-from precimap.layers.ops import OPS, RECURRENT_CALLS, Arguments, attention_products, call_name, einsum_op, product_flops
+from precimap.layers.ops import (
+    OPS,
+    UNSUPPORTED_CALLS,
+    Arguments,
+    attention_products,
+    call_name,
+    einsum_op,
+    product_flops,
+)
 from precimap.layers.owners import Owners, owners, why_not_packed
 from precimap.layers.views import check_visible, parameter_names, tied_names
 
@@ -92,8 +100,9 @@ class _Discovery(Interception):
             if self.views.is_view_call(func):
                 continue
             self.readers[view.name].append(call_name(func))
-            if func in RECURRENT_CALLS:
-                self.hidden[view.name] = f"inside the fused recurrent call {call_name(func)}, which is not supported"
+            if func in UNSUPPORTED_CALLS:
+                what = f"{UNSUPPORTED_CALLS[func]} {call_name(func)}"
+                self.hidden[view.name] = f"inside the {what}, which is not supported"
 
     def _note_computed(self, func: Any, arguments: Arguments, output: Any) -> None:
         """Follow tensors that are computed from parameters alone, such as a weight under weight_norm."""
