@@ -23,7 +23,7 @@ from torch import nn
 
 from precimap import CPU_INT8, Task, discover
 from precimap.layers.quantized import quantize_layer, quantized
-from precimap.metrics.paired import Drop, differences, paired_drop
+from precimap.metrics.paired import Drop, paired_drop
 from precimap.numerics.schemes import scheme
 from precimap.runtime.timing import Spread, interleaved, ratio
 from precimap.task import first_batch, score
@@ -96,7 +96,8 @@ def on_real_task(task: Task) -> list[Real]:
         layers = {t.name: quantize_layer(t.name, weights[t.name], t.contracted, scheme(name), None) for t in tables}
         with quantized(task.model, layers):
             after = score(task, task.model, task.splits.certify)
-        drop = paired_drop(differences(task.metric, baseline.values, after.values), baseline.units)
+        sample = task.metric.paired(baseline.values, after.values, baseline.units)
+        drop = paired_drop(sample.d, sample.units)
         size = sum(scheme(name).stored_bytes(table.shape, table.contracted) for table in tables)
         before = sum(table.bytes for table in tables)
         mean = float(baseline.values.mean())

@@ -20,6 +20,11 @@ def broken():
     return planted_task().nothing
 def wrong():
     return 3
+def attending():
+    def forward(model, batch):
+        x = batch["x"]
+        return model(x) * x.unsqueeze(1).matmul(x.unsqueeze(2)).squeeze(2)
+    return planted_task(forward=forward)
 """
 
 
@@ -112,6 +117,14 @@ def test_layers_accounts_for_all_parameters(precimap: Callable[..., Ran]) -> Non
     assert found.returncode == 0
     assert "19,696 parameters, all accounted for" in found.stdout
     assert "dead: dead.weight" in found.stdout
+
+
+def test_layers_names_the_products_without_a_weight(precimap: Callable[..., Ran]) -> None:
+    found = precimap("layers", "mine.py:attending", "--json")
+    assert found.returncode == 0, found.stderr
+    row = {"op": "matmul", "left": [125, 1, 64], "right": [125, 64, 1], "calls": 1, "flops": 2 * 125 * 64}
+    assert json.loads(found.stdout)["products"] == [row]
+    assert "matmul 125x1x64 125x64x1     1 16,000" in precimap("layers", "mine.py:attending").stdout
 
 
 @pytest.mark.parametrize(

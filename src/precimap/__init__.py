@@ -1,9 +1,11 @@
 """precimap: the fastest per-layer precision map that your own task metric cannot tell from the original."""
 
 from precimap import metrics
+from precimap.certificate import Certificate
 from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED
-from precimap.precision_map import Certificate, PrecisionMap
+from precimap.metrics.guard import Guard
+from precimap.precision_map import PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy
@@ -21,6 +23,7 @@ __all__ = [
     "Certificate",
     "Constraints",
     "Effort",
+    "Guard",
     "Knapsack",
     "PrecisionMap",
     "SearchResult",

@@ -19,12 +19,13 @@ from precimap.layers.contents import version_of
 from precimap.layers.groups import fused_by_engines
 from precimap.layers.influence import InfluenceTrace, confirmed_dead
 from precimap.layers.interception import Interception, WeightCall
-from precimap.layers.inventory import Inventory, Layer, OtherParameter
-from precimap.layers.ops import OPS, RECURRENT_CALLS, Arguments, attention_flops, call_name, einsum_op, product_flops
+from precimap.layers.inventory import ActivationProduct, Inventory, Layer, OtherParameter
+from precimap.layers.ops import OPS, RECURRENT_CALLS, Arguments, attention_products, call_name, einsum_op, product_flops
 from precimap.layers.owners import Owners, owners, why_not_packed
 from precimap.layers.views import check_visible, parameter_names, tied_names
 
 Forward = Callable[[Any, Any], Tensor]
+Shape = tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class _Discovery(Interception):
         self.computed_from: dict[int, tuple[Tensor, frozenset[str], str]] = {}
         self.hidden: dict[str, str] = {}
         self.hidden_flops: dict[str, int] = defaultdict(int)
-        self.activation_flops = 0
+        self.products: dict[tuple[str, Shape, Shape], tuple[int, int]] = {}  # calls, FLOPs
         self.trace = InfluenceTrace()
         self._buffers = buffers
         self._kept_alive: list[Tensor] = []
@@ -114,7 +115,8 @@ class _Discovery(Interception):
     def _count_flops(self, func: Any, arguments: Arguments, output: Any) -> None:
         if func is F.scaled_dot_product_attention:
             query, key, value = (arguments.get((i, k)) for i, k in enumerate(("query", "key", "value")))
-            self.activation_flops += attention_flops(query, key, value)
+            for left, right, flops in attention_products(query, key, value):
+                self._add_product(call_name(func), left, right, flops)
             return
         op = OPS.get(func)
         if func is torch.functional.einsum:
@@ -130,13 +132,17 @@ class _Discovery(Interception):
         sources = [self.computed_from[id(t)] for t in (left, right) if id(t) in self.computed_from]
         both_weights = self.views.find(left) is not None and self.views.find(right) is not None
         if not sources and not both_weights:
-            self.activation_flops += flops
+            self._add_product(op.name, tuple(left.shape), tuple(right.shape), flops)
             return
         for _, names, through in sources:
             for name in names:
                 self.hidden[name] = f"{op.name} reads a tensor computed from it by {through}"
         reason = f"computed by {sources[0][2]} before {op.name}" if sources else f"{op.name} of two weights"
         self.hidden_flops[reason] += flops
+
+    def _add_product(self, op: str, left: Shape, right: Shape, flops: int) -> None:
+        calls, before = self.products.get((op, left, right), (0, 0))
+        self.products[op, left, right] = (calls + 1, before + flops)
 
 
 def discover(model: nn.Module, forward: Forward, batch: Any) -> Inventory:
@@ -162,7 +168,9 @@ def discover(model: nn.Module, forward: Forward, batch: Any) -> Inventory:
         if name not in known
     )
     units = output.shape[0] if output.dim() else 1
-    return Inventory(layers, others, units, tuple(sorted(mode.hidden_flops.items())), mode.activation_flops)
+    products = [ActivationProduct(*what, *counted) for what, counted in mode.products.items()]
+    products.sort(key=lambda product: -product.flops)
+    return Inventory(layers, others, units, tuple(sorted(mode.hidden_flops.items())), tuple(products))
 
 
 def _layers(

@@ -181,10 +181,18 @@ def product_flops(op: Op, left: Tensor, right: Tensor, contraction: Contraction,
     return 2 * output.numel() * math.prod(operand.shape[d] for d in dims)
 
 
-def attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """FLOPs of scaled dot-product attention [..., L, E] x [..., S, E] x [..., S, Ev], without the softmax."""
-    batch = math.prod(query.shape[:-2])
-    return 2 * batch * query.shape[-2] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+def attention_products(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[Dims, Dims, int], ...]:
+    """The two products inside scaled dot-product attention, each as (left shape, right shape, FLOPs).
+
+    Scores: query [..., L, E] x key [..., S, E]; sum: weights [..., L, S] x value [..., S, Ev]. The softmax between them
+    is not counted.
+    """
+    weights = (*query.shape[:-1], key.shape[-2])
+    each = 2 * math.prod(weights)
+    return (
+        (tuple(query.shape), tuple(key.shape), each * query.shape[-1]),
+        (weights, tuple(value.shape), each * value.shape[-1]),
+    )
 
 
 # The fused recurrent calls take a list of weights and hide every product inside.

@@ -162,13 +162,16 @@ class Recording:
 
     def _forget_if_changed(self, call: Call) -> None:
         """A version that moved without `before_write` tells of a change that no mode saw."""
-        if any(t._version != version for t, version in zip(call.tensors, call.versions, strict=True)):
+        if [tensor._version for tensor in call.tensors] != call.versions:
             self.forget(call)
 
     @staticmethod
     def _in_use(call: Call) -> bool:
         alone = _uses_alone()
-        return any(_uses(address) > holders + alone for address, holders in call.holders.items())
+        for address, holders in call.holders.items():  # noqa: SIM110 - a loop costs half of `any`, at every call
+            if _uses(address) > holders + alone:
+                return True
+        return False
 
 
 def one_per_storage(tensors: Iterable[Tensor]) -> list[Tensor]:

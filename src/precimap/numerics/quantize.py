@@ -97,7 +97,7 @@ def with_offset(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     if codes.numel() <= _LARGEST_PART or codes.dim() < 2:
         return torch.addcmul(offset.double(), codes.double(), scale.double()).float()
     rows = max(1, _LARGEST_PART // codes[0].numel())
-    alike = [torch.split(each.expand(len(codes), *each.shape[1:]), rows) for each in (codes, scale, offset)]
+    alike = [torch.split(each.expand(codes.shape[0], *each.shape[1:]), rows) for each in (codes, scale, offset)]
     return torch.cat([with_offset(*part) for part in zip(*alike, strict=True)])
 
 

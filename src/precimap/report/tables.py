@@ -13,12 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from precimap.layers.inventory import Inventory
-from precimap.precision_map import Certificate, Decision, Evidence, PrecisionMap, Rounding, Verdict
+from precimap.precision_map import Decision, Evidence, PrecisionMap, Verdict
+from precimap.report.proof import certificate_text, rounding_text
 from precimap.report.run_record import RunRecord
 
 NAME_WIDTH = 36
 NARROW_NAME_WIDTH = 24  # beside all columns of a map
 SCHEME_WIDTH = 15
+PRODUCTS_SHOWN = 12
 _WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
 _STYLE = {
     Verdict.TOLERANT: "green",
@@ -41,7 +43,7 @@ def short_name(name: str, width: int = NAME_WIDTH) -> str:
 
 
 def inventory_table(inventory: Inventory) -> RenderableType:
-    """Every parameter of a model: the layers, then the others by reason, then where the FLOPs are."""
+    """Every parameter of a model: the layers, the others by reason, the products without a weight, where the FLOPs are."""
     table = Table(title=f"{len(inventory.layers)} layers", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
     table.add_column("op", no_wrap=True)
@@ -56,7 +58,8 @@ def inventory_table(inventory: Inventory) -> RenderableType:
         shape = "x".join(map(str, layer.shape))
         size = f"{layer.bytes / inventory.layer_bytes:.1%}"
         table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", size, note)
-    return Group(table, Text(), _others(inventory), Text(), _coverage(inventory))
+    parts = (table, _others(inventory), *([_products(inventory)] if inventory.products else []), _coverage(inventory))
+    return Group(*(part for pair in zip(parts, itertools.repeat(Text())) for part in pair))
 
 
 def _others(inventory: Inventory) -> RenderableType:
@@ -69,6 +72,26 @@ def _others(inventory: Inventory) -> RenderableType:
         reasons.setdefault(other.reason, []).append(other.numel)
     for reason, sizes in reasons.items():
         table.add_row(str(len(sizes)), f"{sum(sizes):,}", reason)
+    return table
+
+
+def _products(inventory: Inventory) -> RenderableType:
+    title = "activation x activation products"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("op", no_wrap=True, max_width=16)
+    for heading in ("left", "right"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("calls", "FLOPs", "of all"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    every = inventory.weight_flops + inventory.activation_flops
+    for product in inventory.products[:PRODUCTS_SHOWN]:
+        shapes = ("x".join(map(str, shape)) for shape in (product.left, product.right))
+        table.add_row(product.op, *shapes, f"{product.calls:,}", f"{product.flops:,}", f"{product.flops / every:.1%}")
+    rest = inventory.products[PRODUCTS_SHOWN:]
+    if rest:
+        flops = sum(product.flops for product in rest)
+        calls = sum(product.calls for product in rest)
+        table.add_row(f"{len(rest)} others", "--json", "", f"{calls:,}", f"{flops:,}", f"{flops / every:.1%}")
     return table
 
 
@@ -120,30 +143,6 @@ def _power_of_ten(errors: list[float]) -> float:
 def _own_drop(decision: Decision, evidence: dict[str, Evidence], unit: float) -> str:
     found = evidence.get(decision.scheme) if decision.scheme else next(iter(evidence.values()), None)
     return "" if found is None else f"{found.drop / unit:+.1f} ±{found.error / unit:4.1f}"
-
-
-def certificate_text(certificate: Certificate) -> RenderableType:
-    """A certificate, a fact a line."""
-    drop, error, upper = _told(certificate.error, certificate.drop, certificate.error, certificate.upper)
-    lines = [
-        f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error), "
-        f"baseline {certificate.baseline:.5f}",
-        f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
-        f"bound: {certificate.bound}",
-        f"n = {certificate.n:,} units"
-        + (f" in {certificate.clusters:,} clusters" if certificate.clusters != certificate.n else "")
-        + f", {certificate.changed:,} changed; alpha spent on this split: {certificate.spent_alpha:g}",
-    ]
-    lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
-    lines.append(certificate.claim)
-    head = Text(certificate.verdict.upper(), style="bold green" if certificate.certified else "bold yellow")
-    return Group(head, Text("\n".join(f"  {line}" for line in lines)))
-
-
-def _told(error: float, *values: float | None) -> tuple[str, ...]:
-    """Numbers with two digits of their error, at least five behind the point."""
-    digits = 5 if not error or not math.isfinite(error) else max(5, 1 - math.floor(math.log10(error)))
-    return tuple("none" if value is None else f"{value:+.{digits}f}" for value in values)
 
 
 def chain_table(run: RunRecord) -> RenderableType:
@@ -217,20 +216,6 @@ def _schemes_compared(layers: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def rounding_text(rounding: Rounding) -> RenderableType:
-    """The two uncertainties of the final map, side by side."""
-    here = _told(rounding.error_over_units, rounding.shipped, rounding.error_over_units)
-    there = _told(rounding.sd, rounding.mean, rounding.sd, rounding.common)
-    lines = [
-        f"two uncertainties of its drop, on n = {rounding.n:,} units of the search split:",
-        f"  this artefact, its own grids: {here[0]} ± {here[1].lstrip('+')} (over units)",
-        f"  this policy, the next retrain: {there[0]} ± {there[1].lstrip('+')} (over {len(rounding.drops)} shifted "
-        "grids),",
-        f"    of which {there[2].lstrip('+')} does not average out over more units",
-    ]
-    return Text("\n".join(lines))
-
-
 def run_page(run: RunRecord) -> RenderableType:
     """Everything about a run."""
     parts: list[RenderableType] = []
@@ -272,6 +257,12 @@ def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> Rende
         f"bytes of all layers: {_megabytes(precision_map.bytes_before)} -> {_megabytes(precision_map.bytes_after)}, "
         f"{precision_map.bytes_share:.1%} of them in low precision",
     ]
+    if precision_map.realignment is not None:
+        repair = precision_map.realignment
+        lines.append(
+            f"last logit realigned in {repair.layer}: x {repair.scale:.5f} {repair.shift:+.5f} "
+            f"(without labels, n = {repair.n:,} scores)"
+        )
     if floor is not None:
         drop = floor["drop"]
         lines.append(f"noise floor (rounding every layer to BF16): {drop['estimate']:+.1e} ± {drop['error']:.1e}")

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from precimap.durable import write_bytes
 from precimap.errors import MapError
+from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer, shipped_range
+from precimap.layers.realign import realigned
 from precimap.layers.views import parameter_names, plain_name
 from precimap.numerics.quantize import Affine, storage_dtype
 from precimap.precision_map import PrecisionMap
-from precimap.runtime.copying import shared_copy
 from precimap.runtime.deploy import build, deployed_layers, deployment_of
 
 METADATA_KEY = "precimap_map"
@@ -28,7 +29,7 @@ def save_deployed(deployed: nn.Module, base: nn.Module, path: str | Path) -> Non
     """Write a deployed model; `base` is the model it was deployed from. Raises DeployError, SaveError."""
     carried = deployment_of(deployed)
     layers = deployed_layers(deployed)
-    tensors = _base_tensors(base, set(layers))
+    tensors = _base_tensors(realigned(base, carried.map.realignment), set(layers))
     for name, layer in layers.items():
         tensors[f"{name}.codes"] = layer.codes
         tensors[f"{name}.scale"] = layer.weight_affine.scale
@@ -57,6 +58,7 @@ def load_deployed(model: nn.Module, path: str | Path, *, target: str | None = No
         raise MapError(f"{path}: cannot be read as safetensors ({error})") from error
     precision_map = PrecisionMap.parse(text, str(path))
     layers = {name: _layer(name, precision_map, tensors, str(path)) for name in precision_map.low}
+    model = realigned(model, precision_map.realignment)  # it may have got a bias; all values come from the file
     loaded = _with_base_tensors(model, tensors, layers, str(path))
     return build(loaded, precision_map, layers, target or precision_map.target)
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from precimap.errors import DeployError
+from precimap.layers.copying import shared_copy
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import plain_name
 from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.quantize import Affine, quantize
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
-from precimap.runtime.copying import shared_copy
 from precimap.runtime.cpu_tables import packed_table, table_refusal
 
 

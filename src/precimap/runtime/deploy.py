@@ -13,6 +13,7 @@ from torch import nn
 from precimap.errors import DeployError
 from precimap.fingerprints import of_weights
 from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
+from precimap.layers.realign import realigned
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.quantize import Affine
 from precimap.precision_map import PrecisionMap
@@ -76,10 +77,11 @@ def deploy(
     the target cannot run or runs wrongly.
     """
     precision_map.check(weights=of_weights(model))
+    model = realigned(model, precision_map.realignment)
     layers = quantize_map(model, precision_map)
     deployed = build(model, precision_map, layers, target or precision_map.target)
     if task is not None:
-        found = agreement(task, deployed, layers)
+        found = agreement(task, model, deployed, layers)
         _carry(deployed, replace(deployment_of(deployed), agreement=found))
     return deployed
 
@@ -156,13 +158,13 @@ def _check_table(module: PackedTable, layers: Mapping[str, QuantizedLayer]) -> N
         )
 
 
-def agreement(task: Task, deployed: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Agreement:
-    """Score the first calibration batch with the deployed model and with the emulation of `layers`, and compare."""
+def agreement(task: Task, model: nn.Module, deployed: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Agreement:
+    """Compare the deployed model with the emulation of `layers` in `model`, on the first calibration batch."""
     batch = first_batch(task, task.splits.calibration)
     with torch.no_grad():
         found = task.forward(deployed, batch)
-        with quantized(task.model, layers):
-            expected = task.forward(task.model, batch)
+        with quantized(model, layers):
+            expected = task.forward(model, batch)
     difference = found.double() - expected.double()
     return Agreement(
         float(difference.abs().max()),

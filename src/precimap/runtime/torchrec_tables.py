@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from precimap.errors import DeployError
+from precimap.layers.copying import shared_copy
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import plain_name
 from precimap.numerics.rows import pack_rows
 from precimap.numerics.schemes import Scheme
-from precimap.runtime.copying import shared_copy
 
 # torchrec pads rows to 16 bytes for GPUs; floats in the rows need 4, and a padded byte is a byte that is not saved.
 ROW_ALIGNMENT = 4

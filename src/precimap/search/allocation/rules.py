@@ -14,7 +14,7 @@ from precimap.metrics.metric import Metric
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.knapsack import UNCONSTRAINED, Constraints, Step, bytes_at, chain
 from precimap.search.allocation.threshold import Candidate, default_cutoff, threshold
-from precimap.search.evidence.known import BYTES_WORTH, Known, bonuses, currency, options
+from precimap.search.evidence.known import BYTES_WORTH, Known, bonuses, options, price
 from precimap.search.limits import Limits
 
 
@@ -33,9 +33,10 @@ class Rule(Protocol):
         metric: Metric,
         known: Sequence[Known],
         schemes: Mapping[str, Scheme],
+        margin: float,
         cutoff: float,
     ) -> tuple[Step, ...]:
-        """cutoff: the drop of a single layer up to which it is called tolerant."""
+        """margin: of the gate. cutoff: the drop of a single layer up to which it is called tolerant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,10 @@ class Knapsack:
         metric: Metric,
         known: Sequence[Known],
         schemes: Mapping[str, Scheme],
+        margin: float,
         cutoff: float,
     ) -> tuple[Step, ...]:
-        rows = options(inventory, known, schemes, currency(metric, known), self.bytes_worth)
+        rows = options(inventory, known, schemes, price(metric, known, margin), self.bytes_worth)
         base = {layer.name: layer.bytes for layer in inventory.layers}
         return chain(rows, base, self.limits(inventory), bonus=bonuses(inventory, rows)) if rows else ()
 
@@ -106,9 +108,11 @@ class Threshold:
         metric: Metric,
         known: Sequence[Known],
         schemes: Mapping[str, Scheme],
+        margin: float,
         cutoff: float,
     ) -> tuple[Step, ...]:
-        rows = {(row.layer, row.scheme): row for row in options(inventory, known, schemes, currency(metric, known))}
+        found = options(inventory, known, schemes, price(metric, known, margin))
+        rows = {(row.layer, row.scheme): row for row in found}
         sizes = {layer.name: layer.bytes for layer in inventory.layers}
         return tuple(
             Step(
@@ -117,15 +121,20 @@ class Threshold:
                 sum(rows[pair].cost for pair in step.choice.items()),
                 sum((sizes | {name: rows[name, scheme].bytes for name, scheme in step.choice.items()}).values()),
             )
-            for step in threshold(candidates(inventory, known), list(schemes), cutoff)
+            for step in threshold(candidates(inventory, known, margin), list(schemes), cutoff)
         )
 
 
-def candidates(inventory: Inventory, known: Sequence[Known]) -> list[Candidate]:
-    """What the threshold rule reads; layers of which nothing is known in the metric itself are left out."""
+def candidates(inventory: Inventory, known: Sequence[Known], margin: float) -> list[Candidate]:
+    """What the threshold rule reads: bounds of the gate, or of a guard that comes nearer to its margin.
+
+    Layers of which nothing is known in the metric itself are left out.
+    """
     groups = {layer.name: layer.fused for layer in inventory.layers}
     return [
-        Candidate(found.layer, found.scheme, found.decisive.lower, found.decisive.upper, groups[found.layer])
+        Candidate(
+            found.layer, found.scheme, found.decisive.lower, found.decisive.strictest(margin), groups[found.layer]
+        )
         for found in known
         if found.decisive is not None
     ]
@@ -133,4 +142,4 @@ def candidates(inventory: Inventory, known: Sequence[Known]) -> list[Candidate]:
 
 def cutoff_of(limits: Limits, inventory: Inventory, known: Sequence[Known]) -> float:
     """The drop of a single layer up to which it is called tolerant: the user's, or the margin shared by all candidates."""
-    return limits.cutoff or default_cutoff(limits.margin, candidates(inventory, known))
+    return limits.cutoff or default_cutoff(limits.margin, candidates(inventory, known, limits.margin))

@@ -67,24 +67,37 @@ class Currency(StrEnum):
     VARIANCE = "E[(change of the loss)^2]"
 
 
-def currency(metric: Metric, known: Sequence[Known]) -> Currency:
+@dataclass(frozen=True, slots=True)
+class Price:
+    """How a layer's cost is counted. margin: of the gate; guards are converted by it, each at its own margin."""
+
+    currency: Currency
+    margin: float
+
+
+def price(metric: Metric, known: Sequence[Known], margin: float) -> Price:
     """A loss is budgeted by its mean; a metric of order by variance, until there are units enough to see its mean.
 
     A variance-type score never budgets a mean on its own: on an overconfident model it has the wrong sign.
     """
     units = [found.decisive.drop.n for found in known if found.decisive is not None]
     enough = len(units) == len(known) and bool(units) and min(units) >= UNITS_FOR_ORDER
-    return Currency.MEAN if metric.worst is None or enough else Currency.VARIANCE
+    return Price(Currency.MEAN if metric.worst is None or enough else Currency.VARIANCE, margin)
 
 
-def cost(found: Known, counted: Currency) -> float:
-    """What the layer takes from the budget, at least 0; infinite where nothing is known in this currency."""
-    if counted is Currency.VARIANCE:
+def cost(found: Known, counted: Price) -> float:
+    """What the layer takes from the budget, at least 0; infinite where nothing is known in this currency.
+
+    Of a mean drop: from the gate's budget, or from that of the guard of which it takes the larger share.
+    """
+    if counted.currency is Currency.VARIANCE:
         return found.loss_square
     decisive = found.decisive
     if decisive is None or not np.isfinite(decisive.drop.error):
         return float("inf")
-    return max(0.0, decisive.drop.estimate) + decisive.drop.error
+    guards = [(guard.found.size, counted.margin / guard.margin) for guard in decisive.guards.values()]
+    drops = [(decisive.drop, 1.0), *((drop, rate) for drop, rate in guards if np.isfinite(drop.error))]
+    return max(rate * (max(0.0, drop.estimate) + drop.error) for drop, rate in drops)
 
 
 def gain(inventory: Inventory, layer: str, scheme: Scheme, bytes_worth: float = BYTES_WORTH) -> float:
@@ -106,7 +119,7 @@ def options(
     inventory: Inventory,
     known: Sequence[Known],
     schemes: Mapping[str, Scheme],
-    counted: Currency,
+    counted: Price,
     bytes_worth: float = BYTES_WORTH,
 ) -> tuple[Option, ...]:
     """The table that a knapsack is filled from; `bytes_worth` as in `gain`."""
@@ -136,6 +149,6 @@ def bonuses(inventory: Inventory, rows: Sequence[Option]) -> dict[str, float]:
     return found
 
 
-def costs_of(known: Sequence[Known], counted: Currency) -> dict[Key, float]:
+def costs_of(known: Sequence[Known], counted: Price) -> dict[Key, float]:
     """(layer, scheme) -> cost."""
     return {(found.layer, found.scheme): cost(found, counted) for found in known}
