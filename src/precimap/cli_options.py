@@ -84,7 +84,7 @@ GainOption = Annotated[
     float, typer.Option(help="Least gain of a map: the share of the FLOP time it saves, and what its bytes are worth.")
 ]
 RealignOption = Annotated[
-    bool, typer.Option("--realign", help="Fold a label-free scale and bias of the score into the last layer.")
+    bool, typer.Option("--realign", help="Fold a label-free scale and bias of the logit into the last layer.")
 ]
 BytesOption = Annotated[
     float, typer.Option(help="What saving all bytes is worth, where saving the time of all FLOPs is worth 1.")

@@ -86,7 +86,8 @@ class Premise(Record):
 class Realignment(Record):
     """A scale and a shift of the model's scores, to be folded into `layer`, the nn.Linear that makes them.
 
-    Fitted without labels, on the n scores of the calibration split: scale * quantised score + shift ~ score of the baseline.
+    Fitted without labels on the n logits of the calibration split, so that scale * quantised + shift gives the
+    probabilities of the baseline as nearly as it can.
     """
 
     layer: str

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from precimap import PrecisionMap, deploy, load_deployed, save_deployed, search
@@ -18,7 +19,7 @@ from precimap.layers.realign import realigned, score_layer
 from precimap.metrics import Calibration, LogLoss
 from precimap.precision_map import Realignment
 from precimap.search.limits import Effort
-from precimap.search.realign import least_squares
+from precimap.search.realign import realigning
 from precimap.task import first_batch
 from search.test_guards import Clicks, click_task
 
@@ -40,22 +41,31 @@ def searched(tmp_path: Path, **changes: Any) -> Any:
 @given(st.integers(0, 10**6), st.floats(0.5, 2), st.floats(-3, 3))
 def test_a_scale_and_a_shift_are_found_again(seed: int, scale: float, shift: float) -> None:
     baseline = np.random.default_rng(seed).normal(size=50)
-    found = least_squares((baseline - shift) / scale, baseline)
-    assert found == pytest.approx((scale, shift), abs=1e-9)
+    found = realigning((baseline - shift) / scale, baseline)
+    assert found == pytest.approx((scale, shift), abs=1e-6)
 
 
 @given(st.integers(0, 10**6))
-def test_the_fit_is_numpy_s_and_leaves_out_what_is_not_finite(seed: int) -> None:
+def test_the_fit_is_scikit_learn_s_and_leaves_out_what_is_not_finite(seed: int) -> None:
+    """On labels drawn by halves: a row with the probability p is two rows, weighted p and 1 - p."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=40)
-    y = x + 0.3 * rng.normal(size=40)
+    x = rng.normal(size=200)
+    y = 0.8 * x - 1 + 0.5 * rng.normal(size=200)
+    p = 1 / (1 + np.exp(-y))
     padded = np.append(x, [-np.inf, 1.0]), np.append(y, [-np.inf, -np.inf])
-    assert least_squares(*padded) == pytest.approx(tuple(np.polyfit(x, y, 1)), abs=1e-9)
+    fit = LogisticRegression(C=1e10, tol=1e-10, max_iter=1000)
+    fit.fit(np.r_[x, x][:, None], np.r_[np.ones(200), np.zeros(200)], sample_weight=np.r_[p, 1 - p])
+    scale, shift = realigning(*padded)
+    assert (scale, shift) == pytest.approx((fit.coef_[0, 0], fit.intercept_[0]), abs=1e-4)
+    assert np.mean(1 / (1 + np.exp(-scale * x - shift))) == pytest.approx(p.mean(), abs=1e-8)  # calibrated
 
 
 def test_scores_that_say_nothing_are_only_shifted() -> None:
-    assert least_squares(np.full(5, 2.0), np.arange(5.0)) == (1.0, 0.0)
-    assert least_squares(-np.arange(5.0), np.arange(5.0))[0] == 1.0  # turned round: no repair
+    scale, shift = realigning(np.full(5, 2.0), np.arange(5.0))
+    assert scale == 1.0
+    mean = float(np.mean(1 / (1 + np.exp(-np.arange(5.0)))))
+    assert 1 / (1 + np.exp(-2 - shift)) == pytest.approx(mean)
+    assert realigning(-np.arange(5.0), np.arange(5.0))[0] == 1.0  # turned round: no repair
 
 
 def test_the_miscalibrated_layer_comes_in_once_the_last_logit_is_realigned(tmp_path: Path) -> None:

@@ -10,12 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
-from scipy.special import expit
 from torch import Tensor
 
 from precimap.errors import TaskError
-from precimap.metrics.click import clicks, log_losses, ratio_drops
+from precimap.metrics.click import clicks, log_losses, platt, ratio_drops
 from precimap.metrics.metric import PairedDrops, UnitMean, check_paired, count_changed, refuse_units
 from precimap.metrics.units import Floats, Units
 
@@ -54,33 +52,12 @@ class RecalibratedNE:
 
 
 def _recalibrated(kept: Floats, units: Units) -> Floats:
-    """The log-loss of each row under the best a z + b (Platt 1999), float64 [n]. Raises TaskError for one class alone."""
+    """The log-loss of each row under the best scale and shift, float64 [n]. Raises TaskError for one class alone."""
     z, y = kept.T
     if (y == y[0]).all():
         raise TaskError("a recalibration needs labels of both classes, got one")
-    weights = units.known_weights / units.known_weights.sum()
-    spread = float(z.std()) or 1.0
-    design = np.stack(((z - z.mean()) / spread, np.ones_like(z)), axis=1)
-
-    def loss(fit: Floats) -> float:
-        return float(weights @ _log_losses(design @ fit, y))
-
-    def gradient(fit: Floats) -> Floats:
-        slope: Floats = design.T @ (weights * (expit(design @ fit) - y))
-        return slope
-
-    def curvature(fit: Floats) -> Floats:
-        p = expit(design @ fit)
-        bend: Floats = (design * (weights * p * (1 - p))[:, None]).T @ design
-        return bend
-
-    start = np.array([spread, z.mean()])
-    found = minimize(loss, start, jac=gradient, hess=curvature, method="trust-exact", options={"gtol": 1e-10})
-    return _log_losses(design @ found.x, y)
-
-
-def _log_losses(z: Floats, y: Floats) -> Floats:
-    return log_losses(torch.from_numpy(z), torch.from_numpy(y)).numpy()
+    scale, shift = platt(z, y, units.known_weights)
+    return log_losses(torch.from_numpy(scale * z + shift), torch.from_numpy(y)).numpy()
 
 
 @dataclass(frozen=True)

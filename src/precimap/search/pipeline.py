@@ -99,8 +99,8 @@ def search(
     give away in all (default 1 - confidence). effort: how hard to look, see `Effort`. run: a directory for measurements
     and maps; one that holds measurements of the same model, data and schemes is taken up again, also with another
     margin or rule. ledger: directory of the alpha ledgers (default `state_directory()`).
-    realign: bring each map's scores back to the baseline's by a scale and a bias, fitted without labels on the calibration
-    split and folded into the last nn.Linear; part of the map and of what is certified. Off unless asked for.
+    realign: bring each map's scores, which must be logits, back to the baseline's by a scale and a shift that are fitted
+    without labels on the calibration split and folded into the last nn.Linear; part of the map and of what is certified.
     on_preflight: told what this many units can detect, before the long work.
 
     Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, JournalError for a run

@@ -1,8 +1,8 @@
 """Fitting the scale and the bias that bring a quantised model's scores back to the baseline's.
 
-Invariant: label-free, on the calibration split alone; so it repairs what rounding did and nothing that the baseline got
-wrong, and a certificate of the repaired map rests on data that chose nothing. A fit on labels would answer another
-question: it repairs the baseline, too.
+Invariant: scores are logits, of a click for instance. Label-free, on the calibration split alone; so it repairs what
+rounding did and nothing that the baseline got wrong, and a certificate of the repaired map rests on data that chose
+nothing. A fit on labels would answer another question: it repairs the baseline, too.
 """
 
 import math
@@ -12,9 +12,11 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import nn
 
 from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
+from precimap.metrics.click import platt
 from precimap.precision_map import PrecisionMap, Realignment
 from precimap.search.run import Run
 from precimap.task import to_device
@@ -22,17 +24,21 @@ from precimap.task import to_device
 Floats = NDArray[np.float64]
 
 
-def least_squares(scores: Floats, baseline: Floats) -> tuple[float, float]:
-    """Scale and shift of `scores` with the least squared distance to `baseline`, of those that are finite in both."""
+def realigning(scores: Floats, baseline: Floats) -> tuple[float, float]:
+    """Scale and shift under which the probabilities of `scores` come nearest to those of `baseline`; logits, flat.
+
+    Nearest in the log-loss against the baseline's own probabilities, so that their means agree (calibration) and an
+    error counts where it costs. The least squared distance of the logits, the alternative, is ruled by the far negative
+    ones: on NCF-MLP it left three times the spread over rounding grids (docs/log.md). Values that are not finite in
+    both are left out.
+    """
     finite = np.isfinite(scores) & np.isfinite(baseline)
     x, y = scores[finite], baseline[finite]
-    spread = float(np.square(x - x.mean()).sum()) if len(x) else 0.0
-    if spread == 0.0:
-        return 1.0, float(y.mean() - x.mean()) if len(x) else 0.0
-    scale = float(((x - x.mean()) * (y - y.mean())).sum()) / spread
+    if not len(x):
+        return 1.0, 0.0
+    scale, shift = platt(x, expit(y), np.ones(len(x)))
     # A model that turned its scores round, or flattened them, is not repaired by a scale.
-    scale = scale if math.isfinite(scale) and scale > 0 else 1.0
-    return scale, float(y.mean() - scale * x.mean())
+    return (scale, shift) if math.isfinite(shift) and scale > 0 else (1.0, float(y.mean() - x.mean()))
 
 
 class Realigner:
@@ -60,7 +66,7 @@ class Realigner:
         model = self._run.task.model
         with quantized(model, layers):
             scores = self._scores(model)
-        scale, shift = least_squares(scores, self._baseline)
+        scale, shift = realigning(scores, self._baseline)
         return Realignment(layer=self._layer, scale=scale, shift=shift, n=len(scores))
 
     @cached_property

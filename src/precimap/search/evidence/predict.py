@@ -22,7 +22,7 @@ from precimap.metrics.metric import Loss
 from precimap.search.evidence.probe import Comparison, compare
 from precimap.search.evidence.screen import Screen
 from precimap.search.evidence.screen_plan import Key
-from precimap.search.realign import least_squares
+from precimap.search.realign import realigning
 from precimap.search.run import Parts
 from precimap.task import Scored, ScoredPart, Task, join_parts, judge_scores, to_device
 
@@ -84,7 +84,7 @@ class Predictor:
             return self.scored(keys)
         found = {number: self._scores(keys, number) for number in self.numbers}
         baseline = np.concatenate([self.screen.batches[number].scores.flatten() for number in found])
-        scale, shift = least_squares(np.concatenate([scores.flatten() for scores in found.values()]), baseline)
+        scale, shift = realigning(np.concatenate([scores.flatten() for scores in found.values()]), baseline)
         return join_parts(self.task, [self._judged(scale * found[number] + shift, number) for number in found])
 
     def loss_changes(self, keys: Sequence[Key]) -> Floats:
