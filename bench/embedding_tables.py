@@ -146,7 +146,8 @@ def main() -> None:
     for row in timed:
         table = f"{row.rows:,}x{row.width}"
         print(
-            f"{row.scheme:<10}{row.kind:<6}{table:>14}{row.bytes / 1e6:>8.1f}{row.bytes_ratio:>12.3f}{row.faster:>24.2f}"
+            f"{row.scheme:<10}{row.kind:<6}{table:>14}{row.bytes / 1e6:>8.1f}{row.bytes_ratio:>12.3f}"
+            f"{format(row.faster, '.2f'):>24}"
         )
     real = real_tasks()
     for found in real:

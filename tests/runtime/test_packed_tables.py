@@ -1,5 +1,7 @@
 """Packed embedding tables on the CPU: torch's operators against the emulation, in every mode that they serve."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,18 @@ def test_a_checkpoint_of_tables_computes_the_same_bits(tmp_path: Path) -> None:
     save_file({k: v for k, v in tensors.items() if k != "user.weight.offset"}, tmp_path / "cut.safetensors", metadata)
     with pytest.raises(MapError, match=r"user\.weight: offsets and scheme int4-row"):
         load_deployed(skeleton, tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_packed_tables_are_copied_pickled_and_exported(name: str) -> None:
+    table, ids = nn.Embedding(50, 12), torch.tensor([4, 7, 49])
+    packed = CPU_INT8.deployed(table, layer_of(table, name))
+    exported = torch.export.export(packed, (ids,)).module()
+    for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), exported):
+        assert torch.equal(again(ids), packed(ids))
+    other = CPU_INT8.deployed(nn.Embedding(50, 12), layer_of(nn.Embedding(50, 12), name))
+    other.load_state_dict(packed.state_dict())
+    assert torch.equal(other(ids), packed(ids))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

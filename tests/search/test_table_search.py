@@ -213,11 +213,13 @@ def test_tables_show_where_the_bytes_are(task: Task, tmp_path: Path) -> None:
 
     from precimap.report.run_record import read_run
 
-    result = found(task, tmp_path, ["int8-row"], run=tmp_path / "run")
+    result = found(task, tmp_path, ["int8-row", "int4-row", "fp8"], run=tmp_path / "run")
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(run_page(read_run(tmp_path / "run")))
     console.print(inventory_table(result.inventory))
     page = console.export_text()
     before, after = result.map.bytes_before, result.map.bytes_after
-    assert f"bytes of all layers: {before / 1e3:.1f} kB -> {after / 1e3:.1f} kB, 96.3% of them" in page
+    assert f"bytes of all layers: {before / 1e3:.1f} kB -> {after / 1e3:.1f} kB, 100.0% of them" in page
+    assert "int4-row below int8-row in 0 of 2 layers" in page
+    assert "fp8 below" not in page
     assert "96.3% in embedding tables" in page

@@ -13,7 +13,8 @@ Two layouts, told apart by the float that holds the two parameters (`schemes.Fus
              would be 0 or its reciprocal infinite.
 
 Source: FBGEMM, src/QuantUtils.cc (FloatOrHalfToFused8BitRowwiseQuantizedSBFloatRef and
-FloatOrHalfToFusedNBitRowwiseQuantizedSBHalfRef). The tests hold both to the operators of both libraries.
+FloatOrHalfToFusedNBitRowwiseQuantizedSBHalfRef). The tests hold both to the operators of both libraries, which agree with
+each other; but FBGEMM's own 4-bit quantiser takes only widths that are multiples of 4, torch's every even one.
 
 Invariant: nothing of a layout is approximated. The alternative, a whole-number zero as in `Affine.zero`, gives other
 codes in most rows, and the operators would then not return what was measured.

@@ -212,6 +212,8 @@ def _schemes_compared(layers: list[dict[str, Any]]) -> list[str]:
     lines = []
     for first, second in itertools.combinations(errors, 2):
         both = errors[first].keys() & errors[second].keys()
+        if not both:  # schemes of products and of tables meet in no layer
+            continue
         better = sum(errors[second][layer] < errors[first][layer] for layer in both)
         lines.append(f"predicted output error: {second} below {first} in {better} of {len(both)} layers")
     return lines

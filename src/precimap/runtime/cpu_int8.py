@@ -81,7 +81,7 @@ class CpuInt8:
     """The target `cpu-int8`: this CPU."""
 
     name = "cpu-int8"
-    claim = "Measured on the deployed model: INT8 kernels of this CPU, not their emulation."
+    claim = "Measured on the deployed model: the kernels of this CPU, not their emulation."
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this CPU cannot run the layer in the scheme, or None."""

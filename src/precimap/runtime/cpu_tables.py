@@ -41,12 +41,12 @@ class PackedTable(nn.Module):
         self.num_embeddings, self.embedding_dim = layer.codes.shape
         self.register_buffer("rows", pack_rows(layer.codes, layer.weight_affine, format, layout))
         self.layer_name, self._scheme, self._output_dtype = layer.name, layer.scheme, output_dtype
-        byte, four = "embedding_bag_byte_rowwise_offsets", "embedding_bag_4bit_rowwise_offsets"
-        self._operator = getattr(torch.ops.quantized, byte if format.bits == 8 else four)
 
     def lookup(self, indices: Tensor, offsets: Tensor, weights: Tensor | None = None, last: bool = False) -> Tensor:
         """Sums of rows, float32 [bags, width]. indices, offsets: whole numbers [n], [bags]; weights: floats [n]."""
-        summed: Tensor = self._operator(
+        # Named here and not kept: a module that holds an operator cannot be pickled.
+        byte, four = "embedding_bag_byte_rowwise_offsets", "embedding_bag_4bit_rowwise_offsets"
+        summed: Tensor = getattr(torch.ops.quantized, byte if self._scheme.weight_bits == 8 else four)(
             self.rows,
             indices.contiguous(),
             offsets.contiguous(),
