@@ -30,9 +30,9 @@ def ncf(search_users: int = 1000, certify_users: int = 2000, calibration_users: 
 
 
 def gmf(search_users: int = 1000, certify_users: int = 2000, calibration_users: int = 250) -> Task:
-    """The published GMF on the same users and candidates: two tables and one output column, so that only the tables
+    """The published GMF on the same users and candidates; otherwise as `ncf`.
 
-    take a scheme, and only a weight-only one: the smallest model that is served. Otherwise as `ncf`.
+    Two tables and one output column: nothing takes a scheme with low-precision inputs, all take weight-only ones.
     """
     return _task("NCF-GMF", "gmf.safetensors", ncf_gmf, (calibration_users, search_users, certify_users))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from precimap import Task, discover
-from precimap.layers.inventory import Layer
+from precimap.layers.refusals import refusal
 from precimap.task import first_batch, score
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -31,10 +31,6 @@ from precimap.numerics.schemes import scheme
 TINY = SASRecRecipe(width=16, blocks=1, heads=1, longest=6, negatives=32, epochs=1, batch_size=32)
 
 
-def layers(task: Task) -> tuple[Layer, ...]:
-    return discover(task.model, task.forward, first_batch(task, task.splits.search)).layers
-
-
 def present(make: Callable[[], Task]) -> Task:
     try:
         return make()
@@ -45,7 +41,7 @@ def present(make: Callable[[], Task]) -> Task:
 # Published weights
 
 
-def test_gmf_gives_its_published_ranking_and_only_its_tables_take_a_scheme() -> None:
+def test_gmf_gives_its_published_ranking_and_takes_weight_only_schemes_alone() -> None:
     task = present(lambda: real_tasks.gmf(search_users=3000, certify_users=3000, calibration_users=40))
 
     splits = (task.splits.calibration, task.splits.search, task.splits.certify)
@@ -54,8 +50,9 @@ def test_gmf_gives_its_published_ranking_and_only_its_tables_take_a_scheme() -> 
     ndcg = np.concatenate([part.reported["nDCG@10"] for part in scored])
     assert len(ndcg) == 6040
     assert ndcg.mean() == pytest.approx(0.36674, abs=1e-5)
-    assert [layer.lookup for layer in layers(task)] == [True, True, False]
-    assert rival_scores.eligible(discover(task.model, task.forward, task.splits.search[0]), scheme("fp8")) == ()
+    inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
+    assert rival_scores.eligible(inventory, scheme("fp8")) == rival_scores.eligible(inventory, scheme("int8")) == ()
+    assert all(refusal(layer, scheme("int8-weight")) is None for layer in inventory.layers)
 
 
 # Wukong

@@ -5,7 +5,8 @@ import io
 from rich.console import Console
 
 from precimap.layers.inventory import ActivationProduct, Inventory
-from precimap.report.tables import inventory_table, short_name
+from precimap.report.inventory_table import PRODUCTS_SHOWN, inventory_table
+from precimap.report.tables import short_name
 
 
 def test_a_name_keeps_what_tells_layers_apart() -> None:
@@ -23,7 +24,7 @@ def test_products_of_activations_are_shown_within_80_columns() -> None:
     assert max(map(len, lines)) <= 80
     (first,) = [line for line in lines if "256x12x128x64 256x12x128x64" in line]
     assert first.split()[-3:] == ["12", "1,000,000,000,000", "100.0%"]
-    left_out = sum(product.flops for product in many[11:])
+    left_out = sum(product.flops for product in many[PRODUCTS_SHOWN - 1 :])
     (rest,) = [line for line in lines if "29 others" in line]
     assert rest.split()[-3:] == ["58", f"{left_out:,}", "0.0%"]
 

@@ -43,10 +43,11 @@ from precimap.layers.discover import discover
 from precimap.numerics.schemes import range_rule_from_row
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
+from precimap.report.inventory_table import inventory_table
 from precimap.report.progress_bar import progress_bar
 from precimap.report.proof import certificate_text
 from precimap.report.run_record import read_run
-from precimap.report.tables import inventory_table, preflight_text, run_page
+from precimap.report.tables import preflight_text, run_page
 from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
