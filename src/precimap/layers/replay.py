@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from precimap.errors import ModelError
-from precimap.layers.contents import Kind, address_of, is_plain, kind_of, tensors_in, version_of
+from precimap.layers.contents import Kind, address_of, is_plain, kind_of, tensors_in
 from precimap.layers.interception import WeightCall
 from precimap.layers.quantized import Emulation, QuantizedLayer, SharedInputs
 from precimap.layers.recording import Call, Recording, one_per_storage
