@@ -147,9 +147,8 @@ def told(subject: Subject, gate: Judge, rows: Sequence[Measured], margin: float,
     if result.certificate is not None:
         for label, guard in result.certificate.guards.items():
             bound = "none" if guard.upper is None else f"{guard.upper:.2g}"
-            text.append(
-                f"guard {label} of the map {'held' if guard.held else 'NOT held'}: bound {bound}, margin {guard.margin:g}"
-            )
+            held = "held" if guard.held else "NOT held"
+            text.append(f"guard {label} of the map {held}: bound {bound}, margin {guard.margin:g}")
     ways = {row.way.name: row.way for row in rows}
     if not ways["certified map"].choice:
         return [*text, "no layer is in low precision, so the map is the baseline"]
@@ -168,13 +167,7 @@ def show(found: Found) -> None:
         names = list(found.rows[0].values)[at : at + 3]
         print(f"  {'':18}" + "".join(f"{name:>20}" for name in names))
         for row in found.rows:
-            cells = []
-            for name in names:
-                drop = row.drops[name].drop
-                cells.append(
-                    f"{row.values[name]:.5f}" if row is found.rows[0] else f"{drop.estimate:+.1e} ±{drop.error:.0e}"
-                )
-            print(f"  {row.way.name:18}" + "".join(f"{cell:>20}" for cell in cells))
+            print(f"  {row.way.name:18}" + "".join(f"{_cell(row, name):>20}" for name in names))
     for row in found.rows[1:]:
         spread = "" if row.over_grids is None else f", sd over {row.over_grids[1]} grids {row.over_grids[0]:.1e}"
         print(f"  {row.way.name}: {row.flops:.0%} of FLOPs, {row.bytes:.0%} of bytes in low precision{spread}")
@@ -182,23 +175,25 @@ def show(found: Found) -> None:
         print(f"  {line}")
 
 
+def _cell(row: Measured, name: str) -> str:
+    if not row.way.choice:
+        return f"{row.values[name]:.5f}"
+    drop = row.drops[name].drop
+    return f"{drop.estimate:+.1e} ±{drop.error:.0e}"
+
+
 def claims_of(found: Sequence[Found]) -> list[Claim]:
     """Of NCF-MLP: what blanket FP8 costs, that the map protects, that realigning takes the lottery away."""
     claims = []
     for case in found:
         own = case.row("certified map").drops[next(iter(case.rows[0].drops))]
-        claims.append(
-            at_most(f"{case.name}: bound of the certified map's drop, of the margin", own.upper / case.margin, 1)
-        )
-    name = "log-loss of users"
-    plain, repaired = (
-        next((f for f in found if f.name == wanted), None) for wanted in (MLP, f"{MLP}, last logit realigned")
-    )
-    if plain is not None and repaired is not None:
-        blanket, base = plain.row("all FP8"), plain.rows[0].values[name]
-        claims.append(
-            at_least("NCF-MLP: what all FP8 costs of the log-loss", blanket.drops[name].drop.estimate / base, 0.03)
-        )
+        share = own.upper / case.margin
+        claims.append(at_most(f"{case.name}: bound of the certified map's drop, of the margin", share, 1))
+    name, plain = "log-loss of users", next((case for case in found if case.name == MLP), None)
+    if plain is not None:
+        blanket = plain.row("all FP8")
+        cost = blanket.drops[name].drop.estimate / plain.rows[0].values[name]
+        claims.append(at_least("NCF-MLP: what all FP8 costs of the log-loss", cost, 0.03))
         fixed = plain.row("all FP8, realigned").over_grids
         if blanket.over_grids is not None and fixed is not None:
             ratio = blanket.over_grids[0] / fixed[0]

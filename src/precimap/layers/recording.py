@@ -168,10 +168,7 @@ class Recording:
     @staticmethod
     def _in_use(call: Call) -> bool:
         alone = _uses_alone()
-        for address, holders in call.holders.items():  # noqa: SIM110 - a loop costs half of `any`, at every call
-            if _uses(address) > holders + alone:
-                return True
-        return False
+        return any(_uses(address) > holders + alone for address, holders in call.holders.items())
 
 
 def one_per_storage(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from precimap.errors import ModelError
 from precimap.layers.contents import Kind, address_of, is_plain, kind_of, tensors_in
 from precimap.layers.interception import WeightCall
-from precimap.layers.quantized import Emulation, QuantizedLayer
+from precimap.layers.quantized import Emulation, QuantizedLayer, SharedInputs
 from precimap.layers.recording import Call, Recording, one_per_storage
 
 __all__ = ["Recording", "Replay"]
@@ -69,6 +69,7 @@ class Replay(Emulation):
         self._depth -= 1
         if self._depth > 0:
             return  # an attention call is over, not the pass
+        self._inputs = SharedInputs()  # the last input is a recorded result: held on to, it would be copied
         if self._records and exception[0] is not None:
             self._recording.clear()
         else:
