@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "tutorial-ranking.md"
 BLOCK = re.compile(r"^```(bash|python|text)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 # Training is not the same to the bit on every machine: what depends on it is compared as words.
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-VERDICT = re.compile(r"\b(?:tolerant|undecided|sensitive)\b|(?<=CANNOT TELL).*")
+VERDICT = re.compile(r"\b(?:tolerant|undecided|sensitive) +(?:fp8|base)\b|(?<=CANNOT TELL).*")
 EXACT = "generated impressions"
 
 
