@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "tutorial-ranking.md"
 BLOCK = re.compile(r"^```(bash|python|text)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-# Training is not the same to the bit on every machine: what depends on it is compared as words.
+# Training is not the same to the bit on every machine: what depends on it is compared without its numbers.
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 VERDICT = re.compile(r"\b(?:tolerant|undecided|sensitive) +(?:fp8|base)\b|(?<=CANNOT TELL).*")
 EXACT = "generated impressions"
@@ -20,7 +20,7 @@ EXACT = "generated impressions"
 
 def shape_of(line: str) -> str:
     """A line without its numbers, verdicts and spacing."""
-    return " ".join(VERDICT.sub("verdict", NUMBER.sub("#", line)).replace("± ", "±").split())
+    return " ".join(NUMBER.sub("#", VERDICT.sub("verdict", line)).replace("± ", "±").split())
 
 
 def run(command: list[str], folder: Path) -> str:
