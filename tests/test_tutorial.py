@@ -73,4 +73,4 @@ def test_the_tutorial_as_written(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "runs" / "fp8" / "map.json").read_text())
     assert saved["certificate"]["verdict"] == "certified"
     assert saved["certificate"]["n"] == 14_000
-    assert saved["certificate"]["upper"] < 0.00025
+    assert saved["certificate"]["upper"] < 0.0005
