@@ -20,6 +20,7 @@ from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
 from precimap.search.certificate.recertify import recertify
 from precimap.search.limits import Effort
+from precimap.task import score
 
 INPUTS, HIDDEN = 16, 32
 QUICK = Effort(rounding_draws=0, audit_units=250)
@@ -224,3 +225,13 @@ def test_the_page_of_a_run_says_which_guard_kept_a_map_back(tmp_path: Path) -> N
     text = "\n".join(lines)
     assert re.search(r"2 low: guard calibration is predicted to reach \d\.\d times its margin on the", text)
     assert re.search(r"guard calibration held: [+-]0\.\d+ ± 0\.\d+ of the baseline's, baseline", text)
+
+
+def test_large_ids_of_clusters_stay_apart_and_fractions_are_refused(tmp_path: Path) -> None:
+    """Hashed user ids: above 2**53 two of them are one float64."""
+    task = click_task(clusters=lambda batch: 2**60 + batch["user"])
+    plain = click_task(clusters=lambda batch: batch["user"])
+    counts = [len(np.unique(score(t, t.model, t.splits.search).units.clusters)) for t in (task, plain)]
+    assert counts[0] == counts[1] > 100
+    with pytest.raises(TaskError, match=r"one integer per unit, \[250\], got torch\.float32"):
+        searched(click_task(clusters=lambda batch: batch["user"].float()), tmp_path)
