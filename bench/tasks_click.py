@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from click_model import Recipe
 from click_training import ClickRecipe, cached
-from task_data import Rows, read, split_by_cluster
+from task_data import Rows, read
 from torch import Tensor
 from torch.nn import functional as F
 from wukong import WukongRecipe
 
 from precimap import Splits, Task
+from precimap.data import split_by_cluster
 from precimap.metrics import LogLoss
 
 

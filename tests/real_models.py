@@ -6,6 +6,7 @@ part of the project; a test that asks for them is skipped where they are absent.
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,30 @@ def ncf_scores(model: Callable[[Tensor, Tensor], Tensor], user: Tensor, item: Te
     with torch.no_grad():
         flat: Tensor = model(user.repeat_interleave(item.shape[1]), item.reshape(-1))
     return flat.reshape(item.shape)
+
+
+@cache
+def ncf_in_fp8() -> tuple[Tensor, Tensor]:
+    """Scores [users, candidates] of the tower as published, and with its products in E4M3, a static scale per tensor."""
+    user, item = ncf_candidates()
+    baseline, model = ncf_scores(ncf_mlp(), user, item), ncf_mlp()
+    amax: dict[nn.Module, Tensor] = {}
+    layers = (model.layer1, model.layer2, model.layer3, model.prediction)
+    observers = [
+        layer.register_forward_pre_hook(lambda layer, args: amax.update({layer: args[0].abs().max()}))
+        for layer in layers
+    ]
+    ncf_scores(model, user[:500], item[:500])
+    for observer, layer in zip(observers, layers, strict=True):
+        observer.remove()
+        layer.weight.copy_(_e4m3(layer.weight, layer.weight.abs().max()))
+        layer.register_forward_pre_hook(lambda layer, args: (_e4m3(args[0], amax[layer]),))
+    return baseline, ncf_scores(model, user, item)
+
+
+def _e4m3(x: Tensor, amax: Tensor) -> Tensor:
+    scale = amax / 448
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 def _present(name: str) -> Path:

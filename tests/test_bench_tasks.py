@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -158,27 +156,6 @@ def test_training_takes_the_best_epoch() -> None:
         return float(F.binary_cross_entropy_with_logits(model(features[validation]), noise[validation]))
 
     assert loss(30) <= loss(1)
-
-
-# Splits
-
-
-@given(
-    st.lists(st.integers(0, 6), min_size=1, max_size=60),
-    st.lists(st.integers(1, 20), min_size=1, max_size=3),
-)
-def test_splits_keep_clusters_apart(clusters: list[int], sizes: list[int]) -> None:
-    cluster = np.array(clusters)
-    try:
-        parts = task_data.split_by_cluster(cluster, sizes)
-    except InputError:
-        # The last part may only want for rows when those cut off from the others are gone.
-        assert sum(sizes) + (len(sizes) - 1) * (np.bincount(cluster).max() - 1) > len(cluster)
-        return
-    assert [len(part) for part in parts] == sizes
-    named = [set(cluster[part].tolist()) for part in parts]
-    assert sum(map(len, named)) == len(set().union(*named))
-    assert all((np.diff(part) > 0).all() for part in parts)
 
 
 # The synthetic ranker

@@ -28,6 +28,9 @@ def attending():
 """
 
 
+SEARCH = ("search", "mine.py", "--scheme", "fp8-static", "--margin", "1", "--run", "x")
+
+
 @dataclass(frozen=True)
 class Ran:
     """What a command left behind."""
@@ -140,6 +143,9 @@ def test_layers_names_the_products_without_a_weight(precimap: Callable[..., Ran]
             ("search", "mine.py", "--scheme", "fp8-static", "--margin", "1", "--run", "x", "--input-range", "max"),
             "percentile",
         ),
+        ((*SEARCH, "--input-range", "rows:float32"), "an input takes amax"),
+        ((*SEARCH, "--bytes-worth", "-1"), "0 or more; got -1.0"),
+        ((*SEARCH, "--bytes-worth", "1", "--rule", "threshold"), "--bytes-worth with the knapsack"),
         (("report", "nowhere"), "run directory"),
         (("certify", "mine.py", "mine.py", "--margin", "1"), "expected a precision map"),
     ],

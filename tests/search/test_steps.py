@@ -236,6 +236,6 @@ def test_too_few_units_is_an_answer_with_a_number(task: Task, inventory: Invento
 
 
 def _units(n: int):
-    from precimap.metrics.paired import Units
+    from precimap.metrics.units import Units
 
     return Units(n=n)

@@ -16,7 +16,8 @@ import pytest
 
 from precimap import Task
 from precimap.metrics import NDCG
-from precimap.metrics.paired import Units, upper_bound
+from precimap.metrics.paired import upper_bound
+from precimap.metrics.units import Units
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 import finite_population

@@ -104,12 +104,16 @@ Fresh = Callable[[], int | None]
 _LEAKED = -1
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _QUANTISED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
+_STRIDED = torch.strided
 _NUMBERS = (int, bool, float, complex)
 _NAMED = (str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis))
 
 
-class Unkeyed(Exception):
-    """The call has an argument whose content is not known or cannot be described."""
+_UNKNOWN = object()
+
+
+class _Unkeyed(Exception):
+    """Somewhere in an argument is a content that is not known, or a value that cannot be described."""
 
 
 class Contents:
@@ -126,12 +130,10 @@ class Contents:
 
     def number(self, tensor: Tensor) -> int | None:
         """The number of what the tensor's storage holds now; a version that moved unseen makes it unknown."""
-        address = tensor.untyped_storage()._cdata
-        content = self.here.get(address)
-        if content is None:
-            content = self._before.get(address)
         if tensor.is_inference():  # has no version: a change could pass unseen
             return None
+        address = tensor.untyped_storage()._cdata
+        content = self.here.get(address) or self._before.get(address)
         if content is not None:
             if content.number == _LEAKED:
                 return self._fresh()
@@ -164,25 +166,43 @@ class Contents:
         """Let go of the storages that are gone."""
         self.here = {address: c for address, c in self.here.items() if not c.storage.expired()}  # type: ignore[no-untyped-call]
 
-    def key(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def key(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """A hashable description of the call: equal for two calls only where both compute the same bits.
 
-        Raises Unkeyed.
+        None where an argument's content is not known or cannot be described.
         """
-        described = self._described
-        named = tuple([(name, described(value)) for name, value in kwargs.items()]) if kwargs else ()
-        return (func, tuple([described(value) for value in args]), named, _surroundings())
+        described: list[Any] = [func]
+        try:
+            for value in args:
+                one = self._tensor(value) if type(value) in _PLAIN_TENSORS else self._described(value)
+                if one is _UNKNOWN:  # most calls of a probe end here, which an exception would make dear
+                    return None
+                described.append(one)
+            if kwargs:
+                described.append(_UNKNOWN)  # f("x", 1) is not f(x=1)
+                for name, value in kwargs.items():
+                    described += (name, self._described(value))
+        except _Unkeyed:
+            return None
+        described += _surroundings()
+        return tuple(described)
+
+    def _tensor(self, tensor: Tensor) -> Any:
+        if not is_plain(tensor):
+            return _UNKNOWN
+        number = self.number(tensor)
+        if number is None:
+            return _UNKNOWN
+        bits = (tensor.is_conj(), tensor.is_neg())
+        return (number, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride(), bits)
 
     def _described(self, value: Any) -> Any:
         kind = type(value)
         if kind in _PLAIN_TENSORS:
-            if not is_plain(value):
-                raise Unkeyed
-            number = self.number(value)
-            if number is None:
-                raise Unkeyed
-            bits = (value.is_conj(), value.is_neg())
-            return (number, value.dtype, value.storage_offset(), value.shape, value.stride(), bits)
+            found = self._tensor(value)
+            if found is _UNKNOWN:
+                raise _Unkeyed
+            return found
         if kind in _NUMBERS:  # 1, 1.0 and True are equal and compute different things; so do 0.0 and -0.0
             return (kind, value) if value else (kind, repr(value))
         if kind in _NAMED:
@@ -193,16 +213,14 @@ class Contents:
             return (kind, *[self._described(item) for item in value])
         if kind is dict:
             return (kind, *[(self._described(key), self._described(item)) for key, item in value.items()])
-        raise Unkeyed
+        raise _Unkeyed
 
 
 def _surroundings() -> tuple[Any, ...]:
     """What changes results without being an argument."""
-    autocast = tuple(
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in ("cpu", "cuda")
-    )
     return (
-        autocast,
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
         torch.get_default_dtype(),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
@@ -214,7 +232,7 @@ def is_plain(tensor: Tensor) -> bool:
     """A strided tensor without a class or a quantiser of its own: its storage and layout are all there is."""
     return (
         type(tensor) in _PLAIN_TENSORS
-        and tensor.layout is torch.strided
+        and tensor.layout is _STRIDED
         and not tensor.is_nested
         and tensor.dtype not in _QUANTISED
     )
@@ -236,6 +254,8 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
+        elif type(value) in _NUMBERS:
+            continue
         elif isinstance(value, tuple | list):
             found += tensors_in(value)
         elif isinstance(value, dict):

@@ -5,9 +5,8 @@ by an op that contracts nothing, hidden in a fused recurrent call, computed from
 Looking at module types instead would miss raw parameters, which hold most FLOPs of some ranking models.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,8 @@ from precimap.layers.ops import (
     einsum_op,
     product_flops,
 )
-from precimap.layers.views import check_visible, parameter_names, plain_name, tied_names
+from precimap.layers.owners import Owners, owners, why_not_packed
+from precimap.layers.views import check_visible, parameter_names, tied_names
 
 Forward = Callable[[Any, Any], Tensor]
 Shape = tuple[int, ...]
@@ -163,13 +163,13 @@ def discover(model: nn.Module, forward: Forward, batch: Any) -> Inventory:
     check_visible(model)
     weights = parameter_names(model)
     mode = _Discovery(weights, {id(buffer) for buffer in model.buffers()})
-    with _linear_calls(model) as linear_calls, torch.no_grad(), mode:
+    with owners(model) as owned, torch.no_grad(), mode:
         output = forward(model, batch)
     if not isinstance(output, Tensor):
         raise ModelError(f"expected the forward to return one tensor of scores, got {type(output).__name__}")
     dead = confirmed_dead(model, forward, batch, mode.trace.without_influence(output, mode.seen), weights)
     tied = tied_names(model)
-    layers = _layers(mode, weights, tied, dead, linear_calls)
+    layers = _layers(mode, weights, tied, dead, owned)
     known = {layer.name for layer in layers}
     others = tuple(
         OtherParameter(name, tuple(parameter.shape), _reason(name, mode), tied.get(name, ()))
@@ -187,7 +187,7 @@ def _layers(
     weights: dict[str, nn.Parameter],
     tied: dict[str, tuple[str, ...]],
     dead: dict[str, str],
-    linear_calls: Counter[str],
+    owned: Owners,
 ) -> tuple[Layer, ...]:
     siblings = _siblings(mode.seen)
     fused = fused_by_engines(mode.seen)
@@ -198,6 +198,7 @@ def _layers(
         seen = mode.seen[name]
         contracted = next(iter(seen.contracted)) if len(seen.contracted) == 1 else None
         inputs, outputs = next(iter(seen.widths)) if len(seen.widths) == 1 else (None, None)
+        owner = None if mode.readers.get(name) else owned.alone(name, seen.calls)
         layers.append(
             Layer(
                 name=name,
@@ -212,7 +213,8 @@ def _layers(
                 outputs=outputs,
                 lookup=seen.lookup,
                 positions_mixed=seen.positions_mixed,
-                in_linear_module=linear_calls[name] == seen.calls and not mode.readers.get(name),
+                in_linear_module=type(owner) is nn.Linear,
+                not_packed=why_not_packed(owner),
                 tied=tied.get(name, ()),
                 siblings=siblings.get(name),
                 fused=fused.get(name),
@@ -221,25 +223,6 @@ def _layers(
             )
         )
     return tuple(layers)
-
-
-@contextmanager
-def _linear_calls(model: nn.Module) -> Iterator[Counter[str]]:
-    """Count the calls of each plain nn.Linear, by the name of its weight; a subclass may do anything with it.
-
-    Hooks on the modules themselves, taken off again: torch.compile warns about hooks that are global.
-    """
-    calls: Counter[str] = Counter()
-    hooks = []
-    for path, module in model.named_modules():
-        if type(module) is nn.Linear:
-            name = plain_name(f"{path}.weight".lstrip("."))
-            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: calls.update([name])))
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _siblings(seen: dict[str, _Seen]) -> dict[str, str]:

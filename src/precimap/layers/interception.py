@@ -102,12 +102,17 @@ class Interception(TorchFunctionMode):
             # The mode is off while it handles a call; without it on again the inner calls would pass unseen.
             with self:
                 return _unfolded_attention(*args, **kwargs)
-        call = self._weight_call(func, args, kwargs)
+        op = OPS.get(func)
+        if op is None and func is not torch.functional.einsum:  # most calls: they are many, and small
+            return self.on_other(func, args, kwargs)
+        call = self._weight_call(op, func, args, kwargs)
         return self.on_other(func, args, kwargs) if call is None else self.on_weight(call)
 
-    def _weight_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WeightCall | None:
-        op, arguments = OPS.get(func), Arguments(args, kwargs)
-        if op is None and func is torch.functional.einsum:
+    def _weight_call(
+        self, op: Op | None, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> WeightCall | None:
+        arguments = Arguments(args, kwargs)
+        if op is None:
             parsed = einsum_op(arguments)
             op, arguments = parsed if parsed is not None else (None, arguments)
         if op is None:

@@ -162,7 +162,7 @@ class Recording:
 
     def _forget_if_changed(self, call: Call) -> None:
         """A version that moved without `before_write` tells of a change that no mode saw."""
-        if any(t._version != version for t, version in zip(call.tensors, call.versions, strict=True)):
+        if [tensor._version for tensor in call.tensors] != call.versions:
             self.forget(call)
 
     @staticmethod

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from precimap.errors import ModelError
-from precimap.layers.contents import Kind, Unkeyed, address_of, is_plain, kind_of, tensors_in, version_of
+from precimap.layers.contents import Kind, address_of, is_plain, kind_of, tensors_in
 from precimap.layers.interception import WeightCall
-from precimap.layers.quantized import Emulation, QuantizedLayer
+from precimap.layers.quantized import Emulation, QuantizedLayer, SharedInputs
 from precimap.layers.recording import Call, Recording, one_per_storage
 
 __all__ = ["Recording", "Replay"]
 
 _WRITES = (Kind.WRITE, Kind.WRITE_ANY, Kind.STATISTICS)
+_UNKEYED = (Kind.OPAQUE, Kind.LEAK)
 
 
 class Replay(Emulation):
@@ -49,6 +50,7 @@ class Replay(Emulation):
         self._records = False
         self._depth = 0
         self._given: dict[Call, None] = {}
+        self._random: list[bytes] = []
         self._contents = recording.contents()
 
     def __enter__(self) -> Self:
@@ -57,6 +59,7 @@ class Replay(Emulation):
                 raise ModelError("replay expects torch.no_grad() around it: recorded results have no gradient")
             self._records = not self._layers and not self._recording.complete
             self._contents = self._recording.contents()
+            self._random = _random_states() if self._records else []
         super().__enter__()
         self._depth += 1
         return self
@@ -66,6 +69,7 @@ class Replay(Emulation):
         self._depth -= 1
         if self._depth > 0:
             return  # an attention call is over, not the pass
+        self._inputs = SharedInputs()  # the last input is a recorded result: held on to, it would be copied
         if self._records and exception[0] is not None:
             self._recording.clear()
         else:
@@ -76,8 +80,8 @@ class Replay(Emulation):
         if call.op.lookup and self._layers[call.view.name].scheme.computes_low:
             # Emulation leaves such a lookup as it is, so it can be a result already known.
             return self.on_other(call.func, call.arguments.args, call.arguments.kwargs)
-        emulate = functools.partial(super().on_weight, call)
-        return self._computed(call.func, call.arguments.args, call.arguments.kwargs, None, emulate)
+        func, emulate = call.func, functools.partial(super().on_weight, call)
+        return self._computed(func, kind_of(func), call.arguments.args, call.arguments.kwargs, None, emulate)
 
     def on_other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = kind_of(func)
@@ -86,24 +90,21 @@ class Replay(Emulation):
         if kind is Kind.VIEW:
             output = func(*args, **kwargs)
         elif self._records:
-            output = self._record(func, args, kwargs)
+            output = self._record(func, kind, args, kwargs)
         else:
-            output = self._replay(func, args, kwargs)
+            output = self._replay(func, kind, args, kwargs)
         if self._layers:
             self.views.follow(func, args, kwargs, output)
         return output
 
-    def _key(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _key(self, func: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call's key, or None where it has none."""
-        if kind_of(func) in (Kind.OPAQUE, Kind.LEAK) or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        if kind in _UNKEYED or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return None
-        try:
-            return self._contents.key(func, args, kwargs)
-        except Unkeyed:
-            return None
+        return self._contents.key(func, args, kwargs)
 
-    def _replay(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key = self._key(func, args, kwargs)
+    def _replay(self, func: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key = self._key(func, kind, args, kwargs)
         call = None if key is None else self._recording.find(key)
         if call is not None and call.output is not None:
             output = self._recording.give(call, self._contents)
@@ -111,13 +112,19 @@ class Replay(Emulation):
                 self._recording.replayed += 1
                 self._given[call] = None
                 return output
-        return self._computed(func, args, kwargs, call, functools.partial(func, *args, **kwargs))
+        return self._computed(func, kind, args, kwargs, call, None)
 
     def _computed(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call | None, run: Callable[[], Any]
+        self,
+        func: Any,
+        kind: Kind,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Call | None,
+        run: Callable[[], Any] | None,
     ) -> Any:
         """Run a call of a probe. What it writes has the numbers of the recorded call, if there is one."""
-        output, read, changed = self._run(func, args, kwargs, run)
+        output, read, changed = self._run(func, kind, args, kwargs, run)
         self._recording.computed += 1
         written = [] if call is None else _written(read, changed, output)
         if call is not None and len(call.numbers) == len(written):
@@ -128,12 +135,12 @@ class Replay(Emulation):
                 self._contents.forget(tensor)
         return output
 
-    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        recording, key, random = self._recording, self._key(func, args, kwargs), _random_states()
+    def _record(self, func: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        recording, key = self._recording, self._key(func, kind, args, kwargs)
         started = time.perf_counter()
-        output, read, changed = self._run(func, args, kwargs, functools.partial(func, *args, **kwargs))
+        output, read, changed = self._run(func, kind, args, kwargs, None)
         seconds = time.perf_counter() - started
-        if not all(map(torch.equal, random, _random_states())):
+        if self._drew():
             key = None
         written = _written(read, changed, output)
         call = None if key is None else recording.find(key)
@@ -144,7 +151,7 @@ class Replay(Emulation):
             if (
                 written
                 and not changed
-                and _kind(func, args, kwargs) is Kind.PURE
+                and _kind(kind, args, kwargs) is Kind.PURE
                 and _can_be_kept(output, len(written))
             ):
                 recording.keep(call, output, seconds)
@@ -156,28 +163,40 @@ class Replay(Emulation):
                 self._contents.forget(tensor)
         return output
 
+    def _drew(self) -> bool:
+        """Whether a generator has moved since the last call: what this one returned may depend on where it stood."""
+        before, self._random = self._random, _random_states()
+        return before != self._random
+
     def _run(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]
+        self,
+        func: Any,
+        kind: Kind,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run: Callable[[], Any] | None,
     ) -> tuple[Any, list[Tensor], list[Tensor]]:
-        """The output, the plain tensors among the arguments, and those that the call changed."""
-        kind = _kind(func, args, kwargs)
-        read = [tensor for tensor in tensors_in((args, kwargs)) if is_plain(tensor)]
+        """The output, the plain tensors among the arguments, and those that the call changed. run: other than `func`."""
+        kind = _kind(kind, args, kwargs)
+        read = [tensor for tensor in tensors_in(args) if is_plain(tensor)]
+        if kwargs:
+            read += [tensor for tensor in tensors_in(kwargs.values()) if is_plain(tensor)]
         targets = _targets(kind, args, kwargs, read) if kind in _WRITES else []
         for tensor in targets:
             self._recording.before_write(tensor)
-        before = [version_of(tensor) for tensor in read]
+        before = [-1 if tensor.is_inference() else tensor._version for tensor in read]
         try:
-            output = run()
+            output = func(*args, **kwargs) if run is None else run()
         except BaseException:  # the model may catch it and go on with what was half written
             for tensor in targets:
                 self._contents.forget(tensor)
             raise
-        changed = [tensor for tensor, version in zip(read, before, strict=True) if version_of(tensor) != version]
+        changed = [t for t, version in zip(read, before, strict=True) if version >= 0 and t._version != version]
         if kind is Kind.STATISTICS:
             changed += targets
         for tensor in changed:
             self._recording.after_write(tensor)
-        if kind is Kind.LEAK or not all(map(is_plain, tensors_in((output,)))):
+        if kind is Kind.LEAK or not (is_plain(output) if type(output) is Tensor else _all_plain(output)):
             # A tensor of another kind (sparse, a subclass) can share what it was made of.
             for tensor in read:
                 self._recording.before_write(tensor)
@@ -185,9 +204,8 @@ class Replay(Emulation):
         return output, read, changed
 
 
-def _kind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
+def _kind(kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
     """The kind of one call: `out` and `inplace` make a write of any function, evaluation leaves statistics alone."""
-    kind = kind_of(func)
     if kind is Kind.STATISTICS:
         training = args[5] if len(args) > 5 else kwargs.get("training", kwargs.get("use_input_stats", True))
         return Kind.STATISTICS if training else Kind.PURE
@@ -205,6 +223,10 @@ def _targets(kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any], read: li
     else:
         found = tensors_in((kwargs.get("out"),)) or tensors_in(args[:1]) or read
     return [tensor for tensor in found if is_plain(tensor)]
+
+
+def _all_plain(output: Any) -> bool:
+    return all(map(is_plain, tensors_in((output,))))
 
 
 def _written(read: list[Tensor], changed: list[Tensor], output: Any) -> list[Tensor]:
@@ -244,9 +266,9 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _random_states() -> list[Tensor]:
+def _random_states() -> list[bytes]:
     """The state of every default generator that a call could draw from."""
-    states = [torch.default_generator.get_state()]
+    generators = [torch.default_generator]
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states += [generator.get_state() for generator in torch.cuda.default_generators]
-    return states
+        generators += torch.cuda.default_generators
+    return [generator.get_state().numpy().tobytes() for generator in generators]

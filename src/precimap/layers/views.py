@@ -77,15 +77,20 @@ class WeightViews:
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._views: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._ids: set[int] = set()  # of every view there ever was: what is not in it need not be looked up
         for name, weight in weights.items():
             walks = tuple(frozenset({dim}) for dim in range(weight.dim()))
-            self._views[weight] = View(name, walks, rebuild=lambda quantised: quantised)
+            self._add(weight, View(name, walks, rebuild=lambda quantised: quantised))
 
     def find(self, value: Any) -> View | None:
-        if not isinstance(value, Tensor):
+        if id(value) not in self._ids or not isinstance(value, Tensor):
             return None
         view: View | None = self._views.get(value)  # type: ignore[no-untyped-call]
         return view
+
+    def _add(self, tensor: Tensor, view: View) -> None:
+        self._views[tensor] = view
+        self._ids.add(id(tensor))
 
     @staticmethod
     def is_view_call(func: Any) -> bool:
@@ -93,12 +98,10 @@ class WeightViews:
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Remember the outputs of a view call whose first argument is a known weight."""
-        if not args or not isinstance(args[0], Tensor):
-            return
-        source, rest = args[0], args[1:]
-        parent = self.find(source)
+        parent = self.find(args[0]) if args else None
         if parent is None or not self.is_view_call(func):
             return
+        source, rest = args[0], args[1:]
         for index, out in _tensors_of(output):
             if out is source:
                 continue
@@ -109,7 +112,7 @@ class WeightViews:
                 return result
 
             walks = _walks(source, parent.walks, out)
-            self._views[out] = View(parent.name, walks, rebuild)
+            self._add(out, View(parent.name, walks, rebuild))
 
 
 def _tensors_of(output: Any) -> Iterator[tuple[int | None, Tensor]]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from precimap.layers.inventory import Inventory
-from precimap.report.tables import short_name
+from precimap.report.tables import megabytes, short_name
 
 PRODUCTS_SHOWN = 12
 
@@ -23,13 +23,15 @@ def inventory_table(inventory: Inventory) -> RenderableType:
     table.add_column("op", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     table.add_column("FLOPs", justify="right")
+    table.add_column("bytes", justify="right")
     table.add_column("shares", no_wrap=True)
     for layer in inventory.layers:
         share = layer.flops / inventory.weight_flops if inventory.weight_flops else 0.0
         note = "dead" if layer.dead else ("scheme+input" if layer.fused and layer.siblings else "")
         note = note or ("scheme" if layer.fused else "") or ("input" if layer.siblings else "")
         shape = "x".join(map(str, layer.shape))
-        table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", note)
+        size = f"{layer.bytes / inventory.layer_bytes:.1%}"
+        table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", size, note)
     parts = (table, _others(inventory), *([_products(inventory)] if inventory.products else []), _coverage(inventory))
     return Group(*(part for pair in zip(parts, itertools.repeat(Text())) for part in pair))
 
@@ -71,8 +73,14 @@ def _coverage(inventory: Inventory) -> RenderableType:
     lines = [
         f"{inventory.parameters:,} parameters, all accounted for",
         f"weight FLOPs: {inventory.weight_flops:,} in a batch of {inventory.units}, {inventory.covered:.1%} in layers",
+        f"bytes of all layers: {megabytes(inventory.layer_bytes)}, {_table_share(inventory):.1%} in embedding tables",
         f"activation x activation FLOPs: {inventory.activation_flops:,}, always in base precision",
     ]
     lines += [f"hidden from layers: {reason}, {flops:,} FLOPs" for reason, flops in inventory.hidden_flops]
     lines += [f"dead: {layer.name}: {layer.dead}" for layer in inventory.layers if layer.dead]
     return Text("\n".join(lines))
+
+
+def _table_share(inventory: Inventory) -> float:
+    """Of the bytes of all layers, those of tables that are looked up and not multiplied."""
+    return sum(x.bytes for x in inventory.layers if x.lookup and not x.flops) / max(1, inventory.layer_bytes)

@@ -6,8 +6,10 @@ a TaskError; what is only worth knowing is a note. The model is scored, never ch
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +19,11 @@ from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantized
 from precimap.layers.refusals import refusal
 from precimap.layers.views import plain_name
-from precimap.metrics.metric import LogLoss
-from precimap.metrics.paired import detectable_drop, differences
-from precimap.numerics.schemes import Granularity, Scheme
+from precimap.metrics.auc import AUC, GAUC
+from precimap.metrics.click import NE, LogLoss
+from precimap.metrics.paired import bounded, detectable_drop
+from precimap.numerics.schemes import Scheme
+from precimap.search.batch_invariance import BatchDependence, along_units
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import prepare
 from precimap.task import Scored, Task, first_batch, labels_of, score
@@ -40,12 +44,16 @@ class SplitPrints:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What one batch showed. `detectable` is the drop that the certify split can tell from zero with 80 % power."""
+    """What one batch showed. `detectable` is the drop that the certify split can tell from zero with 80 % power.
+
+    batch_dependence: of each scheme under which units of one batch share a scale.
+    """
 
     search_units: int
     certify_units: int
     detectable: float
     notes: tuple[str, ...]
+    batch_dependence: tuple[BatchDependence, ...] = ()
 
 
 def fingerprint_splits(task: Task) -> SplitPrints:
@@ -124,29 +132,11 @@ def _score_one(task: Task, batch: Any) -> Scored:
 
 def _with_unit_replaced(batch: Any, units: int) -> Any:
     """The batch with its first unit overwritten by its last one; None where nothing has one row per unit."""
-    replaced = False
 
-    def visit(value: Any) -> Any:
-        nonlocal replaced
-        if isinstance(value, Tensor):
-            if value.dim() and value.shape[0] == units:
-                replaced = True
-                value = value.clone()
-                value[0] = value[-1]
-            return value
-        if isinstance(value, dict):
-            return {key: visit(item) for key, item in value.items()}
-        if isinstance(value, list) and len(value) == units and all(isinstance(item, str) for item in value):
-            replaced = True
-            return [value[-1], *value[1:]]
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(visit(item) for item in value))
-        if isinstance(value, tuple | list):
-            return type(value)(visit(item) for item in value)
-        return value
+    def replaced(rows: Any) -> Any:
+        return torch.cat([rows[-1:], rows[1:]]) if isinstance(rows, Tensor) else [rows[-1], *rows[1:]]
 
-    changed = visit(batch) if units > 1 else None
-    return changed if replaced else None
+    return along_units(batch, units, replaced) if units > 1 else None
 
 
 def check_baseline(task: Task, baseline: Scored) -> None:
@@ -157,16 +147,36 @@ def check_baseline(task: Task, baseline: Scored) -> None:
         raise TaskError("every unit of the search split is in one cluster; the spread of a drop needs at least two")
     if (baseline.values == baseline.values[0]).all() and task.metric.worst is None:
         raise TaskError(
-            f"{task.metric.name} is {baseline.values[0]:g} for every unit of the search split; "
+            f"{task.metric.name} is {baseline.values[0]} for every unit of the search split; "
             "a constant cannot show a drop. Are the labels right?"
         )
+    _check_values(task, baseline)
     labels = [labels_of(task, batch) for batch in task.splits.search]
     # Whole-number labels are classes under log-loss; elsewhere they may index the one relevant candidate.
-    of_classes = isinstance(task.metric, LogLoss)
+    of_classes = isinstance(task.metric, LogLoss | NE | AUC | GAUC)
     if all(isinstance(x, Tensor) and x.dim() == 1 and (of_classes or x.is_floating_point()) for x in labels):
         joined = torch.cat([label.detach().cpu() for label in labels])
         if bool((joined == joined[0]).all()):
             raise TaskError(f"every label of the search split is {float(joined[0]):g}; it needs both classes")
+
+
+def _check_values(task: Task, baseline: Scored) -> None:
+    """Raises TaskError for a gate or a guard that has no value on the search split."""
+    found = {task.metric.name: task.metric.value(baseline.values, baseline.units)}
+    for guard in task.guarded:
+        values, units = baseline.guards[guard.label], baseline.units
+        rows = baseline.slices.get(guard.label)
+        if rows is not None:
+            chosen = units.clusters if units.clusters is not None else np.arange(units.n)
+            if len(np.unique(chosen[rows])) < 2:
+                raise TaskError(
+                    f"the slice of the guard {guard.label} has no two units (or clusters) in the search split"
+                )
+            values, units = values[rows], units.only(rows)
+        found[guard.label] = guard.metric.value(values, units)
+    for name, value in found.items():
+        if not isfinite(value):
+            raise TaskError(f"{name} is {value} on the search split; it needs labels of both classes")
 
 
 def detectable(
@@ -190,22 +200,14 @@ def detectable(
     first = next(iter(task.splits.search))
     with quantized(task.model, prepare(task, inventory, calibration, choice)):
         scored = score(task, task.model, [first])
-    d = differences(task.metric, baseline.values[: len(scored.values)], scored.values)
-    return detectable_drop(float(d.std(ddof=1)) if len(d) > 1 else 0.0, n, alpha)
+    sample = task.metric.paired(baseline.values[: len(scored.values)], scored.values, scored.units)
+    drop = bounded(sample, alpha).drop
+    return detectable_drop(drop.error * drop.n**0.5, n, alpha) if isfinite(drop.error) else inf
 
 
-def notes(inventory: Inventory, schemes: Sequence[Scheme]) -> tuple[str, ...]:
+def notes(inventory: Inventory, coupled: Sequence[BatchDependence]) -> tuple[str, ...]:
     """What is worth knowing before the search."""
-    found = []
-    coupled = [
-        s.name
-        for s in schemes
-        if s.input is not None and s.input.dynamic and s.input.granularity is Granularity.PER_TENSOR
-    ]
-    if coupled:
-        found.append(
-            f"{', '.join(coupled)}: one dynamic scale for the whole input, so a unit's score depends on its batch"
-        )
+    found = [dependence.note for dependence in coupled]
     if inventory.hidden_flops:
         hidden = "; ".join(f"{reason} ({flops:,} FLOPs)" for reason, flops in inventory.hidden_flops)
         found.append(f"weight products that no layer stands for: {hidden}")
