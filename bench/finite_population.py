@@ -19,7 +19,7 @@ from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.target import EMULATED
 from precimap.metrics.metric import Metric
-from precimap.metrics.paired import Floats, Units, differences
+from precimap.metrics.units import Floats, Units
 from precimap.numerics.formats import FORMATS, INT8, IntegerFormat
 from precimap.numerics.schemes import Granularity, Rounding, Scheme, scheme
 from precimap.precision_map import PrecisionMap, Premise
@@ -128,7 +128,7 @@ class Population:
 
     def _true_drop(self, choice: Choice) -> float:
         other = self.measured(choice)
-        return float(differences(self.gate, self.values(self.baseline), self.values(other)).mean())
+        return float(self.gate.paired(self.values(self.baseline), self.values(other), self.baseline.units).d.mean())
 
     def map_of(self, choice: Choice) -> PrecisionMap:
         asked = tuple(sorted(choice.items()))
@@ -158,7 +158,7 @@ class Population:
 
     def taken(self, of: Scored, sample: Sample, shift: float = 0.0) -> Scored:
         """The sampled units of a scoring, with the gate's values in front."""
-        return Scored(self.values(of)[sample.rows] + shift, of.losses[sample.rows], {}, sample.units)
+        return Scored(self.values(of)[sample.rows] + shift, of.losses[sample.rows], {}, {}, {}, sample.units)
 
     def looked_at(self, choice: Choice, sample: Sample) -> Scored:
         """The sampled units under a map."""

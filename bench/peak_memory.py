@@ -25,11 +25,11 @@ def peak_above_baseline(make: Callable[[], Task], way: str, schemes: Sequence[Sc
 def _peak(make: Callable[[], Task], way: str, schemes: tuple[Scheme, ...], threads: int) -> int | None:
     torch.set_num_threads(threads)
     subject = subject_of(make(), schemes)
-    if not _reset_peak():
+    if not reset_peak():
         return None
     margin = MARGIN * float(plain_pass(subject, (), subject.task.splits.search).losses.mean())
-    before = _peak_bytes()
-    _reset_peak()
+    before = peak_bytes()
+    reset_peak()
     if way == "plain loop":
         for pair in subject.pairs[:3]:  # the peak is that of one layer: more of them show nothing new
             plain_pass(subject, [pair], subject.task.splits.search)
@@ -37,7 +37,7 @@ def _peak(make: Callable[[], Task], way: str, schemes: tuple[Scheme, ...], threa
         replayed_loop(_on_largest_batch(subject), subject.pairs)
     else:
         default_search(subject.task, schemes, margin)
-    return max(0, _peak_bytes() - before)
+    return max(0, peak_bytes() - before)
 
 
 def _on_largest_batch(subject: Subject) -> Subject:
@@ -48,7 +48,8 @@ def _on_largest_batch(subject: Subject) -> Subject:
 
 
 # getrusage's ru_maxrss is not used: Linux hands the parent's peak down to a process that is forked and executed.
-def _reset_peak() -> bool:
+def reset_peak() -> bool:
+    """Let the peak of this process start from now; False where the kernel does not know how."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -56,6 +57,7 @@ def _reset_peak() -> bool:
     return True
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Most memory that this process held since then."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(text.split()[1]) for text in lines if text.startswith("VmHWM:"))

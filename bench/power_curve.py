@@ -23,7 +23,7 @@ from harness import Claim, at_least, at_most, print_claims, print_machine, write
 from real_tasks import ncf
 
 from precimap.layers.target import EMULATED
-from precimap.metrics.paired import Floats
+from precimap.metrics.units import Floats
 from precimap.precision_map import PrecisionMap
 from precimap.search.allocation.knapsack import Step
 from precimap.search.allocation.rules import KNAPSACK

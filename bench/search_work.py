@@ -264,10 +264,12 @@ def _forwards(journal: Journal, count: Forwards, result: SearchResult, schemes: 
     seconds = _seconds(journal)
     columns = _columns_of({kind: float(units[kind]) for kind in units if kind != "probe"} | {"screen": 0.0})
     screens = journal.measurements("screen")
-    backwards = 1 if screens and screens[0].value["by_scores"] else 2
-    explored = count.instrumented.get("", 0)  # two passes back for the scores, and where those fail two for the losses
+    backwards = int(screens[0].value["backwards"]) if screens else 0
+    explored = count.instrumented.get(
+        "", 0
+    )  # two passes back for each way that is tried, of which there are two at most
     columns["screen"] = count.instrumented.get("screen", 0) * (1 + BACKWARD * backwards)
-    columns["screen"] += explored * (1 + BACKWARD * 2 * backwards)
+    columns["screen"] += explored * (1 + BACKWARD * 2 * min(2, backwards))
     columns["screen"] += schemes * (sum(row.arrays["outputs"].shape[1] for row in screens) + explored)
     columns["chain"] += count.instrumented.get(SINGLE_POINT, 0) * (1 + BACKWARD + 1)
     recorded = count.plain.get("probe", 0) - units["probe"]

@@ -1,11 +1,12 @@
-"""A real recommender with published weights, for tests that need real differences.
+"""Real recommenders with published weights, for tests that need real differences.
 
-NCF-MLP (He et al. 2017, "Neural Collaborative Filtering") trained on MovieLens-1M by its authors, with the
+NCF-MLP and GMF (He et al. 2017, "Neural Collaborative Filtering") trained on MovieLens-1M by their authors, with the
 leave-one-out candidates they evaluate on: for each of 6,040 users one held-out film and 99 others. The files are not
 part of the project; a test that asks for them is skipped where they are absent.
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,21 @@ class NCF(nn.Module):
         return logits
 
 
+class GMF(nn.Module):
+    """Generalized matrix factorization: the product of user and item embedding, weighed by one output column."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.user_embedding = nn.Embedding.from_pretrained(weights["user_embedding_W"])
+        self.item_embedding = nn.Embedding.from_pretrained(weights["item_embedding_W"])
+        self.prediction = _linear(weights, "prediction")
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        """int64 [n], int64 [n] -> logits float32 [n]."""
+        logits: Tensor = self.prediction(self.user_embedding(user) * self.item_embedding(item)).squeeze(-1)
+        return logits
+
+
 def _linear(weights: dict[str, Tensor], name: str) -> nn.Linear:
     kernel = weights[f"{name}_W"]  # Keras: [in, out]
     layer = nn.Linear(*kernel.shape)
@@ -52,6 +68,11 @@ def ncf_mlp() -> NCF:
     return NCF(load_file(_present("mlp.safetensors"))).eval().requires_grad_(False)
 
 
+def ncf_gmf() -> GMF:
+    """The factorization with its published weights; otherwise as `ncf_mlp`."""
+    return GMF(load_file(_present("gmf.safetensors"))).eval().requires_grad_(False)
+
+
 def ncf_candidates() -> tuple[Tensor, Tensor]:
     """Users int64 [6040] and their candidates int64 [6040, 100]; candidate 0 is the relevant one."""
     with np.load(_present("candidates.npz")) as arrays:
@@ -63,6 +84,30 @@ def ncf_scores(model: Callable[[Tensor, Tensor], Tensor], user: Tensor, item: Te
     with torch.no_grad():
         flat: Tensor = model(user.repeat_interleave(item.shape[1]), item.reshape(-1))
     return flat.reshape(item.shape)
+
+
+@cache
+def ncf_in_fp8() -> tuple[Tensor, Tensor]:
+    """Scores [users, candidates] of the tower as published, and with its products in E4M3, a static scale per tensor."""
+    user, item = ncf_candidates()
+    baseline, model = ncf_scores(ncf_mlp(), user, item), ncf_mlp()
+    amax: dict[nn.Module, Tensor] = {}
+    layers = (model.layer1, model.layer2, model.layer3, model.prediction)
+    observers = [
+        layer.register_forward_pre_hook(lambda layer, args: amax.update({layer: args[0].abs().max()}))
+        for layer in layers
+    ]
+    ncf_scores(model, user[:500], item[:500])
+    for observer, layer in zip(observers, layers, strict=True):
+        observer.remove()
+        layer.weight.copy_(_e4m3(layer.weight, layer.weight.abs().max()))
+        layer.register_forward_pre_hook(lambda layer, args: (_e4m3(args[0], amax[layer]),))
+    return baseline, ncf_scores(model, user, item)
+
+
+def _e4m3(x: Tensor, amax: Tensor) -> Tensor:
+    scale = amax / 448
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 def _present(name: str) -> Path:

@@ -5,12 +5,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +24,9 @@ from precimap.task import first_batch, score
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import real_tasks
 import rival_scores
-from click_model import Recipe, cached, train
+import task_data
+from click_model import Recipe
+from click_training import ClickTraining, cached, train
 from synthetic_task import deep_task
 
 NO_CALIBRATION = Calibration({})
@@ -39,13 +40,16 @@ NO_CALIBRATION = Calibration({})
     [
         (real_tasks.stackfaq_minilm, "stackExchange-FAQ.json.gz"),
         (real_tasks.ncf, "mlp.safetensors"),
+        (real_tasks.gmf, "gmf.safetensors"),
         (real_tasks.frappe_dcnv2, "frappe.validation.libfm.gz"),
+        (real_tasks.frappe_wukong, "frappe.validation.libfm.gz"),
+        (real_tasks.amazon_sasrec, "Video.txt.gz"),
     ],
 )
 def test_a_missing_file_is_named(
     make: Callable[[], Task], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(real_tasks, "DATA", tmp_path)
+    monkeypatch.setattr(task_data, "DATA", tmp_path)
     with pytest.raises(FileNotFoundError, match=file):
         make()
 
@@ -98,7 +102,7 @@ def test_minilm_loss_is_the_softmax_mass_of_the_relevant(stackfaq: Task) -> None
 
 
 def test_dcnv2_learns_frappe_and_is_cached(tmp_path: Path) -> None:
-    quick = Recipe(epochs=1, batch_size=1024, learning_rate=2e-3)
+    quick = Recipe(training=ClickTraining(epochs=1, batch_size=1024, learning_rate=2e-3))
     task = _present(lambda: real_tasks.frappe_dcnv2(4000, 8000, 1000, tmp_path, quick))
 
     assert score(task, task.model, task.splits.search).values.mean() == pytest.approx(0.33, abs=0.04)
@@ -114,7 +118,7 @@ def test_dcnv2_learns_frappe_and_is_cached(tmp_path: Path) -> None:
 
 def test_training_is_deterministic_and_leaves_the_random_state(tmp_path: Path) -> None:
     features, labels = _clicks()
-    recipe = Recipe(width=4, deep=(8,), epochs=2, batch_size=64)
+    recipe = _small(epochs=2, batch_size=64)
     before = torch.get_rng_state()
 
     one = train(recipe, features, labels).state_dict()
@@ -127,14 +131,14 @@ def test_training_is_deterministic_and_leaves_the_random_state(tmp_path: Path) -
 
 def test_the_cache_is_read_and_its_key_holds_recipe_and_data(tmp_path: Path) -> None:
     features, labels = _clicks()
-    recipe = Recipe(width=4, deep=(8,), epochs=1, batch_size=64)
+    recipe = _small(epochs=1, batch_size=64)
     cached(recipe, features, labels, tmp_path)
     (path,) = tmp_path.iterdir()
     written = path.stat().st_mtime_ns
 
     cached(recipe, features, labels, tmp_path)
     assert path.stat().st_mtime_ns == written
-    cached(Recipe(width=4, deep=(8,), epochs=1, batch_size=32), features, labels, tmp_path)
+    cached(_small(epochs=1, batch_size=32), features, labels, tmp_path)
     cached(recipe, features, 1 - labels, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -142,36 +146,16 @@ def test_the_cache_is_read_and_its_key_holds_recipe_and_data(tmp_path: Path) -> 
 def test_training_takes_the_best_epoch() -> None:
     features, _ = _clicks()
     noise = torch.randint(2, (400,)).float()  # nothing to learn: after some epochs the validation rows only get worse
-    recipe = Recipe(width=4, deep=(32,), patience=30, epochs=30, batch_size=32, learning_rate=0.01)
-    torch.manual_seed(recipe.seed)
+    how = ClickTraining(patience=30, epochs=30, batch_size=32, learning_rate=0.01)
+    recipe = Recipe(width=4, deep=(32,), training=how)
+    torch.manual_seed(how.seed)
     validation = torch.randperm(400)[:40]
 
     def loss(epochs: int) -> float:
-        model = train(replace(recipe, epochs=epochs), features, noise)
+        model = train(replace(recipe, training=replace(how, epochs=epochs)), features, noise)
         return float(F.binary_cross_entropy_with_logits(model(features[validation]), noise[validation]))
 
     assert loss(30) <= loss(1)
-
-
-# Splits
-
-
-@given(
-    st.lists(st.integers(0, 6), min_size=1, max_size=60),
-    st.lists(st.integers(1, 20), min_size=1, max_size=3),
-)
-def test_splits_keep_clusters_apart(clusters: list[int], sizes: list[int]) -> None:
-    cluster = np.array(clusters)
-    try:
-        parts = real_tasks.split_by_cluster(cluster, sizes)
-    except InputError:
-        # The last part may only want for rows when those cut off from the others are gone.
-        assert sum(sizes) + (len(sizes) - 1) * (np.bincount(cluster).max() - 1) > len(cluster)
-        return
-    assert [len(part) for part in parts] == sizes
-    named = [set(cluster[part].tolist()) for part in parts]
-    assert sum(map(len, named)) == len(set().union(*named))
-    assert all((np.diff(part) > 0).all() for part in parts)
 
 
 # The synthetic ranker
@@ -331,6 +315,10 @@ def _change(layer: nn.Linear, x: Tensor, output: Tensor) -> Tensor:
 def _e4m3(x: Tensor, amax: Tensor) -> Tensor:
     scale = amax / 448
     return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def _small(**training: Any) -> Recipe:
+    return Recipe(width=4, deep=(8,), training=ClickTraining(**training))
 
 
 def _clicks() -> tuple[Tensor, Tensor]:

@@ -20,7 +20,15 @@ def broken():
     return planted_task().nothing
 def wrong():
     return 3
+def attending():
+    def forward(model, batch):
+        x = batch["x"]
+        return model(x) * x.unsqueeze(1).matmul(x.unsqueeze(2)).squeeze(2)
+    return planted_task(forward=forward)
 """
+
+
+SEARCH = ("search", "mine.py", "--scheme", "fp8-static", "--margin", "1", "--run", "x")
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,14 @@ def test_layers_accounts_for_all_parameters(precimap: Callable[..., Ran]) -> Non
     assert "dead: dead.weight" in found.stdout
 
 
+def test_layers_names_the_products_without_a_weight(precimap: Callable[..., Ran]) -> None:
+    found = precimap("layers", "mine.py:attending", "--json")
+    assert found.returncode == 0, found.stderr
+    row = {"op": "matmul", "left": [125, 1, 64], "right": [125, 64, 1], "calls": 1, "flops": 2 * 125 * 64}
+    assert json.loads(found.stdout)["products"] == [row]
+    assert "matmul 125x1x64 125x64x1     1 16,000" in precimap("layers", "mine.py:attending").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -127,6 +143,9 @@ def test_layers_accounts_for_all_parameters(precimap: Callable[..., Ran]) -> Non
             ("search", "mine.py", "--scheme", "fp8-static", "--margin", "1", "--run", "x", "--input-range", "max"),
             "percentile",
         ),
+        ((*SEARCH, "--input-range", "rows:float32"), "an input takes amax"),
+        ((*SEARCH, "--bytes-worth", "-1"), "0 or more; got -1.0"),
+        ((*SEARCH, "--bytes-worth", "1", "--rule", "threshold"), "--bytes-worth with the knapsack"),
         (("report", "nowhere"), "run directory"),
         (("certify", "mine.py", "mine.py", "--margin", "1"), "expected a precision map"),
     ],

@@ -18,9 +18,9 @@ from small_tasks import planted_task
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import peak_memory
 import prediction
-import real_tasks
 import search_cost
 import search_turns
+import task_data
 from layer_ranking import Residuals, Truth, ranked
 from rival_scores import residual_error
 from search_work import Cost, Pass, Subject, default_search, plain_pass, replayed_loop, subject_of
@@ -120,16 +120,16 @@ def test_the_worst_layers_are_kept_and_the_error_left_is_measured(deep: Subject)
 
 
 def test_a_peak_is_seen_and_forgotten() -> None:
-    if not peak_memory._reset_peak():
+    if not peak_memory.reset_peak():
         pytest.skip("this system does not let a process reset its peak")
-    before = peak_memory._peak_bytes()
+    before = peak_memory.peak_bytes()
     block = torch.ones(16 * 2**20)  # 64 MB
-    with_block = peak_memory._peak_bytes()
+    with_block = peak_memory.peak_bytes()
     del block
-    peak_memory._reset_peak()
+    peak_memory.reset_peak()
 
     assert with_block - before >= 60 * 2**20
-    assert peak_memory._peak_bytes() <= with_block - 60 * 2**20
+    assert peak_memory.peak_bytes() <= with_block - 60 * 2**20
 
 
 def test_r2_is_about_the_line_of_slope_one() -> None:
@@ -170,7 +170,7 @@ def test_predictions_of_a_small_model() -> None:
 def test_a_run_without_data_says_so_and_writes_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(real_tasks, "DATA", tmp_path)
+    monkeypatch.setattr(task_data, "DATA", tmp_path)
     for name, value in (("DEEP_LAYERS", 40), ("DEEP_SAMPLE", 2), ("DEEP_UNITS", (128,)), ("CLAIMED_UNITS", 128)):
         monkeypatch.setattr(search_cost, name, value)
     file = tmp_path / "cost.json"

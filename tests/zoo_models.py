@@ -48,30 +48,6 @@ class LowRankCross(nn.Module):
         return state.sum(dim=1)
 
 
-class SequentialTransducer(nn.Module):
-    """One HSTU block (Zhai et al. 2024): one projection to u, v, q, k by `addmm`, SiLU attention by `einsum`, gate u."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.uvqk = uniform(width, 4 * width, fan_in=width)
-        self.uvqk_bias = nn.Parameter(torch.zeros(4 * width))
-        self.out = uniform(width, width, fan_in=width)
-        self.out_bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, tokens, width] -> the same."""
-        n, tokens, width = x.shape
-        normed = F.layer_norm(x, (width,)).reshape(n * tokens, width)
-        mixed = F.silu(torch.addmm(self.uvqk_bias, normed, self.uvqk))
-        u, v, q, k = mixed.reshape(n, tokens, 4, self.heads, width // self.heads).unbind(dim=2)
-        weights = F.silu(torch.einsum("nqhd,nkhd->nhqk", q, k)) / tokens
-        causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-        attended = torch.einsum("nhqk,nkhd->nqhd", weights * causal, v).reshape(n * tokens, width)
-        gated = F.layer_norm(attended, (width,)) * u.reshape(n * tokens, width)
-        return x + torch.addmm(self.out_bias, gated, self.out).reshape(n, tokens, width)
-
-
 class FieldAttention(nn.Module):
     """AutoInt's interacting layer (Song et al. 2019): projections of the fields by `tensordot`."""
 
@@ -144,25 +120,6 @@ class BagScorer(nn.Module):
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """int64 [all ids], int64 [n] -> [n, 1]."""
         return self.mlp(self.bag(ids, offsets))
-
-
-class MultiGateExperts(nn.Module):
-    """MMoE (Ma et al. 2018): shared experts in a ModuleList, one gate and one tower per task."""
-
-    def __init__(self, width: int, experts: int, tasks: int) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(width, 32), nn.ReLU()) for _ in range(experts)])
-        self.gates = nn.ModuleList([nn.Linear(width, experts, bias=False) for _ in range(tasks)])
-        self.towers = nn.ModuleList([nn.Linear(32, 1) for _ in range(tasks)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, width] -> [n, tasks]."""
-        outputs = torch.stack([expert(x) for expert in self.experts], dim=1)
-        scores = []
-        for gate, tower in zip(self.gates, self.towers, strict=True):
-            share = torch.softmax(gate(x), dim=1).unsqueeze(2)
-            scores.append(tower((outputs * share).sum(dim=1)))
-        return torch.cat(scores, dim=1)
 
 
 class StackedExperts(nn.Module):

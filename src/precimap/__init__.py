@@ -1,12 +1,15 @@
 """precimap: the fastest per-layer precision map that your own task metric cannot tell from the original."""
 
 from precimap import metrics
+from precimap.certificate import Certificate
 from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED
-from precimap.precision_map import Certificate, PrecisionMap
+from precimap.metrics.guard import Guard
+from precimap.precision_map import PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy
+from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import Knapsack, Threshold
 from precimap.search.limits import Effort
@@ -16,9 +19,11 @@ from precimap.task import Splits, Task
 __all__ = [
     "CPU_INT8",
     "EMULATED",
+    "TORCHREC",
     "Certificate",
     "Constraints",
     "Effort",
+    "Guard",
     "Knapsack",
     "PrecisionMap",
     "SearchResult",

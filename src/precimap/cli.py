@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,23 +16,45 @@ import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
+from precimap.cli_options import (
+    TARGETS,
+    AllowOption,
+    BudgetOption,
+    BytesOption,
+    ConfidenceOption,
+    GainOption,
+    JsonOption,
+    MapArgument,
+    MarginOption,
+    Probes,
+    RangeOption,
+    RealignOption,
+    RuleName,
+    RuleOption,
+    RunOption,
+    SchemeOption,
+    TargetName,
+    TargetOption,
+    TaskArgument,
+)
 from precimap.demos.demo import run_demo, unused_directory
 from precimap.errors import InputError, MapError, PrecimapError
 from precimap.layers.discover import discover
-from precimap.layers.target import EMULATED, Target
-from precimap.numerics.schemes import SCHEMES, range_rule_from_row
+from precimap.numerics.schemes import range_rule_from_row
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
+from precimap.report.inventory_table import inventory_table
 from precimap.report.progress_bar import progress_bar
+from precimap.report.proof import certificate_text
 from precimap.report.run_record import read_run
-from precimap.report.tables import certificate_text, inventory_table, preflight_text, run_page
+from precimap.report.tables import preflight_text, run_page
 from precimap.runtime.checkpoint import save_deployed
-from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
 from precimap.search.certificate.recertify import recertify
+from precimap.search.evidence.known import BYTES_WORTH
 from precimap.search.limits import Effort
 from precimap.search.pipeline import search as search_task
 from precimap.search.preflight import check_weights
@@ -46,50 +67,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _errors = Console(stderr=True)
-
-
-class TargetName(StrEnum):
-    """What a map can be made for here."""
-
-    EMULATED = "emulated"
-    CPU_INT8 = "cpu-int8"
-
-
-class Probes(StrEnum):
-    """Which layers are measured directly. Ambiguous: those that the screen leaves open, and a random audit of it."""
-
-    AMBIGUOUS = "ambiguous"
-    ALL = "all"
-
-
-class RuleName(StrEnum):
-    """How a chain of maps is made."""
-
-    KNAPSACK = "knapsack"
-    THRESHOLD = "threshold"
-
-
-TARGETS: dict[TargetName, Target] = {TargetName.EMULATED: EMULATED, TargetName.CPU_INT8: CPU_INT8}
-
-TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="file.py, file.py:function or package.module:function")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="A map.json that a search wrote.")]
-TargetOption = Annotated[TargetName, typer.Option(help="What the map is for.")]
-MarginOption = Annotated[float, typer.Option(help="The largest drop you accept, in the metric's units.")]
-ConfidenceOption = Annotated[float, typer.Option(help="One-sided confidence of the certificate.")]
-RunOption = Annotated[
-    Path, typer.Option(help="Directory of the measurements and the map; taken up again if it exists.")
-]
-RuleOption = Annotated[RuleName, typer.Option(help="Most time saved for the margin, or each layer by itself.")]
-RangeOption = Annotated[str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")]
-AllowOption = Annotated[
-    list[str] | None, typer.Option(help="PATTERN=SCHEME,...: the only schemes for layers of this shell pattern.")
-]
-BudgetOption = Annotated[
-    float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")
-]
 
 
 @app.command()
@@ -105,9 +82,7 @@ def layers(task: TaskArgument, as_json: JsonOption = False) -> None:
 def search(
     task: TaskArgument,
     margin: MarginOption,
-    scheme: Annotated[
-        list[str], typer.Option(help=f"Give several to let each layer take one; out of {', '.join(SCHEMES)}.")
-    ],
+    scheme: SchemeOption,
     run: RunOption,
     confidence: ConfidenceOption = 0.95,
     rule: RuleOption = RuleName.KNAPSACK,
@@ -117,14 +92,18 @@ def search(
     allow: AllowOption = None,
     input_range: RangeOption = "amax",
     probe: Annotated[Probes, typer.Option(help="Which layers are measured one at a time.")] = Probes.AMBIGUOUS,
-    minimum_gain: Annotated[float, typer.Option(help="Least share of the FLOP time that a map must save.")] = 0.0,
+    minimum_gain: GainOption = 0.0,
     maximum_bytes: Annotated[int | None, typer.Option(help="Of all layers together, under the map.")] = None,
-    effective_bits: Annotated[float | None, typer.Option(help="Limit of the average bits of a weight.")] = None,
+    bytes_worth: BytesOption = BYTES_WORTH,
+    effective_bits: Annotated[
+        float | None, typer.Option(help="Limit of the average bits of a weight, scales included.")
+    ] = None,
     rounding_draws: Annotated[int, typer.Option(help="Shifted rounding grids for the final map; 0: none.")] = 8,
     screen_memory: Annotated[int, typer.Option(help="MB that the screen may hold for a batch.")] = 4096,
     replay_memory: Annotated[int, typer.Option(help="MB of recorded results that probes may hold.")] = 4096,
     max_minutes: Annotated[float | None, typer.Option(help="Then certify the best answer so far.")] = None,
     alpha_budget: BudgetOption = None,
+    realign: RealignOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""
@@ -137,7 +116,7 @@ def search(
             schemes=schemes,
             margin=margin,
             confidence=confidence,
-            rule=_rule(rule, Knapsack(Constraints(minimum_gain, maximum_bytes), effective_bits)),
+            rule=_rule(rule, Knapsack(Constraints(minimum_gain, maximum_bytes), effective_bits, bytes_worth)),
             cutoff=cutoff,
             target=TARGETS[target],
             pinned=pin or (),
@@ -151,6 +130,7 @@ def search(
                 minutes=max_minutes,
             ),
             run=run,
+            realign=realign,
             progress=progress,
             on_preflight=lambda found: _errors.print(preflight_text(asdict(found))),
         )
@@ -164,7 +144,8 @@ def _rule(name: RuleName, knapsack: Knapsack) -> Rule:
         return knapsack
     if knapsack != KNAPSACK:
         raise InputError(
-            "expected --minimum-gain, --maximum-bytes and --effective-bits with the knapsack; the threshold has no budget"
+            "expected --minimum-gain, --maximum-bytes, --effective-bits and --bytes-worth with the knapsack; "
+            "the threshold has no budget"
         )
     return Threshold()
 

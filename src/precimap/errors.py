@@ -3,6 +3,7 @@
     PrecimapError
     |-- InputError              what the user gave is wrong (the command line exits with 2)
     |   |-- TaskError           a task file, a forward, a metric, a split
+    |   |-- DataError           a log file that cannot be read as described
     |   |-- ModelError          a model that cannot be looked into, or holds NaN
     |   |-- SchemeError         an unknown scheme, or one that a layer cannot take
     |   |-- MapError            a precision map that cannot be read
@@ -27,6 +28,10 @@ class InputError(PrecimapError):
 
 class TaskError(InputError):
     """A task file, forward, loss, metric or split that cannot be used."""
+
+
+class DataError(InputError):
+    """A log file, or its description, that cannot be read; names file, line and column."""
 
 
 class ModelError(InputError):

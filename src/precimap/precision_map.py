@@ -12,8 +12,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from precimap.certificate import Certificate, Record, Rounding
 from precimap.durable import write_text
 from precimap.errors import MapError, PremiseMismatch, SchemeError
 from precimap.numerics.schemes import Scheme, scheme_from_row
@@ -33,11 +34,7 @@ class Verdict(StrEnum):
     UNDECIDED = "undecided"  # its own drop cannot be told from the cutoff at this sample size
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Evidence(_Record):
+class Evidence(Record):
     """One layer alone under one scheme, on (a part of) the search split: drop, standard error, one-sided bounds."""
 
     drop: float
@@ -49,7 +46,7 @@ class Evidence(_Record):
     changed: int = Field(ge=0)
 
 
-class Decision(_Record):
+class Decision(Record):
     """What one layer does. `scheme` None means base precision; the input range belongs to static schemes.
 
     `contracted` are the dims of the weight that its ops sum over, None where they differ: with the shape, all that
@@ -71,61 +68,7 @@ class Decision(_Record):
     bytes: int = Field(default=0, ge=0, lt=2**63)
 
 
-class Certificate(_Record):
-    """The answer of the certify split about one map.
-
-    `upper` is the one-sided bound of the drop at confidence 1 - alpha (None: there is no finite one); the map is
-    certified when it is at most `margin`. `spent_alpha` is what this split has given away in all, this map included.
-    """
-
-    metric: str
-    certified: bool
-    verdict: str
-    claim: str
-    drop: float
-    error: float
-    upper: float | None
-    margin: float = Field(gt=0)
-    alpha: float = Field(gt=0, lt=1)
-    spent_alpha: float = Field(gt=0)
-    bound: str
-    baseline: float
-    n: int = Field(ge=1)
-    clusters: int = Field(ge=1)
-    changed: int = Field(ge=0)
-    needed: int | None
-    reported: dict[str, tuple[float, float]] = Field(default_factory=dict)
-    split: str
-    map: str
-
-    def __str__(self) -> str:
-        upper = "none" if self.upper is None else f"{self.upper:+.5f}"
-        return (
-            f"{self.verdict}: {self.metric} drop {self.drop:+.5f} +- {self.error:.5f} (standard error), "
-            f"{100 * (1 - self.alpha):g} % upper bound {upper}, margin {self.margin:g}; n = {self.n}"
-            + (f" in {self.clusters} clusters" if self.clusters != self.n else "")
-            + f", {self.changed} changed. {self.claim}"
-        )
-
-
-class Rounding(_Record):
-    """The lottery of the rounding grid: the map's drop on shifted grids, on n units of the search split.
-
-    shipped: the drop on the map's own grids there, with its error over units. mean and sd are over the draws; common is
-    the part of sd that does not average out over units: what the next retrain, with other grids, is to expect. The
-    certificate is about the grids that ship.
-    """
-
-    shipped: float
-    error_over_units: float
-    n: int = Field(ge=1)
-    drops: tuple[float, ...]
-    mean: float
-    sd: float = Field(ge=0)
-    common: float = Field(ge=0)
-
-
-class Premise(_Record):
+class Premise(Record):
     """What a map was made from."""
 
     weights: str
@@ -140,7 +83,20 @@ class Premise(_Record):
     torch: str
 
 
-class PrecisionMap(_Record):
+class Realignment(Record):
+    """A scale and a shift of the model's scores, to be folded into `layer`, the nn.Linear that makes them.
+
+    Fitted without labels on the n logits of the calibration split, so that scale * quantised + shift gives the
+    probabilities of the baseline as nearly as it can.
+    """
+
+    layer: str
+    scale: float = Field(gt=0)
+    shift: float
+    n: int = Field(ge=1)
+
+
+class PrecisionMap(Record):
     """Layer -> scheme for one model. Make it with `precimap.search`, read it with `PrecisionMap.load`."""
 
     version: int = MAP_VERSION
@@ -150,6 +106,7 @@ class PrecisionMap(_Record):
     premise: Premise
     certificate: Certificate | None = None
     rounding: Rounding | None = None
+    realignment: Realignment | None = None
 
     @model_validator(mode="after")
     def _schemes_fit(self) -> Self:
@@ -184,14 +141,35 @@ class PrecisionMap(_Record):
         return sum(d.flops_share for name, d in self.layers.items() if (s := self.scheme_of(name)) and s.computes_low)
 
     @property
+    def bytes_before(self) -> int:
+        """Of all layers in base precision."""
+        return sum(decision.bytes for decision in self.layers.values())
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all layers under the map, scales and offsets included."""
+        return sum(
+            decision.bytes
+            if (scheme := self.scheme_of(name)) is None
+            else scheme.stored_bytes(decision.shape, decision.contracted)
+            for name, decision in self.layers.items()
+        )
+
+    @property
+    def bytes_share(self) -> float:
+        """Share of the layers' bytes that a map puts in low precision, counted in base precision; 0 without any."""
+        return sum(self.layers[name].bytes for name in self.low) / self.bytes_before if self.bytes_before else 0.0
+
+    @property
     def fingerprint(self) -> str:
-        """Of what runs: weights, target, schemes and static ranges. Evidence and certificate do not enter."""
+        """Of what runs: weights, target, schemes, static ranges, realignment. Evidence and certificate do not enter."""
         running = {
             name: (d.scheme, self.schemes[d.scheme], d.input_scale, d.input_zero)
             for name, d in sorted(self.layers.items())
             if d.scheme is not None
         }
-        text = json.dumps([self.premise.weights, self.target, running], sort_keys=True)
+        repaired = [] if self.realignment is None else [self.realignment.model_dump(exclude={"n"})]
+        text = json.dumps([self.premise.weights, self.target, running, *repaired], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
@@ -248,6 +226,8 @@ class PrecisionMap(_Record):
             before, after = self.layers.get(name), other.layers.get(name)
             if _running(before, self) != _running(after, other):
                 lines.append(f"{name}: {_said(before)} -> {_said(after)}")
+        if self.realignment != other.realignment:
+            lines.append(f"realignment: {_repair(self.realignment)} -> {_repair(other.realignment)}")
         if self.target != other.target:
             lines.append(f"target: {self.target} -> {other.target}")
         for field in Premise.model_fields:
@@ -270,6 +250,10 @@ def _said(decision: Decision | None) -> str:
     return (
         decision.scheme if decision.input_scale is None else f"{decision.scheme} (input scale {decision.input_scale:g})"
     )
+
+
+def _repair(realignment: Realignment | None) -> str:
+    return "none" if realignment is None else f"{realignment.scale:.6g} x + {realignment.shift:.6g}"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

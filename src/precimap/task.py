@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from precimap.errors import TaskError
+from precimap.metrics.guard import Guard, Guards, as_guards
 from precimap.metrics.metric import Loss, Metric
-from precimap.metrics.paired import Units
+from precimap.metrics.units import Units
 
 Batches = Iterable[Any]
 
@@ -54,8 +55,9 @@ class Task:
     """What is to be kept, and how it is measured.
 
     model: in evaluation mode, at its base precision, on its device. forward(model, batch) -> scores, one row per unit.
-    loss(scores, batch) -> [units], differentiable where possible. metric: the gate; `reported` metrics are measured
-    beside it and decide nothing. labels(batch) -> what the metric takes. clusters(batch) -> [units] integers: units of
+    loss(scores, batch) -> [units], differentiable where possible. metric: the gate; `guards` must hold beside it, each
+    within its own margin: `{"calibration": 0.005}`, or `Guard`s for other metrics and for slices. `reported` metrics are
+    measured and decide nothing. labels(batch) -> what the metric takes. clusters(batch) -> [units] integers: units of
     one user, query or session are resampled together. weights(batch) -> [units] positive sample weights.
     """
 
@@ -68,8 +70,26 @@ class Task:
     labels: Callable[[Any], Any] = default_labels
     clusters: Callable[[Any], Any] | None = None
     weights: Callable[[Any], Any] | None = None
+    guards: Guards = ()
     reported: tuple[Metric, ...] = ()
     name: str = "task"
+
+    def __post_init__(self) -> None:
+        as_guards(self.guards)  # a wrong one is said now
+        names = [metric.name for metric in self.reported]
+        if len(set(names)) < len(names):
+            raise TaskError(f"expected reported metrics with names of their own, got {', '.join(names)}")
+
+    @property
+    def guarded(self) -> tuple[Guard, ...]:
+        """The guards, in the order given."""
+        return as_guards(self.guards)
+
+    @property
+    def kept_beside(self) -> str:
+        """The guards and the reported metrics: of them something is kept of every scored unit, beside the gate."""
+        guards = [f"guard {guard.label}" for guard in self.guarded]
+        return ", ".join([*guards, *(f"reported {metric.name}" for metric in self.reported)])
 
     @property
     def device(self) -> torch.device:
@@ -90,23 +110,33 @@ class Task:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scored:
-    """One value per unit: of the metric, of the loss, and of each reported metric (float64)."""
+    """What the metric keeps of each unit ([units] or [units, columns]), its loss, and the same of the other metrics.
+
+    reported: by name. guards: by label. slices: bool [units], by the label of a guard that has a slice.
+    """
 
     values: np.ndarray
     losses: np.ndarray
     reported: dict[str, np.ndarray]
+    guards: dict[str, np.ndarray]
+    slices: dict[str, np.ndarray]
     units: Units
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredPart:
-    """One batch, scored: float64 [units] each; `clusters` (int64) and `weights` are empty for a task without them."""
+    """One batch, scored, as in `Scored`; `clusters` (int64) and `weights` are empty for a task without them."""
 
     values: np.ndarray
     losses: np.ndarray
     reported: dict[str, np.ndarray]
+    guards: dict[str, np.ndarray]
+    slices: dict[str, np.ndarray]
     clusters: np.ndarray
     weights: np.ndarray
+
+
+NAMED = ("reported", "guards", "slices")  # what a scored batch holds by name
 
 
 def score(task: Task, model: Any, batches: Batches, after_batch: Callable[[int], None] | None = None) -> Scored:
@@ -138,14 +168,21 @@ def join_parts(task: Task, parts: Sequence[ScoredPart]) -> Scored:
     return Scored(
         join([p.values for p in parts]),
         join([p.losses for p in parts]),
-        {metric.name: join([p.reported[metric.name] for p in parts]) for metric in task.reported},
+        _joined([p.reported for p in parts]),
+        _joined([p.guards for p in parts]),
+        _joined([p.slices for p in parts]),
         Units(clusters=clusters, weights=weights, n=done),
     )
 
 
+def _joined(named: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in named]) for name in named[0]}
+
+
 def labels_of(task: Task, batch: Any) -> Any:
     """The labels of a batch; None for a task whose metrics are all losses, which read none."""
-    if all(isinstance(metric, Loss) for metric in (task.metric, *task.reported)):
+    metrics = (task.metric, *task.reported, *(guard.metric for guard in task.guarded))
+    if all(isinstance(metric, Loss) for metric in metrics):
         return None
     labels = task.labels(batch)
     if labels is None:
@@ -173,21 +210,43 @@ def judge_scores(task: Task, scores: Any, batch: Any, number: int) -> ScoredPart
         raise TaskError(f"batch {number}: expected loss to return one value per unit, [{units}], got {shape}")
     labels = labels_of(task, batch)
     empty = np.zeros(0)
+
+    def kept(metric: Metric) -> np.ndarray:
+        return _column(metric.per_unit(scores, labels, losses), units, metric.name, columns=True)
+
     return ScoredPart(
-        values=_column(task.metric.per_unit(scores, labels, losses), units, task.metric.name),
+        values=kept(task.metric),
         losses=_column(losses, units, "loss"),
-        reported={m.name: _column(m.per_unit(scores, labels, losses), units, m.name) for m in task.reported},
-        clusters=empty if task.clusters is None else _column(task.clusters(batch), units, "clusters").astype(np.int64),
+        reported={metric.name: kept(metric) for metric in task.reported},
+        guards={guard.label: kept(guard.metric) for guard in task.guarded},
+        slices={
+            guard.label: _column(guard.where(batch), units, f"where of {guard.label}") != 0
+            for guard in task.guarded
+            if guard.where is not None
+        },
+        clusters=empty if task.clusters is None else _clusters(task.clusters(batch), units),
         weights=empty if task.weights is None else _column(task.weights(batch), units, "weights"),
     )
 
 
-def _column(values: Any, units: int, what: str) -> np.ndarray:
+def _clusters(values: Any, units: int) -> np.ndarray:
+    """int64 [units], never by way of floats: ids above 2**53 would run together."""
+    found = torch.as_tensor(values).detach().cpu()
+    if found.shape != (units,) or found.is_floating_point() or found.is_complex():
+        raise TaskError(
+            f"expected clusters to give one integer per unit, [{units}], got {found.dtype} {tuple(found.shape)}; "
+            "number them with np.unique(ids, return_inverse=True)[1]"
+        )
+    return found.to(torch.int64).numpy()
+
+
+def _column(values: Any, units: int, what: str, columns: bool = False) -> np.ndarray:
     column = torch.as_tensor(values).detach().double().cpu().numpy()
-    if column.shape != (units,):
+    if column.shape[:1] != (units,) or column.ndim > 1 + columns:
         raise TaskError(f"expected {what} to give one value per unit, [{units}], got the shape {column.shape}")
     if not np.isfinite(column).all():
-        raise TaskError(f"{what} is NaN or infinite for {int((~np.isfinite(column)).sum())} of {units} units")
+        faulty = (~np.isfinite(column)).reshape(units, -1).any(1)
+        raise TaskError(f"{what} is NaN or infinite for {int(faulty.sum())} of {units} units")
     return column
 
 

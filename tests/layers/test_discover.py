@@ -87,7 +87,8 @@ def test_every_layer_can_be_emulated_at_its_own_call_sites(specimen: zoo.Specime
                 found = specimen()
             assert torch.isfinite(found).all()
             assert found.shape == plain.shape
-            assert not torch.equal(found, plain), (layer.name, name)
+            if not (layer.lookup and layer.shape[-1] == 1):  # there a scale for each value leaves nothing to round
+                assert not torch.equal(found, plain), (layer.name, name)
             torch.testing.assert_close(found, plain, rtol=0.5, atol=0.5 * float(plain.abs().max()))
     with quantized(specimen.model, {}):
         assert torch.equal(specimen(), plain)

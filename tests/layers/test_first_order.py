@@ -28,10 +28,10 @@ from zoo import ROWS, ZOO, Builder, Specimen
 
 FP8 = SCHEMES["fp8-tensor"]  # one scale for a tensor: also where the calls of a layer contract different dims
 TABLE = SCHEMES["fp8-weight"]  # a lookup has no input
-MIXED = {"position_embeddings"}  # one lookup of positions for all units
+MIXED = {"position_embeddings", "pos_emb"}  # one lookup of positions for all units
 ROUTED = {"qwen3_moe", "mixtral", "stacked_experts"}  # experts gather the tokens of several units
 
-PARTLY_FLOAT32 = {"qwen3_moe", "mixtral", "torchrec_dlrm", "torchrec_dlrm_dcn"}
+PARTLY_FLOAT32 = {"qwen3_moe", "mixtral", "torchrec_dlrm", "torchrec_dlrm_dcn", "torchrec_embedding_bags"}
 
 
 def codes(specimen: Specimen) -> dict[str, QuantizedLayer]:

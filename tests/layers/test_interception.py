@@ -49,6 +49,8 @@ SPELLINGS = {
     "einsum, weight first": (W, lambda w: torch.einsum("kn,bk->bn", w, X), (0,)),
     "einsum, implicit": (W, lambda w: torch.einsum("bk,kn", X, w), (0,)),
     "einsum, ellipsis": (W, lambda w: torch.einsum("...k,kn->...n", X, w), (0,)),
+    "inner": (W.T.contiguous(), lambda w: torch.inner(X, w), (1,)),
+    "inner method, weight first": (W.T.contiguous(), lambda w: w.inner(X).T, (1,)),
     "tensordot": (W, lambda w: torch.tensordot(X, w, dims=1), (0,)),
     "tensordot lists": (W, lambda w: torch.tensordot(X, w, dims=([1], [0])), (0,)),
     "chunk": (torch.cat([W, W], 1), lambda w: X @ w.chunk(2, dim=1)[1], (0,)),

@@ -68,7 +68,7 @@ def by_hand(chosen: Scheme, input_phase: float, weight_scales: np.ndarray) -> np
 
 
 @pytest.mark.parametrize("seed", [None, 3, 4])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [name for name, found in SCHEMES.items() if found.rows is None])
 def test_a_shifted_layer_computes_what_hands_compute(name: str, seed: int | None) -> None:
     chosen, layer = scheme(name), made(name, seed)
     plain = fit(W, chosen.weight, (1,)).scale

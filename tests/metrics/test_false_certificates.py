@@ -13,11 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from torch import Tensor, nn
 
 from precimap.metrics import LogLoss, Recall
-from precimap.metrics.paired import Floats, Units, differences, paired_drop, upper_bound
-from real_models import ncf_candidates, ncf_mlp, ncf_scores
+from precimap.metrics.paired import paired_drop, upper_bound
+from precimap.metrics.units import Floats, Units
+from real_models import ncf_in_fp8
 
 ALPHA = 0.05
 DRAWS = 2000
@@ -81,38 +81,18 @@ def uneven(clusters: int, largest: int) -> NDArray[np.int64]:
     return np.clip(sizes.round(), 1, largest).astype(np.int64)
 
 
-def e4m3(x: Tensor, amax: Tensor) -> Tensor:
-    scale = amax / 448
-    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-
-
 @cache
 def ncf_differences() -> tuple[Floats, Floats]:
     """Real NCF-MLP, its matmuls in E4M3, a static scale per tensor: log-loss [users, candidates] and HR@10 [users]."""
-    user, item = ncf_candidates()
-    baseline = ncf_scores(ncf_mlp(), user, item)
-    label = torch.zeros(len(user), dtype=torch.long)
-    hit_rate = Recall(10).per_unit(baseline, label, torch.empty(0)).mean().item()
-    assert hit_rate == pytest.approx(0.67036, abs=5e-6), "the tower is not the published model"
-
-    model = ncf_mlp()
-    amax: dict[nn.Module, Tensor] = {}
-    layers = (model.layer1, model.layer2, model.layer3, model.prediction)
-    observers = [
-        layer.register_forward_pre_hook(lambda layer, args: amax.update({layer: args[0].abs().max()}))
-        for layer in layers
-    ]
-    ncf_scores(model, user[:500], item[:500])
-    for observer, layer in zip(observers, layers, strict=True):
-        observer.remove()
-        layer.weight.copy_(e4m3(layer.weight, layer.weight.abs().max()))
-        layer.register_forward_pre_hook(lambda layer, args: (e4m3(args[0], amax[layer]),))
-    quantised = ncf_scores(model, user, item)
-
-    relevant = torch.nn.functional.one_hot(label, item.shape[1]).reshape(-1)
-    loss = [LogLoss().per_unit(s.reshape(-1), relevant, torch.empty(0)).numpy() for s in (baseline, quantised)]
-    hits = [Recall(10).per_unit(s, label, torch.empty(0)).numpy() for s in (baseline, quantised)]
-    return differences(LogLoss(), loss[0], loss[1]).reshape(item.shape), differences(Recall(10), hits[0], hits[1])
+    scores = ncf_in_fp8()
+    users, candidates = scores[0].shape
+    label = torch.zeros(users, dtype=torch.long)
+    hits = [Recall(10).per_unit(s, label, torch.empty(0)).numpy() for s in scores]
+    assert hits[0].mean() == pytest.approx(0.67036, abs=5e-6), "the tower is not the published model"
+    relevant = torch.nn.functional.one_hot(label, candidates).reshape(-1)
+    loss = [LogLoss().per_unit(s.reshape(-1), relevant, torch.empty(0)).numpy() for s in scores]
+    rows = Units(n=users * candidates)
+    return LogLoss().paired(*loss, rows).d.reshape(users, candidates), Recall(10).paired(*hits, Units(n=users)).d
 
 
 # The promise

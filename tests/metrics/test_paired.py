@@ -12,20 +12,15 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from precimap.errors import TaskError
-from precimap.metrics import MRR, NDCG, LogLoss, Loss
-from precimap.metrics.paired import (
-    Drop,
-    Floats,
-    Units,
-    detectable_drop,
-    differences,
-    lower_bound,
-    paired_drop,
-    units_needed,
-    upper_bound,
-)
+from precimap.metrics import MRR, NDCG, LogLoss, Loss, Metric
+from precimap.metrics.paired import Drop, detectable_drop, lower_bound, paired_drop, units_needed, upper_bound
+from precimap.metrics.units import Floats, Units
 
 ALPHA = 0.05
+
+
+def drops(metric: Metric, baseline: Floats, other: Floats) -> Floats:
+    return metric.paired(baseline, other, Units(n=len(baseline))).d
 
 
 def sample(seed: int, n: int = 60) -> tuple[Floats, Units]:
@@ -41,19 +36,19 @@ def sample(seed: int, n: int = 60) -> tuple[Floats, Units]:
 
 def test_positive_is_worse_whatever_the_direction() -> None:
     baseline, other = np.array([1.0, 0.5, 0.25]), np.array([0.5, 0.5, 0.75])
-    assert differences(NDCG(10), baseline, other).tolist() == [0.5, 0, -0.5]
-    assert differences(LogLoss(), baseline, other).tolist() == [-0.5, 0, 0.5]
+    assert drops(NDCG(10), baseline, other).tolist() == [0.5, 0, -0.5]
+    assert drops(LogLoss(), baseline, other).tolist() == [-0.5, 0, 0.5]
 
 
 def test_differences_of_other_units_are_refused() -> None:
     with pytest.raises(TaskError, match=r"MRR@5 of the same units.*\[3\] values of the baseline and \[2\]"):
-        differences(MRR(5), np.zeros(3), np.zeros(2))
+        drops(MRR(5), np.zeros(3), np.zeros(2))
     with pytest.raises(TaskError, match=r"got \[2, 2\] values"):
-        differences(MRR(5), np.zeros((2, 2)), np.zeros((2, 2)))
+        drops(MRR(5), np.zeros((2, 2)), np.zeros((2, 2)))
     with pytest.raises(TaskError, match=r"got inf as loss of the other model for unit 1 \(1 such units\)"):
-        differences(Loss(), np.zeros(2), np.array([0, np.inf]))
+        drops(Loss(), np.zeros(2), np.array([0, np.inf]))
     with pytest.raises(TaskError, match=r"got nan as loss of the baseline for unit 0"):
-        differences(Loss(), np.full(2, np.nan), np.zeros(2))
+        drops(Loss(), np.full(2, np.nan), np.zeros(2))
 
 
 # Estimate and error

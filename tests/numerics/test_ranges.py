@@ -328,6 +328,9 @@ SQNR = {
     "int8-static": (42.76, 33.99),
     "int8-static-u7": (42.76, 27.94),
     "int8-weight": (42.76, None),
+    "int8-row": (43.63, None),
+    "int8-row-half": (43.64, None),
+    "int4-row": (18.95, None),
 }
 
 

@@ -81,6 +81,9 @@ def test_what_a_scheme_says_of_itself() -> None:
         "int8-static": (8, True, True),
         "int8-static-u7": (8, True, True),
         "int8-weight": (8, False, False),
+        "int8-row": (8, False, False),
+        "int8-row-half": (8, False, False),
+        "int4-row": (4, False, False),
     }
 
 

@@ -45,7 +45,7 @@ def invented(kinds: list[int]) -> Inventory:
         Layer(f"l{i}", (16, 16 * (1 + kind)), "float32", 4, ("linear",), 1, 1, (1,), 16, 16)
         for i, kind in enumerate(kinds)
     )
-    return Inventory(layers, (), 1, (), 0)
+    return Inventory(layers, (), 1, (), ())
 
 
 @given(st.integers(0, 20), st.integers(0, 20))

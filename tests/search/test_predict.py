@@ -25,6 +25,7 @@ from precimap.search.eligibility import eligibility
 from precimap.search.evidence.predict import Predictor
 from precimap.search.evidence.probe import Comparison, compare, prepare
 from precimap.search.evidence.screen import screen
+from precimap.search.evidence.screen_plan import MOST_HEADS
 from precimap.search.progress import silent
 from precimap.search.run import Run, scored
 from precimap.search.whole.rescore import contributions, halved, reverted
@@ -124,20 +125,20 @@ def test_on_real_models_scores_and_joint_drops_are_predicted(name: str, by_score
         assert 1 - error > least, drops
 
 
-def test_a_prediction_by_scores_is_the_users_own_metric_on_the_sum() -> None:
-    def first_two(model: object, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return task_of_all.forward(model, batch)[:, :2]
+def test_a_prediction_by_losses_is_their_sum_and_says_nothing_of_an_order() -> None:
+    def first_nine(model: object, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return task_of_all.forward(model, batch)[:, : MOST_HEADS + 1]
 
     task_of_all = planted()
 
     def loss(scores: torch.Tensor, _: object) -> torch.Tensor:
         return torch.nn.functional.softplus(scores[:, 0] - scores[:, 1])
 
-    task = replace(task_of_all, forward=first_two, loss=loss, metric=Loss(), labels=lambda batch: batch["labels"] * 0)
+    task = replace(task_of_all, forward=first_nine, loss=loss, metric=Loss(), labels=lambda batch: batch["labels"] * 0)
     task = replace(task, reported=(NDCG(1),))
     with screening(task, ("fp8", "int8")) as found:
         predictor = found.predictor
-        assert predictor.screen.by_scores is False  # two scores of a unit share its hidden values
+        assert predictor.screen.by_scores is False  # the scores of a unit share its hidden values, and are many
         keys = [("first.weight", "fp8"), ("last.weight", "int8")]
         both, first, last = (predictor.loss_changes(chosen) for chosen in (keys, keys[:1], keys[1:]))
         np.testing.assert_allclose(both, first + last, atol=1e-6)

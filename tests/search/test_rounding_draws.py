@@ -13,7 +13,8 @@ from torch import nn
 
 from precimap.errors import InputError, MapError, SchemeError
 from precimap.layers.quantized import quantize_map, quantized
-from precimap.metrics.paired import Drop, Units
+from precimap.metrics.paired import Drop
+from precimap.metrics.units import Units
 from precimap.numerics.schemes import BF16_FLOOR, Scheme, scheme
 from precimap.precision_map import Decision, PrecisionMap, Premise, Verdict
 from precimap.search.certificate.rounding_draws import draw_layers, rounding_spread

@@ -131,7 +131,7 @@ def _layer(name: str, fused: str | None = None, outputs: int = 32) -> Layer:
 
 def test_a_fused_group_is_out_when_one_member_is() -> None:
     layers = (_layer("q", "qkv"), _layer("k", "qkv", outputs=24), _layer("o"))
-    found = eligibility(Inventory(layers, (), 1, (), 0), (scheme("fp8"),), EMULATED, ())
+    found = eligibility(Inventory(layers, (), 1, (), ()), (scheme("fp8"),), EMULATED, ())
     assert found.open_pairs() == (("o", "fp8"),)
     assert found.reasons("q") == ("engines fuse it with k, which stays in base precision",)
     assert "24" in found.reasons("k")[0]
@@ -139,7 +139,7 @@ def test_a_fused_group_is_out_when_one_member_is() -> None:
 
 def test_a_pin_pins_the_group() -> None:
     layers = (_layer("q", "qkv"), _layer("k", "qkv"), _layer("o"))
-    found = eligibility(Inventory(layers, (), 1, (), 0), (scheme("fp8"),), EMULATED, ("q",))
+    found = eligibility(Inventory(layers, (), 1, (), ()), (scheme("fp8"),), EMULATED, ("q",))
     assert found.open_pairs() == (("o", "fp8"),)
 
 
@@ -236,6 +236,6 @@ def test_too_few_units_is_an_answer_with_a_number(task: Task, inventory: Invento
 
 
 def _units(n: int):
-    from precimap.metrics.paired import Units
+    from precimap.metrics.units import Units
 
     return Units(n=n)

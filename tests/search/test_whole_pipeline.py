@@ -16,12 +16,14 @@ import pytest
 
 from precimap import Task
 from precimap.metrics import NDCG
-from precimap.metrics.paired import Units, upper_bound
+from precimap.metrics.paired import upper_bound
+from precimap.metrics.units import Units
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 import finite_population
 import real_tasks
 from click_model import Recipe
+from click_training import ClickTraining
 from finite_population import Choice, Population, Sample, population
 from power_curve import Count, Seen, certified, chosen_at, count, searched, to_certify
 
@@ -49,7 +51,8 @@ def trading() -> Population:
 @cache
 def clustered() -> Population:
     """Rows of frappe in clusters of very unequal size, a user each; a small model that is trained in seconds."""
-    recipe = Recipe(width=8, deep=(32, 16), epochs=1, batch_size=4096, learning_rate=5e-3)
+    training = ClickTraining(epochs=1, batch_size=4096, learning_rate=5e-3)
+    recipe = Recipe(width=8, deep=(32, 16), training=training)
     task = present(lambda: real_tasks.frappe_dcnv2(6000, 1, 500, None, recipe))
     return population(task, finite_population.SCHEMES[1:], task.metric)
 

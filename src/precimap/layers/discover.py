@@ -5,9 +5,8 @@ by an op that contracts nothing, hidden in a fused recurrent call, computed from
 Looking at module types instead would miss raw parameters, which hold most FLOPs of some ranking models.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +19,21 @@ from precimap.layers.contents import version_of
 from precimap.layers.groups import fused_by_engines
 from precimap.layers.influence import InfluenceTrace, confirmed_dead
 from precimap.layers.interception import Interception, WeightCall
-from precimap.layers.inventory import Inventory, Layer, OtherParameter
-from precimap.layers.ops import OPS, RECURRENT_CALLS, Arguments, attention_flops, call_name, einsum_op, product_flops
-from precimap.layers.views import check_visible, parameter_names, plain_name, tied_names
+from precimap.layers.inventory import ActivationProduct, Inventory, Layer, OtherParameter
+from precimap.layers.ops import (
+    OPS,
+    UNSUPPORTED_CALLS,
+    Arguments,
+    attention_products,
+    call_name,
+    einsum_op,
+    product_flops,
+)
+from precimap.layers.owners import Owners, owners, why_not_packed
+from precimap.layers.views import check_visible, parameter_names, tied_names
 
 Forward = Callable[[Any, Any], Tensor]
+Shape = tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -49,7 +58,7 @@ class _Discovery(Interception):
         self.computed_from: dict[int, tuple[Tensor, frozenset[str], str]] = {}
         self.hidden: dict[str, str] = {}
         self.hidden_flops: dict[str, int] = defaultdict(int)
-        self.activation_flops = 0
+        self.products: dict[tuple[str, Shape, Shape], tuple[int, int]] = {}  # calls, FLOPs
         self.trace = InfluenceTrace()
         self._buffers = buffers
         self._kept_alive: list[Tensor] = []
@@ -91,8 +100,9 @@ class _Discovery(Interception):
             if self.views.is_view_call(func):
                 continue
             self.readers[view.name].append(call_name(func))
-            if func in RECURRENT_CALLS:
-                self.hidden[view.name] = f"inside the fused recurrent call {call_name(func)}, which is not supported"
+            if func in UNSUPPORTED_CALLS:
+                what = f"{UNSUPPORTED_CALLS[func]} {call_name(func)}"
+                self.hidden[view.name] = f"inside the {what}, which is not supported"
 
     def _note_computed(self, func: Any, arguments: Arguments, output: Any) -> None:
         """Follow tensors that are computed from parameters alone, such as a weight under weight_norm."""
@@ -114,7 +124,8 @@ class _Discovery(Interception):
     def _count_flops(self, func: Any, arguments: Arguments, output: Any) -> None:
         if func is F.scaled_dot_product_attention:
             query, key, value = (arguments.get((i, k)) for i, k in enumerate(("query", "key", "value")))
-            self.activation_flops += attention_flops(query, key, value)
+            for left, right, flops in attention_products(query, key, value):
+                self._add_product(call_name(func), left, right, flops)
             return
         op = OPS.get(func)
         if func is torch.functional.einsum:
@@ -130,13 +141,17 @@ class _Discovery(Interception):
         sources = [self.computed_from[id(t)] for t in (left, right) if id(t) in self.computed_from]
         both_weights = self.views.find(left) is not None and self.views.find(right) is not None
         if not sources and not both_weights:
-            self.activation_flops += flops
+            self._add_product(op.name, tuple(left.shape), tuple(right.shape), flops)
             return
         for _, names, through in sources:
             for name in names:
                 self.hidden[name] = f"{op.name} reads a tensor computed from it by {through}"
         reason = f"computed by {sources[0][2]} before {op.name}" if sources else f"{op.name} of two weights"
         self.hidden_flops[reason] += flops
+
+    def _add_product(self, op: str, left: Shape, right: Shape, flops: int) -> None:
+        calls, before = self.products.get((op, left, right), (0, 0))
+        self.products[op, left, right] = (calls + 1, before + flops)
 
 
 def discover(model: nn.Module, forward: Forward, batch: Any) -> Inventory:
@@ -148,13 +163,13 @@ def discover(model: nn.Module, forward: Forward, batch: Any) -> Inventory:
     check_visible(model)
     weights = parameter_names(model)
     mode = _Discovery(weights, {id(buffer) for buffer in model.buffers()})
-    with _linear_calls(model) as linear_calls, torch.no_grad(), mode:
+    with owners(model) as owned, torch.no_grad(), mode:
         output = forward(model, batch)
     if not isinstance(output, Tensor):
         raise ModelError(f"expected the forward to return one tensor of scores, got {type(output).__name__}")
     dead = confirmed_dead(model, forward, batch, mode.trace.without_influence(output, mode.seen), weights)
     tied = tied_names(model)
-    layers = _layers(mode, weights, tied, dead, linear_calls)
+    layers = _layers(mode, weights, tied, dead, owned)
     known = {layer.name for layer in layers}
     others = tuple(
         OtherParameter(name, tuple(parameter.shape), _reason(name, mode), tied.get(name, ()))
@@ -162,7 +177,9 @@ def discover(model: nn.Module, forward: Forward, batch: Any) -> Inventory:
         if name not in known
     )
     units = output.shape[0] if output.dim() else 1
-    return Inventory(layers, others, units, tuple(sorted(mode.hidden_flops.items())), mode.activation_flops)
+    products = [ActivationProduct(*what, *counted) for what, counted in mode.products.items()]
+    products.sort(key=lambda product: -product.flops)
+    return Inventory(layers, others, units, tuple(sorted(mode.hidden_flops.items())), tuple(products))
 
 
 def _layers(
@@ -170,7 +187,7 @@ def _layers(
     weights: dict[str, nn.Parameter],
     tied: dict[str, tuple[str, ...]],
     dead: dict[str, str],
-    linear_calls: Counter[str],
+    owned: Owners,
 ) -> tuple[Layer, ...]:
     siblings = _siblings(mode.seen)
     fused = fused_by_engines(mode.seen)
@@ -181,6 +198,7 @@ def _layers(
         seen = mode.seen[name]
         contracted = next(iter(seen.contracted)) if len(seen.contracted) == 1 else None
         inputs, outputs = next(iter(seen.widths)) if len(seen.widths) == 1 else (None, None)
+        owner = None if mode.readers.get(name) else owned.alone(name, seen.calls)
         layers.append(
             Layer(
                 name=name,
@@ -195,7 +213,8 @@ def _layers(
                 outputs=outputs,
                 lookup=seen.lookup,
                 positions_mixed=seen.positions_mixed,
-                in_linear_module=linear_calls[name] == seen.calls and not mode.readers.get(name),
+                in_linear_module=type(owner) is nn.Linear,
+                not_packed=why_not_packed(owner),
                 tied=tied.get(name, ()),
                 siblings=siblings.get(name),
                 fused=fused.get(name),
@@ -204,25 +223,6 @@ def _layers(
             )
         )
     return tuple(layers)
-
-
-@contextmanager
-def _linear_calls(model: nn.Module) -> Iterator[Counter[str]]:
-    """Count the calls of each plain nn.Linear, by the name of its weight; a subclass may do anything with it.
-
-    Hooks on the modules themselves, taken off again: torch.compile warns about hooks that are global.
-    """
-    calls: Counter[str] = Counter()
-    hooks = []
-    for path, module in model.named_modules():
-        if type(module) is nn.Linear:
-            name = plain_name(f"{path}.weight".lstrip("."))
-            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: calls.update([name])))
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _siblings(seen: dict[str, _Seen]) -> dict[str, str]:

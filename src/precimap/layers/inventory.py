@@ -18,6 +18,7 @@ class Layer:
     flops: of the discovery batch, over all calls. siblings: name of the group that reads the same input (may share its
     quantised form). fused: name of the group that engines run as one (must share a scheme).
     in_linear_module: it is only read by calls of the nn.Linear that owns it, so that a module swap serves it.
+    not_packed: why no module of packed rows can take the place of the table's own; None when one can.
     also_read_by: other calls that read the weight and contract nothing. dead: why it cannot matter, or None.
     """
 
@@ -34,6 +35,7 @@ class Layer:
     lookup: bool = False
     positions_mixed: bool = False
     in_linear_module: bool = False
+    not_packed: str | None = "not a table"
     tied: tuple[str, ...] = ()
     siblings: str | None = None
     fused: str | None = None
@@ -63,6 +65,22 @@ class OtherParameter:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class ActivationProduct:
+    """A product of two activations: no weight is in it, so no map reaches it and it stays in base precision.
+
+    Attention scores, the sum of values that they weigh, feature interactions, sums of experts by `bmm`. Calls of the
+    same op on the same shapes are one product; flops: over all `calls` of the discovery batch. An elementwise product
+    with a sum after it is no matrix product and is not here.
+    """
+
+    op: str
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    calls: int
+    flops: int
+
+
 @dataclass(frozen=True)
 class Inventory:
     """All parameters of a model and where its FLOPs are, for one batch.
@@ -70,14 +88,19 @@ class Inventory:
     Without slots, so that totals are summed once: they are asked for every layer of a model.
 
     weight_flops: in calls that contract a parameter, hidden ones included. hidden_flops: (reason, FLOPs) of weight
-    products that no layer stands for. activation_flops: activation x activation products (attention, interactions).
+    products that no layer stands for. products: of activations with activations, the most FLOPs first.
     """
 
     layers: tuple[Layer, ...]
     others: tuple[OtherParameter, ...]
     units: int
     hidden_flops: tuple[tuple[str, int], ...]
-    activation_flops: int
+    products: tuple[ActivationProduct, ...]
+
+    @cached_property
+    def activation_flops(self) -> int:
+        """In products of activations with activations."""
+        return sum(product.flops for product in self.products)
 
     @cached_property
     def layer_flops(self) -> int:

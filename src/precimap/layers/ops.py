@@ -114,6 +114,8 @@ OPS: dict[Any, Op] = {
     torch.addmv: _op("addmv", (1, "mat"), (2, "vec"), _matmul),
     torch.baddbmm: _op("baddbmm", (1, "batch1"), (2, "batch2"), _matmul),
     _T.baddbmm: _op("baddbmm", (1, "batch1"), (2, "batch2"), _matmul),
+    torch.inner: _op("inner", _FIRST, _SECOND, _linear),
+    _T.inner: _op("inner", (0, "self"), _SECOND, _linear),
     torch.functional.tensordot: _op("tensordot", (0, "a"), (1, "b"), _tensordot),
     F.conv1d: _op("conv1d", _FIRST, (1, "weight"), _convolution, positions_mixed=True),
     F.conv2d: _op("conv2d", _FIRST, (1, "weight"), _convolution, positions_mixed=True),
@@ -181,16 +183,30 @@ def product_flops(op: Op, left: Tensor, right: Tensor, contraction: Contraction,
     return 2 * output.numel() * math.prod(operand.shape[d] for d in dims)
 
 
-def attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """FLOPs of scaled dot-product attention [..., L, E] x [..., S, E] x [..., S, Ev], without the softmax."""
-    batch = math.prod(query.shape[:-2])
-    return 2 * batch * query.shape[-2] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+def attention_products(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[Dims, Dims, int], ...]:
+    """The two products inside scaled dot-product attention, each as (left shape, right shape, FLOPs).
+
+    Scores: query [..., L, E] x key [..., S, E]; sum: weights [..., L, S] x value [..., S, Ev]. The softmax between them
+    is not counted.
+    """
+    weights = (*query.shape[:-1], key.shape[-2])
+    each = 2 * math.prod(weights)
+    return (
+        (tuple(query.shape), tuple(key.shape), each * query.shape[-1]),
+        (weights, tuple(value.shape), each * value.shape[-1]),
+    )
 
 
-# The fused recurrent calls take a list of weights and hide every product inside.
-RECURRENT_CALLS = frozenset(
-    getattr(torch, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell")
-)
+# These contract what they read, in a form that the table has no entry for. The fused recurrent calls take a list of
+# weights and hide every product inside.
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+UNSUPPORTED_CALLS: dict[Any, str] = {
+    **dict.fromkeys((getattr(torch, name) for name in _RECURRENT), "fused recurrent call"),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), "transposed convolution"),
+    **dict.fromkeys((F.bilinear, torch.chain_matmul, torch.linalg.multi_dot), "product of more than two"),
+    **dict.fromkeys((torch.addbmm, _T.addbmm), "product summed over the batch"),
+    **dict.fromkeys((torch.dot, _T.dot, torch.vdot, torch.linalg.vecdot), "product of vectors"),
+}
 
 
 def call_name(func: Any) -> str:

@@ -8,7 +8,7 @@ the model's own BF16 would add a rounding of every product's factors that no ker
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from precimap.errors import MapError, ModelError, SchemeError
 from precimap.layers.interception import Interception, WeightCall
+from precimap.layers.ops import Arguments
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.grid_shift import GridShift
 from precimap.numerics.quantize import Affine, dequantize, quantize
-from precimap.numerics.ranges import fit
-from precimap.numerics.schemes import Rounding, Scheme
+from precimap.numerics.ranges import affine_from_range, fit
+from precimap.numerics.schemes import FusedRows, Rounding, Scheme
 from precimap.precision_map import Decision, PrecisionMap
 
 
@@ -72,16 +73,27 @@ def quantize_layer(
     if scheme.needs_calibration and input_range is None:
         raise SchemeError(f"{name}: scheme {scheme.name} has a static input range, and no calibration gave one")
     values = weight.detach().float()
-    affine = fit(values, scheme.weight, contracted if contracted is not None else tuple(range(weight.dim())))
-    phase = 1.0
-    if shift is not None:
-        affine = shift.weight_affine(name, scheme.weight.format, affine)
-        phase = 1.0 if scheme.input is None else shift.input_phase(name, scheme.input.format)
+    affine = _weight_affine(
+        name, values, contracted if contracted is not None else tuple(range(weight.dim())), scheme.weight, shift
+    )
+    phase = 1.0 if shift is None or scheme.input is None else shift.input_phase(name, scheme.input.format)
     codes = quantize(values, scheme.weight.format, affine)
     if input_range is None or not scheme.needs_calibration:
         return QuantizedLayer(name, scheme, codes, affine, None, phase)
     scale = float(torch.tensor(input_range.scale) * phase)  # a float32 value, as every shipped scale
     return QuantizedLayer(name, scheme, codes, affine, InputRange(scale, input_range.zero))
+
+
+def _weight_affine(
+    name: str, values: Tensor, contracted: tuple[int, ...], rounding: Rounding, shift: GridShift | None
+) -> Affine:
+    """The scales of a weight, on its own grids or on those of a rounding draw."""
+    if shift is None:
+        return fit(values, rounding, contracted)
+    if isinstance(rounding.range, FusedRows):
+        low, high = values.amin(contracted, keepdim=True), values.amax(contracted, keepdim=True)
+        return affine_from_range(*shift.row_limits(name, low, high, rounding.format), rounding)
+    return shift.weight_affine(name, rounding.format, fit(values, rounding, contracted))
 
 
 def shipped_range(decision: Decision) -> InputRange | None:
@@ -151,7 +163,7 @@ def emulate(call: WeightCall, layer: QuantizedLayer, dequantized: Tensor, inputs
         return call.run()  # a tied table: the lookup itself stays in base precision, the product does not
     weight = call.view.rebuild(dequantized)
     if call.op.lookup:
-        return call.run_with(weight.to(call.weight.dtype), call.input)
+        return _lookup_in_float32(call, weight)
     return _in_float32(call, weight, inputs.rounded(call, layer))
 
 
@@ -172,15 +184,23 @@ def _in_float32(call: WeightCall, weight: Tensor, input: Tensor) -> Any:
     device = call.input.device.type
     autocast = torch.is_autocast_enabled(device)
     expected = torch.get_autocast_dtype(device) if autocast else call.input.dtype
-    arguments = call.arguments
-    floats = tuple(_as_float32(value) for value in arguments.args)
-    named = {key: _as_float32(value) for key, value in arguments.kwargs.items()}
-    widened = WeightCall(
-        call.op, call.func, type(arguments)(floats, named), call.contraction, call.view, call.weight_on_left
-    )
     with torch.autocast(device, enabled=False):
-        output = widened.run_with(weight.float(), input.float())
+        output = _widened(call).run_with(weight.float(), input.float())
     return output.to(expected) if isinstance(output, Tensor) else output
+
+
+def _lookup_in_float32(call: WeightCall, weight: Tensor) -> Any:
+    """The lookup on a float32 table (bags are summed in float32, as the operators for packed rows do)."""
+    slot = call.op.left if call.weight_on_left else call.op.right
+    in_float32 = _widened(replace(call, arguments=call.arguments.replaced(slot, weight)))
+    return in_float32.run().to(call.weight.dtype)
+
+
+def _widened(call: WeightCall) -> WeightCall:
+    """The call with all its floating-point arguments in float32."""
+    floats = tuple(_as_float32(value) for value in call.arguments.args)
+    named = {key: _as_float32(value) for key, value in call.arguments.kwargs.items()}
+    return replace(call, arguments=Arguments(floats, named))
 
 
 def _as_float32(value: Any) -> Any:

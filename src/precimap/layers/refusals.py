@@ -18,6 +18,8 @@ def refusal(layer: Layer, scheme: Scheme) -> str | None:
         return f"dead: {layer.dead}"
     if layer.contracted is None and scheme.weight.granularity is not Granularity.PER_TENSOR:
         return "its calls contract different dims of the weight: no channel that all of them share"
+    if scheme.rows is not None:
+        return _rows_refusal(layer, scheme)
     if not scheme.computes_low:
         return None
     if layer.lookup:
@@ -26,6 +28,22 @@ def refusal(layer: Layer, scheme: Scheme) -> str | None:
         return "one output column: a dot product, nothing to gain"
     if scheme.weight.format.bits == 8 and isinstance(scheme.weight.format, FloatFormat):
         return _fp8_refusal(layer)
+    return None
+
+
+def _rows_refusal(layer: Layer, scheme: Scheme) -> str | None:
+    """Packed rows are read by lookups and by nothing else, and are made to be smaller."""
+    if not layer.lookup:
+        return "packed rows are for embedding tables: no matrix product reads them"
+    if layer.flops:
+        return f"the table is also multiplied ({', '.join(layer.ops)}), and no matrix product reads packed rows"
+    if layer.contracted != (len(layer.shape) - 1,):
+        return "its rows do not lie along the last dim of the weight, as packed rows do"
+    if layer.shape[-1] * scheme.weight_bits % 8:
+        return f"two 4-bit codes share a byte, so a row needs an even width; its width is {layer.shape[-1]}"
+    packed = scheme.stored_bytes(layer.shape, layer.contracted)
+    if packed >= layer.bytes:
+        return f"with a scale and an offset for each row it takes {packed:,} bytes, no fewer than its {layer.bytes:,}"
     return None
 
 

@@ -1,24 +1,48 @@
-"""A metric is one number per unit, and the metrics that are losses.
+"""A metric: what it keeps of each unit, and what two models' keepings say of the drop, unit by unit.
 
-Invariant: a metric never aggregates. Means, errors and bounds belong to `paired`, which needs the value of every unit
-under both models; a metric that returned a mean would throw the pairing away. The alternative, one aggregate number
-per model, needs about a thousand times the data for the same certainty.
+Invariant: a metric never judges. It gives one drop for each unit, whose weighted mean is *exactly* the drop of the metric;
+errors and bounds belong to `paired`, which is the same for all metrics. What is no mean of units (a ratio, a root, an
+AUC) is linearised: drop + influence of the unit, so that sums over clusters give the right error (Huber and Ronchetti
+2009, "Robust Statistics", ch. 1; Cochran 1977, "Sampling Techniques", ch. 6). The alternative, one number per model,
+needs about a thousand times the data for the same certainty.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from precimap.errors import TaskError
+from precimap.metrics.units import Floats, Units, check_finite
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairedDrops:
+    """The drop of each of `units`, float64 [units.n]; their weighted mean is the drop, positive is worse.
+
+    units: those that the metric knows, which may be fewer than those of the split (GAUC knows groups). rows, changed: units
+    of the split, and how many of them differ at all. worst: the largest drop of one of them, None without a limit.
+    two_sided: a drop in either direction is a loss (calibration); the values keep their sign.
+    """
+
+    d: Floats
+    units: Units
+    rows: int
+    changed: int
+    worst: float | None
+    two_sided: bool = False
 
 
 class Metric(Protocol):
-    """What a task is judged by; any object with these members will do.
+    """What a task is judged by; derive from `UnitMean` for a metric that is a mean over units.
 
     `worst` is the largest drop that one unit can suffer, in the units of the metric (1.0 where the values lie in
-    [0, 1]); None says that no such limit exists, as for a loss.
+    [0, 1]); None says that no such limit exists, as for a loss. `unit` is what the drop is counted in.
     """
 
     @property
@@ -30,22 +54,59 @@ class Metric(Protocol):
     @property
     def worst(self) -> float | None: ...
 
+    @property
+    def unit(self) -> str: ...
+
     def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
-        """One batch -> float64 [units]. Called under `torch.no_grad()`.
+        """One batch -> what is kept of each unit, float64 [units] or [units, columns]. Called under `torch.no_grad()`.
 
         `scores`: what the task's forward returned; `labels`: what the task's data holds; `losses`: the task's own loss
         of each unit, [units]. Raises TaskError when they do not fit together or the value is not a number.
         """
         ...
 
+    def value(self, kept: Floats, units: Units) -> float:
+        """The metric of one model from what was kept of all units of a split."""
+        ...
+
+    def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
+        """The drops of `other` against `baseline`, both kept by `per_unit` on the same `units`. Raises TaskError."""
+        ...
+
+
+class UnitMean(ABC):
+    """A metric whose value is the weighted mean of one number per unit; name and `per_unit` are for the derived class."""
+
+    unit: ClassVar[str] = ""
+    higher_is_better: ClassVar[bool] = False
+    worst: ClassVar[float | None] = None
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As reports call it."""
+
+    @abstractmethod
+    def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
+        """float64 [units]; see `Metric`."""
+
+    def value(self, kept: Floats, units: Units) -> float:
+        """The weighted mean."""
+        return weighted_mean(kept, units)
+
+    def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
+        """The difference of each unit, in the direction in which it is worse."""
+        check_paired(self.name, baseline, other, 1)
+        sign = -1.0 if self.higher_is_better else 1.0
+        d = sign * (np.asarray(other, np.float64) - np.asarray(baseline, np.float64))
+        return PairedDrops(d, units, len(d), int(np.count_nonzero(d)), self.worst)
+
 
 @dataclass(frozen=True)
-class Loss:
+class Loss(UnitMean):
     """The task's own loss of each unit, as it is; `name` is what reports call it."""
 
     name: str = "loss"
-    higher_is_better: ClassVar[bool] = False
-    worst: ClassVar[float | None] = None
 
     def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
         """`losses` float [units] -> float64 [units]; raises TaskError for another shape or a non-finite loss."""
@@ -59,32 +120,63 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class LogLoss:
-    """Binary log-loss (cross-entropy in nats) of logits.
+class Perplexity(Loss):
+    """exp of the mean loss in nats; `Task(weights=...)` gives the tokens of each unit, and the loss is their mean."""
 
-    -y log(s) - (1 - y) log(1 - s) with s = sigmoid(z), as max(z, 0) - z y + log(1 + exp(-|z|)), which overflows
-    nowhere; in float64, because the drops looked for are in the fourth digit.
-    """
+    name: str = "perplexity"
 
-    name: ClassVar[str] = "log-loss"
-    higher_is_better: ClassVar[bool] = False
-    worst: ClassVar[float | None] = None
+    def value(self, kept: Floats, units: Units) -> float:
+        """exp(weighted mean)."""
+        return float(np.exp(weighted_mean(kept, units)))
 
-    def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
-        """`scores`: logits [n]; `labels`: [n], 0 or 1, or the probability of 1 -> float64 [n].
+    def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
+        """The derivative of exp at a mean m is exp(m)."""
+        return of_a_mean(self, np.exp, np.exp, baseline, other, units)
 
-        Raises TaskError when the shapes differ, a logit is not finite, or a label lies outside [0, 1].
-        """
-        y = torch.as_tensor(labels, device=scores.device).double()
-        if scores.dim() != 1 or y.shape != scores.shape:
-            raise TaskError(
-                f"log-loss takes logits [n] and labels [n]; the scores are {list(scores.shape)} and the labels "
-                f"{list(y.shape)}. Squeeze or flatten them in the task's forward."
-            )
-        z = scores.double()
-        refuse_units(~torch.isfinite(z), "a logit that is not finite; give logits, without a mask or a sigmoid")
-        refuse_units(~((y >= 0) & (y <= 1)), "a label outside [0, 1]; log-loss takes 0/1 labels (not -1/+1)")
-        return z.clamp(min=0) - z * y + torch.log1p(torch.exp(-z.abs()))
+
+def of_a_mean(
+    metric: Metric,
+    function: Callable[[float], float],
+    derivative: Callable[[float], float],
+    baseline: Floats,
+    other: Floats,
+    units: Units,
+) -> PairedDrops:
+    """The drops of a smooth, growing function of a mean, such as a root; lower is better."""
+    check_paired(metric.name, baseline, other, 1)
+    before, after = weighted_mean(baseline, units), weighted_mean(other, units)
+    drop = function(after) - function(before)
+    influence = derivative(after) * (other - after) - derivative(before) * (baseline - before)
+    return PairedDrops(drop + influence, units, units.n, count_changed(baseline, other), None)
+
+
+def weighted_mean(values: Floats, units: Units) -> float:
+    """sum w x / sum w."""
+    weights = units.known_weights
+    return float(values @ weights / weights.sum())
+
+
+def untold(units: Units, worst: float | None) -> PairedDrops:
+    """What units say that cannot tell a drop at all: one value without a spread, so that its error is infinite."""
+    return PairedDrops(np.zeros(1), Units(n=1), units.n, 0, worst)
+
+
+def check_paired(name: str, baseline: Floats, other: Floats, dims: int) -> None:
+    """Raises TaskError when two keepings are not of the same units, not of `dims` dims, or not finite."""
+    if baseline.shape != other.shape or baseline.ndim != dims:
+        raise TaskError(
+            f"expected {name} of the same units under both models, got {list(baseline.shape)} values of the "
+            f"baseline and {list(other.shape)} of the other; score both on the same split, in the same order"
+        )
+    for model, values in (("baseline", baseline), ("other model", other)):
+        for column in values.reshape(len(values), -1).T:
+            check_finite(f"{name} of the {model}", column)
+
+
+def count_changed(baseline: Floats, other: Floats) -> int:
+    """Units of which anything that is kept differs."""
+    differs: NDArray[np.bool_] = (baseline != other).reshape(len(baseline), -1).any(1)
+    return int(differs.sum())
 
 
 def refuse_units(faulty: Tensor, what: str) -> None:

@@ -20,49 +20,14 @@ nonnegative variable"): the Bayesian bootstrap of the sample and the worst value
 """
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import gammaincinv, ndtri, stdtrit
 
 from precimap.errors import TaskError
-from precimap.metrics.metric import Metric
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Units:
-    """What is resampled: `n` units, the cluster of each and the weight of each.
-
-    clusters: integers [n], equal within a cluster; None: every unit is its own. weights: positive, finite [n]; None: 1.
-    Raises TaskError when they are of another length, of another type, or when there is no unit.
-    """
-
-    _: KW_ONLY
-    n: int
-    clusters: NDArray[np.int64] | None = None
-    weights: Floats | None = None
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise TaskError(f"expected at least one unit, got {self.n}; the split is empty")
-        if self.clusters is not None:
-            _check_length("clusters", self.clusters, self.n)
-            if self.clusters.dtype.kind not in "iu":
-                raise TaskError(
-                    f"expected integer clusters, got {self.clusters.dtype}; "
-                    "number them with np.unique(ids, return_inverse=True)[1]"
-                )
-        if self.weights is not None:
-            _check_length("weights", self.weights, self.n)
-            faulty = np.flatnonzero(~(np.isfinite(self.weights) & (self.weights > 0)))
-            if faulty.size:
-                raise TaskError(
-                    f"expected positive, finite weights, got {self.weights[faulty[0]]} for unit {faulty[0]} "
-                    f"({faulty.size} such units); leave units that do not count out of the split"
-                )
+from precimap.metrics.metric import PairedDrops
+from precimap.metrics.units import Floats, Units, check_finite, check_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +44,8 @@ class Drop:
     changed: int
 
 
-def differences(metric: Metric, baseline: Floats, other: Floats) -> Floats:
-    """Drop of each unit, float64 [n]: positive is worse, whatever the metric's direction.
-
-    Raises TaskError when the two are not values of the same units, or are not finite.
-    """
-    if baseline.shape != other.shape or baseline.ndim != 1:
-        raise TaskError(
-            f"expected {metric.name} of the same units under both models, got {list(baseline.shape)} values of the "
-            f"baseline and {list(other.shape)} of the other; score both on the same split, in the same order"
-        )
-    for model, values in (("baseline", baseline), ("other model", other)):
-        _check_finite(f"{metric.name} of the {model}", values)
-    sign = -1.0 if metric.higher_is_better else 1.0
-    return sign * (np.asarray(other, np.float64) - np.asarray(baseline, np.float64))
-
-
 def paired_drop(d: Floats, units: Units) -> Drop:
-    """The weighted mean of `d` (float64 [n], from `differences`) and its standard error.
+    """The weighted mean of `d` (float64 [n], `PairedDrops.d`) and its standard error.
 
     The mean is a ratio of totals, sum w d / sum w; its error is by linearisation (Cochran 1977, "Sampling Techniques",
     ch. 6 and 9): z_c = sum over cluster c of w (d - mean), error^2 = C / (C - 1) * sum z_c^2 / (sum w)^2.
@@ -105,6 +54,36 @@ def paired_drop(d: Floats, units: Units) -> Drop:
     totals, weights = _per_cluster(d, units)
     sample = _moments(totals, weights)
     return Drop(sample.mean, sample.error, units.n, len(totals), int(np.count_nonzero(d)))
+
+
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """A drop with its one-sided bounds, each at confidence 1 - alpha, and the largest drop of one unit, `largest`.
+
+    Of a two-sided metric the estimate keeps its sign; lower and upper bound its size, whatever the side.
+    """
+
+    drop: Drop
+    lower: float
+    upper: float
+    largest: float
+    two_sided: bool = False
+
+    @property
+    def size(self) -> Drop:
+        """The drop as a loss: without its sign where a change to either side is one."""
+        return replace(self.drop, estimate=abs(self.drop.estimate)) if self.two_sided else self.drop
+
+
+def bounded(sample: PairedDrops, alpha: float) -> Bounded:
+    """What the drops of units say of the drop. Two-sided: the wider of two one-sided bounds (Schuirmann 1987)."""
+    d, units = sample.d, sample.units
+    drop = replace(paired_drop(d, units), n=sample.rows, changed=sample.changed)
+    lower, upper = lower_bound(d, units, alpha), upper_bound(d, units, alpha, sample.worst)
+    if sample.two_sided:
+        lower = max(lower, lower_bound(-d, units, alpha))
+        upper = max(upper, upper_bound(-d, units, alpha, sample.worst))
+    return Bounded(drop, lower, upper, float(np.abs(d).max()), sample.two_sided)
 
 
 def upper_bound(d: Floats, units: Units, alpha: float, worst: float | None) -> float:
@@ -233,8 +212,8 @@ def _quantile(alpha: float, freedom: int, skewness: float) -> float:
 
 def _per_cluster(d: Floats, units: Units) -> tuple[Floats, Floats]:
     """sum w d and sum w of each cluster, float64 [clusters]."""
-    _check_length("differences", d, units.n)
-    _check_finite("the difference", d)
+    check_length("differences", d, units.n)
+    check_finite("the difference", d)
     weights = np.ones(units.n) if units.weights is None else np.asarray(units.weights, np.float64)
     totals = weights * np.asarray(d, np.float64)
     if units.clusters is None:
@@ -242,19 +221,6 @@ def _per_cluster(d: Floats, units: Units) -> tuple[Floats, Floats]:
     _, cluster = np.unique(units.clusters, return_inverse=True)
     sums = [np.asarray(np.bincount(cluster, values), np.float64) for values in (totals, weights)]
     return sums[0], sums[1]
-
-
-def _check_length(what: str, values: NDArray[np.generic], n: int) -> None:
-    if values.shape != (n,):
-        raise TaskError(f"expected {what} of {n} units, [{n}], got {list(values.shape)}")
-
-
-def _check_finite(what: str, values: Floats) -> None:
-    faulty = np.flatnonzero(~np.isfinite(values))
-    if faulty.size:
-        raise TaskError(
-            f"expected finite values, got {values[faulty[0]]} as {what} for unit {faulty[0]} ({faulty.size} such units)"
-        )
 
 
 def _check_worst(d: Floats, worst: float) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of an order: nDCG@k, MRR@k and recall@k, per unit (query, user, session).
+"""Metrics of an order: nDCG@k, MRR@k, recall@k and hit rate@k, per unit (query, user, session).
 
 Invariant: a tie counts against the model. Low precision makes ties (a recommender went from 156 exact ties with the
 relevant item to over 800 in FP8), and an order that depends on which equal item happens to come first is not the
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from precimap.errors import TaskError
-from precimap.metrics.metric import refuse_units
+from precimap.metrics.metric import UnitMean, refuse_units
 
 
 @dataclass(frozen=True)
-class _AtK:
-    """What the three share: scores [units, candidates], labels, ties, and values in [0, 1].
+class _AtK(UnitMean):
+    """What they share: scores [units, candidates], labels, ties, and values in [0, 1].
 
     `scores`: float [units, candidates], compared in float32; -inf says "not a candidate" (a pad or a mask): it has no
     rank and its label is not read. `labels`: either the index of the one relevant candidate, integer [units], or
@@ -94,6 +94,22 @@ class Recall(_AtK):
         relevant = _relevant(scores, labels)
         found = _first(self.k, scores, relevant).sum(dim=1, dtype=torch.float64)
         return found / relevant.sum(dim=1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class HitRate(_AtK):
+    """1 where any relevant candidate is among the first k, else 0; with one relevant candidate the same as recall.
+
+    Shapes, ties and errors: see the base class.
+    """
+
+    @property
+    def name(self) -> str:
+        return f"hit rate@{self.k}"
+
+    def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
+        """float64 [units], 0 or 1."""
+        return (_first(self.k, scores, _relevant(scores, labels)) > 0).any(dim=1).double()
 
 
 def _relevance(scores: Tensor, labels: Any) -> Tensor:

@@ -5,6 +5,7 @@ schemes.py   formats, granularities and range rules of one layer's weight and in
 quantize.py  values to codes and back: the one quantiser, written to be read
 fast.py      the same bits at the speed that a search needs
 ranges.py    how a scale is chosen: from a tensor, or from calibrated limits
+rows.py      the scale and offset of an embedding table's packed rows
 grid_shift.py  other grids for the same tensor: what part of a drop is the lottery of rounding
 """
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from precimap.numerics.formats import FloatFormat, Format, IntegerFormat
-from precimap.numerics.quantize import Affine, refuse_zero, storage_dtype
+from precimap.numerics.quantize import Affine, refuse_zero, storage_dtype, with_offset
 
 # Elements for each thread: few enough that the buffers of one part stay in the cache, and enough that starting an
 # operation costs little against running it.
@@ -33,6 +33,14 @@ def fake_quantize(x: Tensor, format: Format, affine: Affine) -> Tensor:
     result = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     limit = _PART * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
     scratch = _scratch(format, min(x.numel(), limit), x.device)
+    if affine.offset is not None and isinstance(format, IntegerFormat):
+        for part, values, reciprocal, scale, offset in _parts(
+            [x, result, affine.reciprocal, affine.scale, affine.offset], limit
+        ):
+            torch.sub(part.to(torch.float32), offset, out=values)
+            _round_to_integer_(values.mul_(reciprocal), format)
+            values.copy_(with_offset(values, scale, offset))
+        return result
     tensors = [x, result, affine.reciprocal, affine.scale] + ([] if affine.zero is None else [affine.zero])
     for part, values, reciprocal, scale, *zero in _parts(tensors, limit):
         given = part.to(torch.float32)

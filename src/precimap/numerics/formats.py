@@ -82,9 +82,10 @@ INT8 = IntegerFormat("int8", 8, -127, 127, "int8")
 UINT8 = IntegerFormat("uint8", 8, 0, 255, "uint8")
 # x86 without VNNI sums pairs of u8 x s8 products in 16 bits with saturation (vpmaddubsw): only 7-bit inputs are exact.
 UINT7 = IntegerFormat("uint7", 7, 0, 127, "uint8")
+UINT4 = IntegerFormat("uint4", 4, 0, 15, "uint8")  # one code in each element; packed where a kernel wants it
 
 E8M0 = ExponentFormat("e8m0", 8, bias=127, torch_dtype="float8_e8m0fnu")
 
 FORMATS: dict[str, Format] = {
-    row.name: row for row in (E4M3, E5M2, E4M3_FNUZ, E5M2_FNUZ, E2M1, BF16, FP16, INT8, UINT8, UINT7)
+    row.name: row for row in (E4M3, E5M2, E4M3_FNUZ, E5M2_FNUZ, E2M1, BF16, FP16, INT8, UINT8, UINT7, UINT4)
 }

@@ -3,9 +3,9 @@
 Part of a drop is a lottery: where the grid happens to lie. Multiplying every scale by a phase of its own draws again.
 
 Invariant: a phase is at least 1 and below 2, so the codes reach at least as far as before and nothing saturates that
-fitted; and it is a function of (seed, layer, role, place) alone, with the same bits on every machine and every numpy.
-Not taken: adding noise to the weights, which measures another model and not another grid; and torch's generators,
-whose streams differ by device and version.
+fitted (rows of tables are widened by a step instead, see `row_limits`); and it is a function of (seed, layer, role,
+place) alone, with the same bits on every machine and every numpy. Not taken: adding noise to the weights, which measures
+another model and not another grid; and torch's generators, whose streams differ by device and version.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from precimap.errors import SchemeError
 from precimap.numerics.formats import FloatFormat, Format
@@ -46,11 +47,27 @@ class GridShift:
         """The affine of a layer's weight with an independent phase for each of its scales.
 
         The zero of an asymmetric range stays: a range from low to high, which holds 0, becomes the range from
-        phase * low to phase * high, whose zero is the same. Raises SchemeError for a format of 16 bits.
+        phase * low to phase * high, whose zero is the same. Raises SchemeError for a format of 16 bits, and for rows
+        with an offset, which `row_limits` shifts.
         """
+        if affine.offset is not None:
+            raise SchemeError(f"{layer}: the grid of rows with an offset is shifted by row_limits, not by a phase")
         shape = tuple(affine.scale.shape)
         phases = self._phases(layer, "weight", format, math.prod(shape)).reshape(shape)
         return Affine(affine.scale * torch.from_numpy(phases).to(affine.scale.device), affine.zero)
+
+    def row_limits(self, layer: str, low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+        """The limits of a table's rows (float32, one shape), each row's moved by a part of a step of its own.
+
+        A row's grid starts at its own minimum, so a phase of the scale would leave the small codes where they are. The
+        range grows by one step, and a uniform part of it comes before the minimum: every code is drawn alike, nothing
+        saturates. One step of 15 is lost, and the two ends are no longer exact: for INT4 rows of 16 values the error
+        reads about 14 % high, for INT8 rows 7 % (their ends). A constant row stays as it is.
+        """
+        place = torch.from_numpy(self._uniform(layer, "rows", low.numel()).astype(np.float32)).to(low.device)
+        step = (high - low) / (format.maximum - 1)
+        before = place.reshape(low.shape) * step
+        return low - before, high + (step - before)
 
     def input_phase(self, layer: str, format: Format) -> float:
         """The phase of a layer's input scale, a float32 value: one for all tokens.
@@ -66,12 +83,17 @@ class GridShift:
                 f"{layer}: the {role} is {format.name}, whose scale is always 1: its grid cannot be shifted; "
                 "draw layers in 8 bits or less"
             )
+        if isinstance(format, FloatFormat):
+            return _power_of_two(self._draws(layer, role, count)).astype(np.float32)
+        return (1 + INTEGER_JITTER * self._uniform(layer, role, count)).astype(np.float32)
+
+    def _uniform(self, layer: str, role: str, count: int) -> NDArray[np.float64]:
+        return self._draws(layer, role, count).astype(np.float64) * 2.0**-_BITS
+
+    def _draws(self, layer: str, role: str, count: int) -> NDArray[np.uint64]:
         # A counter-based generator keyed by a hash: its raw stream is what numpy promises never to change.
         key = hashlib.sha256(json.dumps([self.seed, layer, role]).encode()).digest()[:16]
-        draws = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count) >> np.uint64(64 - _BITS)
-        if isinstance(format, FloatFormat):
-            return _power_of_two(draws).astype(np.float32)
-        return (1 + INTEGER_JITTER * (draws * 2.0**-_BITS)).astype(np.float32)
+        return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count) >> np.uint64(64 - _BITS)
 
 
 def _power_of_two(draws: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -18,7 +18,8 @@ from precimap.errors import SchemeError
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.formats import FloatFormat, IntegerFormat
 from precimap.numerics.quantize import Affine
-from precimap.numerics.schemes import Granularity, MinimumError, Percentile, Rounding
+from precimap.numerics.rows import row_affine
+from precimap.numerics.schemes import FusedRows, Granularity, MinimumError, Percentile, Rounding
 
 __all__ = ["Affine", "affine_from_range", "fit"]
 
@@ -31,8 +32,9 @@ def fit(x: Tensor, rounding: Rounding, contracted: tuple[int, ...]) -> Affine:
 
     PER_TENSOR has one scale of shape [1] * x.ndim. PER_CHANNEL and PER_TOKEN share one over the `contracted` dims,
     those that the op sums over, and keep them with size 1. The range rules are those of `schemes`; an asymmetric range
-    is cut at both ends by a percentile of |x|, and shrunken as a whole by the least error. Raises SchemeError when
-    there is nothing to share a scale over, or for a float format with a zero.
+    is cut at both ends by a percentile of |x|, and shrunken as a whole by the least error. FusedRows has scale and
+    offset of `rows`. Raises SchemeError when there is nothing to share a scale over, for a float format with a zero, and
+    for rows beyond their layout.
     """
     if rounding.granularity is not Granularity.PER_TENSOR and not contracted:
         raise SchemeError(f"{rounding.granularity} needs at least one contracted dim to share a scale over, got none")
@@ -58,10 +60,13 @@ def affine_from_range(low: float | Tensor, high: float | Tensor, rounding: Round
 
     Symmetric: scale = max(|low|, |high|) / maximum. Asymmetric: the range is widened to hold 0, so that 0.0 is a code;
     scale = (high - low) / (maximum - minimum), zero = round(minimum - low / scale) within the codes. After rounding the
-    zero, the outermost values may saturate by half a step. Raises SchemeError for a float format with a zero.
+    zero, the outermost values may saturate by half a step. FusedRows: as `rows.row_affine` says. Raises SchemeError for
+    a float format with a zero, and for rows beyond their layout.
     """
     low, high = (torch.as_tensor(limit, dtype=torch.float32).detach() for limit in (low, high))
     format = rounding.format
+    if isinstance(rounding.range, FusedRows):
+        return row_affine(low, high, format, rounding.range)
     if not rounding.symmetric:
         if not isinstance(format, IntegerFormat):
             raise SchemeError(f"a zero point needs an integer format, got {format.name}")

@@ -5,11 +5,14 @@ and read back by `scheme_from_row` is equal to it. Composed of two small records
 name is only a short way to write one down. Imports no torch.
 """
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from precimap.errors import SchemeError
-from precimap.numerics.formats import BF16, E4M3, E5M2, FORMATS, INT8, UINT7, UINT8, Format, IntegerFormat
+from precimap.numerics.formats import BF16, E4M3, E5M2, FORMATS, INT8, UINT4, UINT7, UINT8, Format, IntegerFormat
+
+SCALE_BYTES = 4  # float32
 
 
 class Granularity(StrEnum):
@@ -48,11 +51,30 @@ class MinimumError:
         return f"mse:{self.steps}"
 
 
-RangeRule = Amax | Percentile | MinimumError
+@dataclass(frozen=True, slots=True)
+class FusedRows:
+    """The range is a row's own minimum to maximum, with an offset: the packed rows that torch and FBGEMM read.
+
+    `parameters`: the float format in which each row keeps its scale and its offset, `float32` (fused 8-bit row-wise) or
+    `float16` (fused N-bit row-wise). The formulas are in `rows`.
+    """
+
+    parameters: str
+
+    def row(self) -> str:
+        return f"rows:{self.parameters}"
+
+    @property
+    def bytes(self) -> int:
+        """Of the scale and the offset of one row."""
+        return 8 if self.parameters == "float32" else 4
+
+
+RangeRule = Amax | Percentile | MinimumError | FusedRows
 
 
 def range_rule_from_row(text: str) -> RangeRule:
-    """`amax`, `percentile:99.9`, `mse` or `mse:40`. Raises SchemeError for anything else."""
+    """`amax`, `percentile:99.9`, `mse` or `mse:40`, `rows:float32` or `rows:float16`. Raises SchemeError for others."""
     kind, _, number = text.partition(":")
     try:
         if kind == "amax" and not number:
@@ -61,6 +83,8 @@ def range_rule_from_row(text: str) -> RangeRule:
             return Percentile(float(number))
         if kind == "mse" and (not number or 2 <= int(number) <= 1000):
             return MinimumError(int(number)) if number else MinimumError()
+        if kind == "rows" and number in ("float32", "float16"):
+            return FusedRows(number)
     except ValueError:
         pass
     raise SchemeError(f"expected a range rule amax, percentile:P (50 < P < 100) or mse:STEPS (2 to 1000), got {text!r}")
@@ -71,7 +95,8 @@ class Rounding:
     """How one tensor becomes low precision: format, granularity, static or dynamic, and how its range is chosen.
 
     `dynamic`: the scale is computed from the tensor at run time (inputs only). `symmetric`: zero is code 0; otherwise
-    x ~ (q - zero) * scale with one whole-number zero per scale (integer formats only).
+    x ~ (q - zero) * scale with one whole-number zero per scale (integer formats only), or, with the range `FusedRows`,
+    x ~ q * scale + offset.
     """
 
     format: Format
@@ -108,11 +133,28 @@ class Scheme:
         return self.input is not None
 
     @property
+    def rows(self) -> FusedRows | None:
+        """The layout of a table's packed rows; None for a scheme of any other weight."""
+        return self.weight.range if isinstance(self.weight.range, FusedRows) else None
+
+    def stored_bytes(self, shape: tuple[int, ...], contracted: tuple[int, ...] | None) -> int:
+        """Bytes of a weight's packed codes and of all its scales (float32, and the offsets of rows).
+
+        `contracted`: the dims that one scale per channel is shared over.
+        """
+        values = math.prod(shape)
+        per_tensor = self.weight.granularity is Granularity.PER_TENSOR
+        scales = 1 if per_tensor else values // max(1, math.prod(shape[dim] for dim in contracted or ()))
+        return -(-values * self.weight_bits // 8) + scales * (SCALE_BYTES if self.rows is None else self.rows.bytes)
+
+    @property
     def needs_calibration(self) -> bool:
         return self.input is not None and not self.input.dynamic
 
     def with_range(self, rule: RangeRule) -> "Scheme":
         """The same scheme whose static input ranges follow `rule`. Raises SchemeError when there is none."""
+        if isinstance(rule, FusedRows):
+            raise SchemeError(f"{rule.row()} is how rows of a table are stored; an input takes amax, percentile or mse")
         if not self.needs_calibration or self.input is None:
             raise SchemeError(f"scheme {self.name} has no static input range that a range rule could choose")
         return replace(self, input=replace(self.input, range=rule))
@@ -135,6 +177,9 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("int8-static", Rounding(INT8, _CHANNEL), Rounding(UINT8, _TENSOR, symmetric=False)),
         Scheme("int8-static-u7", Rounding(INT8, _CHANNEL), Rounding(UINT7, _TENSOR, symmetric=False)),
         Scheme("int8-weight", Rounding(INT8, _CHANNEL), None),
+        Scheme("int8-row", Rounding(UINT8, _CHANNEL, symmetric=False, range=FusedRows("float32")), None),
+        Scheme("int8-row-half", Rounding(UINT8, _CHANNEL, symmetric=False, range=FusedRows("float16")), None),
+        Scheme("int4-row", Rounding(UINT4, _CHANNEL, symmetric=False, range=FusedRows("float16")), None),
     )
 }
 
@@ -170,7 +215,20 @@ def rounding_from_row(row: dict[str, object]) -> Rounding:
         raise SchemeError(f"expected the fields and names of a rounding, got {row!r} ({error})") from error
     if not rounding.symmetric and not isinstance(rounding.format, IntegerFormat):
         raise SchemeError(f"a zero point needs an integer format, got {rounding.format.name}")
+    if isinstance(rounding.range, FusedRows):
+        _check_rows(rounding, rounding.range)
     return rounding
+
+
+def _check_rows(rounding: Rounding, rows: FusedRows) -> None:
+    """Raises SchemeError for packed rows that no operator reads."""
+    layouts = {(UINT8, "float32"), (UINT8, "float16"), (UINT4, "float16")}
+    plain = rounding.granularity is _CHANNEL and not rounding.symmetric and not rounding.dynamic
+    if not plain or (rounding.format, rows.parameters) not in layouts:
+        raise SchemeError(
+            "packed rows are uint8 codes with float32 or float16 parameters or uint4 codes with float16 ones, per "
+            f"channel, asymmetric and not dynamic; got {rounding.row()!r}"
+        )
 
 
 def scheme_from_row(name: str, row: dict[str, object]) -> Scheme:
@@ -178,4 +236,7 @@ def scheme_from_row(name: str, row: dict[str, object]) -> Scheme:
     weight, given = row.get("weight"), row.get("input")
     if not isinstance(weight, dict) or not (given is None or isinstance(given, dict)):
         raise SchemeError(f"scheme {name}: expected weight and input, got {row!r}")
-    return Scheme(name, rounding_from_row(weight), None if given is None else rounding_from_row(given))
+    read = Scheme(name, rounding_from_row(weight), None if given is None else rounding_from_row(given))
+    if read.input is not None and (read.rows is not None or isinstance(read.input.range, FusedRows)):
+        raise SchemeError(f"scheme {name}: packed rows are a weight's alone, of a scheme without an input, got {row!r}")
+    return read

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from precimap.certificate import Certificate
 from precimap.journal import Journal, open_journal
-from precimap.precision_map import Certificate, PrecisionMap
+from precimap.precision_map import PrecisionMap
 
 STAGES = ("baseline", "floor", "screen", "probe", "joint", "certify", "draw")
 

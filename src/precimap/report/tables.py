@@ -12,15 +12,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from precimap.layers.inventory import Inventory
-from precimap.numerics.schemes import Granularity
-from precimap.precision_map import Certificate, Decision, Evidence, PrecisionMap, Rounding, Verdict
+from precimap.precision_map import Decision, Evidence, PrecisionMap, Verdict
+from precimap.report.proof import certificate_text, rounding_text
 from precimap.report.run_record import RunRecord
 
 NAME_WIDTH = 36
 NARROW_NAME_WIDTH = 24  # beside all columns of a map
 SCHEME_WIDTH = 15
-SCALE_BYTES = 4  # float32
 _WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
 _STYLE = {
     Verdict.TOLERANT: "green",
@@ -42,47 +40,6 @@ def short_name(name: str, width: int = NAME_WIDTH) -> str:
     return name if len(name) <= width else "…" + name[-(width - 1) :]
 
 
-def inventory_table(inventory: Inventory) -> RenderableType:
-    """Every parameter of a model: the layers, then the others by reason, then where the FLOPs are."""
-    table = Table(title=f"{len(inventory.layers)} layers", title_justify="left", box=None, pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    table.add_column("op", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
-    table.add_column("FLOPs", justify="right")
-    table.add_column("shares", no_wrap=True)
-    for layer in inventory.layers:
-        share = layer.flops / inventory.weight_flops if inventory.weight_flops else 0.0
-        note = "dead" if layer.dead else ("scheme+input" if layer.fused and layer.siblings else "")
-        note = note or ("scheme" if layer.fused else "") or ("input" if layer.siblings else "")
-        shape = "x".join(map(str, layer.shape))
-        table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", note)
-    return Group(table, Text(), _others(inventory), Text(), _coverage(inventory))
-
-
-def _others(inventory: Inventory) -> RenderableType:
-    table = Table(title="other parameters", title_justify="left", box=None, pad_edge=False)
-    table.add_column("count", justify="right")
-    table.add_column("values", justify="right")
-    table.add_column("why precision is not chosen for them")
-    reasons: dict[str, list[int]] = {}
-    for other in inventory.others:
-        reasons.setdefault(other.reason, []).append(other.numel)
-    for reason, sizes in reasons.items():
-        table.add_row(str(len(sizes)), f"{sum(sizes):,}", reason)
-    return table
-
-
-def _coverage(inventory: Inventory) -> RenderableType:
-    lines = [
-        f"{inventory.parameters:,} parameters, all accounted for",
-        f"weight FLOPs: {inventory.weight_flops:,} in a batch of {inventory.units}, {inventory.covered:.1%} in layers",
-        f"activation x activation FLOPs: {inventory.activation_flops:,}, always in base precision",
-    ]
-    lines += [f"hidden from layers: {reason}, {flops:,} FLOPs" for reason, flops in inventory.hidden_flops]
-    lines += [f"dead: {layer.name}: {layer.dead}" for layer in inventory.layers if layer.dead]
-    return Text("\n".join(lines))
-
-
 def map_table(precision_map: PrecisionMap) -> RenderableType:
     """Layer by layer: the drop of that layer alone, as predicted and as probed, and what was decided."""
     unit = _unit(precision_map)
@@ -100,7 +57,8 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
     notes = [Text(f"{count} x {reason}", style="dim") for reason, count in reasons.items()]
     said = f"drops of single layers in {precision_map.premise.metric} x {unit:.0e}, {_sizes(precision_map)}"
-    whose = "; of the scheme in the last column, else of the first tried" if len(precision_map.schemes) > 1 else ""
+    whose = "; predicted with the last logit realigned, probed without" if precision_map.realignment else ""
+    whose += "; of the scheme in the last column, else of the first tried" if len(precision_map.schemes) > 1 else ""
     return Group(table, *notes, Text(f"{said}; positive is worse{whose}", style="dim"))
 
 
@@ -119,30 +77,6 @@ def _power_of_ten(errors: list[float]) -> float:
 def _own_drop(decision: Decision, evidence: dict[str, Evidence], unit: float) -> str:
     found = evidence.get(decision.scheme) if decision.scheme else next(iter(evidence.values()), None)
     return "" if found is None else f"{found.drop / unit:+.1f} ±{found.error / unit:4.1f}"
-
-
-def certificate_text(certificate: Certificate) -> RenderableType:
-    """A certificate, a fact a line."""
-    drop, error, upper = _told(certificate.error, certificate.drop, certificate.error, certificate.upper)
-    lines = [
-        f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error), "
-        f"baseline {certificate.baseline:.5f}",
-        f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
-        f"bound: {certificate.bound}",
-        f"n = {certificate.n:,} units"
-        + (f" in {certificate.clusters:,} clusters" if certificate.clusters != certificate.n else "")
-        + f", {certificate.changed:,} changed; alpha spent on this split: {certificate.spent_alpha:g}",
-    ]
-    lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
-    lines.append(certificate.claim)
-    head = Text(certificate.verdict.upper(), style="bold green" if certificate.certified else "bold yellow")
-    return Group(head, Text("\n".join(f"  {line}" for line in lines)))
-
-
-def _told(error: float, *values: float | None) -> tuple[str, ...]:
-    """Numbers with two digits of their error, at least five behind the point."""
-    digits = 5 if not error or not math.isfinite(error) else max(5, 1 - math.floor(math.log10(error)))
-    return tuple("none" if value is None else f"{value:+.{digits}f}" for value in values)
 
 
 def chain_table(run: RunRecord) -> RenderableType:
@@ -174,7 +108,20 @@ def chain_table(run: RunRecord) -> RenderableType:
         cells += ["", "", ""] if tested is None else [cell(tested.drop), cell(tested.error), cell(tested.upper)]
         said = "" if tested is None else "yes" if tested.certified else "no"
         table.add_row(str(len(row["low"])), *cells, said)
-    return Group(table, *_drift(run))
+    return Group(table, *_broken_guards(run), *_drift(run))
+
+
+def _broken_guards(run: RunRecord) -> list[Text]:
+    """Which maps a guard kept from the certify split: the gate's columns do not show it."""
+    lines = []
+    for row in run.chain:
+        how, found = ("reaches", row["measured"]) if row["measured"] else ("is predicted to reach", row["predicted"])
+        lines += [
+            Text(f"{len(row['low'])} low: guard {name} {how} {filled:.1f} times its margin on the search split")
+            for name, filled in (found["guards"].items() if found else ())
+            if filled > 1
+        ]
+    return lines
 
 
 def _drift(run: RunRecord) -> list[Text]:
@@ -211,23 +158,11 @@ def _schemes_compared(layers: list[dict[str, Any]]) -> list[str]:
     lines = []
     for first, second in itertools.combinations(errors, 2):
         both = errors[first].keys() & errors[second].keys()
+        if not both:  # schemes of products and of tables meet in no layer
+            continue
         better = sum(errors[second][layer] < errors[first][layer] for layer in both)
         lines.append(f"predicted output error: {second} below {first} in {better} of {len(both)} layers")
     return lines
-
-
-def rounding_text(rounding: Rounding) -> RenderableType:
-    """The two uncertainties of the final map, side by side."""
-    here = _told(rounding.error_over_units, rounding.shipped, rounding.error_over_units)
-    there = _told(rounding.sd, rounding.mean, rounding.sd, rounding.common)
-    lines = [
-        f"two uncertainties of its drop, on n = {rounding.n:,} units of the search split:",
-        f"  this artefact, its own grids: {here[0]} ± {here[1].lstrip('+')} (over units)",
-        f"  this policy, the next retrain: {there[0]} ± {there[1].lstrip('+')} (over {len(rounding.drops)} shifted "
-        "grids),",
-        f"    of which {there[2].lstrip('+')} does not average out over more units",
-    ]
-    return Text("\n".join(lines))
 
 
 def run_page(run: RunRecord) -> RenderableType:
@@ -265,13 +200,18 @@ def preflight_text(preflight: dict[str, Any]) -> RenderableType:
 
 
 def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> RenderableType:
-    before = sum(decision.bytes for decision in precision_map.layers.values())
-    after = sum(_bytes_after(precision_map, name) for name in precision_map.layers)
     lines = [
         f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, "
         f"{precision_map.flops_share:.1%} of the weight FLOPs",
-        f"bytes of all layers: {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
+        f"bytes of all layers: {megabytes(precision_map.bytes_before)} -> {megabytes(precision_map.bytes_after)}, "
+        f"{precision_map.bytes_share:.1%} of them in low precision",
     ]
+    if precision_map.realignment is not None:
+        repair = precision_map.realignment
+        lines.append(
+            f"last logit realigned in {repair.layer}: x {repair.scale:.5f} {repair.shift:+.5f} "
+            f"(without labels, n = {repair.n:,} scores)"
+        )
     if floor is not None:
         drop = floor["drop"]
         lines.append(f"noise floor (rounding every layer to BF16): {drop['estimate']:+.1e} ± {drop['error']:.1e}")
@@ -286,11 +226,5 @@ def _sizes(precision_map: PrecisionMap) -> str:
     return ", ".join(found) or "none known"
 
 
-def _bytes_after(precision_map: PrecisionMap, name: str) -> float:
-    decision, scheme = precision_map.layers[name], precision_map.scheme_of(name)
-    if scheme is None:
-        return decision.bytes
-    values = math.prod(decision.shape)
-    per_channel = scheme.weight.granularity is Granularity.PER_CHANNEL
-    scales = values // math.prod(decision.shape[d] for d in decision.contracted or ()) if per_channel else 1
-    return values * scheme.weight_bits / 8 + scales * SCALE_BYTES
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"

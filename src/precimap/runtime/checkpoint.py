@@ -2,8 +2,8 @@
 
 Invariant: what is loaded computes the same bits as what was saved, on the same machine. Packed kernel forms do not travel
 (oneDNN's cannot); they are made again at load. Layout: base tensors under their own names; for a low-precision layer
-`<name>.codes`, `<name>.scale` and, with a zero point, `<name>.zero`; the map is JSON in the file's metadata. Pickle
-is not read or written.
+`<name>.codes`, `<name>.scale` and, with a zero point, `<name>.zero` or, for rows of a table, `<name>.offset`; the map is
+JSON in the file's metadata. Pickle is not read or written.
 """
 
 from pathlib import Path
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from precimap.durable import write_bytes
 from precimap.errors import MapError
+from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer, shipped_range
+from precimap.layers.realign import realigned
 from precimap.layers.views import parameter_names, plain_name
 from precimap.numerics.quantize import Affine, storage_dtype
 from precimap.precision_map import PrecisionMap
-from precimap.runtime.copying import shared_copy
-from precimap.runtime.deploy import build, deployment_of
+from precimap.runtime.deploy import build, deployed_layers, deployment_of
 
 METADATA_KEY = "precimap_map"
 
@@ -27,12 +28,15 @@ METADATA_KEY = "precimap_map"
 def save_deployed(deployed: nn.Module, base: nn.Module, path: str | Path) -> None:
     """Write a deployed model; `base` is the model it was deployed from. Raises DeployError, SaveError."""
     carried = deployment_of(deployed)
-    tensors = _base_tensors(base, set(carried.layers))
-    for name, layer in carried.layers.items():
+    layers = deployed_layers(deployed)
+    tensors = _base_tensors(realigned(base, carried.map.realignment), set(layers))
+    for name, layer in layers.items():
         tensors[f"{name}.codes"] = layer.codes
         tensors[f"{name}.scale"] = layer.weight_affine.scale
         if layer.weight_affine.zero is not None:
             tensors[f"{name}.zero"] = layer.weight_affine.zero
+        if layer.weight_affine.offset is not None:
+            tensors[f"{name}.offset"] = layer.weight_affine.offset
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(Path(path), save(contents, {METADATA_KEY: carried.map.model_dump_json()}))
 
@@ -54,6 +58,7 @@ def load_deployed(model: nn.Module, path: str | Path, *, target: str | None = No
         raise MapError(f"{path}: cannot be read as safetensors ({error})") from error
     precision_map = PrecisionMap.parse(text, str(path))
     layers = {name: _layer(name, precision_map, tensors, str(path)) for name in precision_map.low}
+    model = realigned(model, precision_map.realignment)  # it may have got a bias; all values come from the file
     loaded = _with_base_tensors(model, tensors, layers, str(path))
     return build(loaded, precision_map, layers, target or precision_map.target)
 
@@ -77,7 +82,10 @@ def _layer(name: str, precision_map: PrecisionMap, tensors: dict[str, Tensor], p
             f"{path}: layer {name}: expected codes {storage_dtype(scheme.weight.format)} {decision.shape}, "
             f"got {codes.dtype} {tuple(codes.shape)}"
         )
-    return QuantizedLayer(name, scheme, codes, Affine(scale, tensors.get(f"{name}.zero")), shipped_range(decision))
+    zero, offset = tensors.get(f"{name}.zero"), tensors.get(f"{name}.offset")
+    if (offset is None) != (scheme.rows is None):
+        raise MapError(f"{path}: layer {name}: offsets and scheme {scheme.name} do not belong together")
+    return QuantizedLayer(name, scheme, codes, Affine(scale, zero, offset), shipped_range(decision))
 
 
 def _with_base_tensors(
@@ -100,6 +108,7 @@ def _with_base_tensors(
                     raise MapError(
                         f"{path}: {name}: the model has {tuple(value.shape)}, the file {tuple(tensors[name].shape)}"
                     )
-                tensor = tensors[name].to(value.device)
+                # Copied: in the file a tensor lies at any address, and float products round by the alignment of theirs.
+                tensor = tensors[name].to(value.device, copy=True)
                 slot[attribute] = nn.Parameter(tensor, requires_grad=False) if slot is module._parameters else tensor
     return copied

@@ -1,4 +1,4 @@
-"""INT8 on x86 CPUs: `nn.Linear` layers through oneDNN's quantised matrix product.
+"""INT8 on x86 CPUs: `nn.Linear` layers through oneDNN's quantised matrix product, and tables in packed rows.
 
 Invariant: the codes are those of `numerics.quantize`, for the weight and, at run time, for the input; oneDNN only
 multiplies them. `torch.ops.onednn.qlinear_pointwise` takes a static per-tensor input scale and per-channel weight
@@ -6,7 +6,8 @@ scales; per-token scales are refused by the op, so they are refused here. FP8 is
 has no FP8 kernel for them, and torch's `_scaled_mm` is a reference loop of seconds per call.
 
 Without VNNI or AMX, x86 adds pairs of 8-bit products in 16 bits and saturates: 255 * 127 * 2 does not fit. Whether this CPU
-does is measured, not looked up; where it does, inputs must be 7 bits wide (scheme `int8-static-u7`).
+does is measured, not looked up; where it does, inputs must be 7 bits wide (scheme `int8-static-u7`). Embedding tables
+are `cpu_tables`; one model holds both.
 """
 
 import functools
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from precimap.errors import DeployError
+from precimap.layers.copying import shared_copy
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import plain_name
 from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.quantize import Affine, quantize
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
-from precimap.runtime.copying import shared_copy
+from precimap.runtime.cpu_tables import packed_table, table_refusal
 
 
 class Int8Linear(nn.Module):
@@ -79,10 +81,12 @@ class CpuInt8:
     """The target `cpu-int8`: this CPU."""
 
     name = "cpu-int8"
-    claim = "Measured on the deployed model: INT8 kernels of this CPU, not their emulation."
+    claim = "Measured on the deployed model: the kernels of this CPU, not their emulation."
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this CPU cannot run the layer in the scheme, or None."""
+        if scheme.rows is not None:
+            return table_refusal(layer, scheme)
         return _scheme_refusal(scheme) or _layer_refusal(layer)
 
     @contextmanager
@@ -90,24 +94,15 @@ class CpuInt8:
         yield self.deployed(model, layers) if layers else model
 
     def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
-        """A copy of the model's tree, over the same tensors, with Int8Linear in place of the given layers.
+        """A copy of the model's tree, over the same tensors, with Int8Linear and PackedTable in place of the given layers.
 
-        Raises DeployError for a layer that is not the weight of an nn.Linear.
+        Raises DeployError for a layer that is not the weight of an nn.Linear, nn.Embedding or nn.EmbeddingBag.
         """
-        for layer in layers.values():
-            reason = _scheme_refusal(layer.scheme)
-            if reason is not None:
-                raise DeployError(f"{layer.name}: {reason}")
         copied = shared_copy(model)
         owners = {plain_name(f"{name}.weight".lstrip(".")): (name, module) for name, module in copied.named_modules()}
         for name, layer in layers.items():
             path, module = owners.get(name, ("", None))
-            if type(module) is not nn.Linear:
-                raise DeployError(
-                    f"{name}: expected the weight of an nn.Linear, got {type(module).__name__}; keep it in the map"
-                )
-            bias: Tensor | None = module.bias
-            replacement = Int8Linear(layer, None if bias is None else bias.detach(), module.weight.dtype)
+            replacement = _linear(layer, module) if layer.scheme.rows is None else packed_table(layer, module)
             parent, _, attribute = path.rpartition(".")
             if not path:
                 return replacement
@@ -120,6 +115,19 @@ class CpuInt8:
 
 
 CPU_INT8 = CpuInt8()
+
+
+def _linear(layer: QuantizedLayer, module: nn.Module | None) -> Int8Linear:
+    """What takes the place of `module`. Raises DeployError as `CpuInt8.deployed` does."""
+    reason = _scheme_refusal(layer.scheme)
+    if reason is not None:
+        raise DeployError(f"{layer.name}: {reason}")
+    if type(module) is not nn.Linear:
+        raise DeployError(
+            f"{layer.name}: expected the weight of an nn.Linear, got {type(module).__name__}; keep it in the map"
+        )
+    bias: Tensor | None = module.bias
+    return Int8Linear(layer, None if bias is None else bias.detach(), module.weight.dtype)
 
 
 def _scheme_refusal(scheme: Scheme) -> str | None:

@@ -13,17 +13,25 @@ from torch import nn
 from precimap.errors import DeployError
 from precimap.fingerprints import of_weights
 from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
+from precimap.layers.realign import realigned
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.quantize import Affine
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
 from precimap.runtime.cpu_int8 import CPU_INT8, Int8Linear
+from precimap.runtime.cpu_tables import PackedTable, tables
+from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.task import Task, first_batch
 
 Build = Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module]
-TARGETS: dict[str, Build] = {"emulated": emulated.deployed, CPU_INT8.name: CPU_INT8.deployed}
+TARGETS: dict[str, Build] = {
+    "emulated": emulated.deployed,
+    CPU_INT8.name: CPU_INT8.deployed,
+    TORCHREC.name: TORCHREC.deployed,
+}
 
 # Float32 sums of exact integer products differ in their order only; a BF16 result is rounded once more.
+CHECKED_ROWS = 4096  # of each packed table
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 
@@ -47,7 +55,10 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deployment:
-    """What a deployed model carries as `precimap`: its map, its target and the codes and scales it runs."""
+    """What a deployed model carries as `precimap`: its map, its target and the codes and scales it runs.
+
+    layers: without those that are packed tables, whose rows are in their modules and nowhere else.
+    """
 
     map: PrecisionMap
     target: str
@@ -60,16 +71,17 @@ def deploy(
 ) -> nn.Module:
     """A model that computes as the map says, on this machine; `model` itself is not modified and shares its tensors.
 
-    target: `cpu-int8` or `emulated`; by default the map's own. task: if given, the deployed model and the emulation
-    score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel is
-    compared with its emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what
+    target: `cpu-int8`, `torchrec` or `emulated`; by default the map's own. task: if given, the deployed model and the
+    emulation score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel
+    is compared with its emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what
     the target cannot run or runs wrongly.
     """
     precision_map.check(weights=of_weights(model))
+    model = realigned(model, precision_map.realignment)
     layers = quantize_map(model, precision_map)
     deployed = build(model, precision_map, layers, target or precision_map.target)
     if task is not None:
-        found = agreement(task, deployed, layers)
+        found = agreement(task, model, deployed, layers)
         _carry(deployed, replace(deployment_of(deployed), agreement=found))
     return deployed
 
@@ -80,11 +92,21 @@ def build(model: nn.Module, precision_map: PrecisionMap, layers: dict[str, Quant
         raise DeployError(f"expected a target out of {', '.join(TARGETS)}, got {target!r}")
     deployed = TARGETS[target](model, layers)
     deployed.eval()
+    packed = set()
     for name, module in deployed.named_modules():
         if isinstance(module, Int8Linear):
             _check_layer(name, module, layers)
-    _carry(deployed, Deployment(precision_map, target, layers))
+        elif isinstance(module, PackedTable):
+            _check_table(module, layers)
+            packed.add(module.layer_name)
+    kept = {name: layer for name, layer in layers.items() if name not in packed}
+    _carry(deployed, Deployment(precision_map, target, kept))
     return deployed
+
+
+def deployed_layers(deployed: nn.Module) -> dict[str, QuantizedLayer]:
+    """Codes and scales of every layer in low precision, packed tables included. Raises DeployError as `deployment_of`."""
+    return deployment_of(deployed).layers | tables(deployed)
 
 
 def _carry(deployed: nn.Module, deployment: Deployment) -> None:
@@ -121,13 +143,28 @@ def _check_layer(name: str, module: Int8Linear, layers: Mapping[str, QuantizedLa
         )
 
 
-def agreement(task: Task, deployed: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Agreement:
-    """Score the first calibration batch with the deployed model and with the emulation of `layers`, and compare."""
+def _check_table(module: PackedTable, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Compare rows, spread over the table, as the operator reads them with what their codes stand for."""
+    expected = layers[module.layer_name].weight()
+    rows = torch.linspace(0, len(expected) - 1, min(len(expected), CHECKED_ROWS)).long()
+    expected = expected[rows]
+    found = module.lookup(rows, torch.arange(len(rows)))
+    allowed = TOLERANCE[torch.float32] * float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    if not difference <= allowed:
+        raise DeployError(
+            f"{module.layer_name}: the operator reads rows that differ from their codes by {difference:.3g}, allowed are "
+            f"{allowed:.3g}; this torch build reads packed rows otherwise. Deploy with target='emulated' and report it."
+        )
+
+
+def agreement(task: Task, model: nn.Module, deployed: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Agreement:
+    """Compare the deployed model with the emulation of `layers` in `model`, on the first calibration batch."""
     batch = first_batch(task, task.splits.calibration)
     with torch.no_grad():
         found = task.forward(deployed, batch)
-        with quantized(task.model, layers):
-            expected = task.forward(task.model, batch)
+        with quantized(model, layers):
+            expected = task.forward(model, batch)
     difference = found.double() - expected.double()
     return Agreement(
         float(difference.abs().max()),

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import Emulation, QuantizedLayer, dequantized
 from precimap.layers.views import parameter_names
-from precimap.runtime.copying import shared_copy
 
 
 class EmulatedModel(nn.Module):

@@ -10,7 +10,7 @@ the base model does not give the parts the scores of the whole, they are not. Pa
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from precimap.errors import TaskError
 from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer, quantized
-from precimap.metrics.paired import Drop, differences, paired_drop
+from precimap.metrics.paired import Drop, paired_drop
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import prepare
@@ -231,7 +231,8 @@ def _compared(task: Task, base: tuple[_Scores, _Scores], quantised: tuple[_Score
         return _rms(units) / effect, float(units.max()) / effect
 
     def change(one: _Scores, other: _Scores) -> Drop:
-        return paired_drop(differences(task.metric, one.judged.values, other.judged.values), one.judged.units)
+        sample = task.metric.paired(one.judged.values, other.judged.values, one.judged.units)
+        return replace(paired_drop(sample.d, sample.units), n=sample.rows, changed=sample.changed)
 
     return CutScores(quantised[1].parts, *relative(*quantised), *relative(*base), change(*quantised), change(*base))
 

@@ -4,6 +4,7 @@ Invariant: every pair of the inventory and the schemes has an answer; a refusal 
 """
 
 import fnmatch
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -32,6 +33,17 @@ class Eligibility:
         """Why the layer cannot take its schemes, each reason once."""
         found = [reason for (name, _), reason in self.refusals.items() if name == layer and reason is not None]
         return tuple(dict.fromkeys(found))
+
+    def idle(self) -> tuple[str, ...]:
+        """A sentence for each scheme that no layer can take."""
+        reasons: dict[str, Counter[str]] = defaultdict(Counter)
+        for (layer, scheme), reason in self.refusals.items():
+            reasons[scheme][("kept by the user" if layer in self.pinned else reason) or ""] += 1
+        return tuple(
+            f"no layer can take {scheme}: " + "; ".join(f"{reason} ({count})" for reason, count in found.most_common(3))
+            for scheme, found in reasons.items()
+            if "" not in found
+        )
 
 
 def eligibility(

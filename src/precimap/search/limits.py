@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from precimap.errors import InputError
+from precimap.metrics.guard import Guard
 from precimap.precision_map import PrecisionMap
 
 
@@ -82,7 +83,11 @@ def state_directory() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "precimap"
 
 
-def chain_fingerprint(chain: Sequence[PrecisionMap]) -> str:
-    """What the ledger calls a chain: its maps in order and the metric that judges them."""
-    text = json.dumps([chain[0].premise.metric, *(precision_map.fingerprint for precision_map in chain)])
+def chain_fingerprint(chain: Sequence[PrecisionMap], guards: Sequence[Guard] = ()) -> str:
+    """What the ledger calls a chain: its maps in order, the metric that judges them, and the guards with their margins.
+
+    One bound of the gate serves every margin of its own; several guards with several margins are several questions.
+    """
+    asked = [chain[0].premise.metric, *([guard.label, guard.margin] for guard in guards)]
+    text = json.dumps([*asked, *(precision_map.fingerprint for precision_map in chain)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -13,16 +13,18 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from precimap.certificate import Certificate, Rounding
 from precimap.errors import AlphaSpent, InputError
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory
+from precimap.layers.realign import score_layer
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics import NUMERICS_VERSION
 from precimap.numerics.schemes import Scheme
 from precimap.numerics.schemes import scheme as scheme_by_name
-from precimap.precision_map import Certificate, PrecisionMap, Premise, Rounding
+from precimap.precision_map import PrecisionMap, Premise
 from precimap.search import preflight
 from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of
 from precimap.search.batch_invariance import batch_dependence
@@ -36,6 +38,7 @@ from precimap.search.evidence.gather import Evidence, gather
 from precimap.search.evidence.probe import Comparison
 from precimap.search.limits import USUAL_EFFORT, Effort, Limits, chain_fingerprint, state_directory
 from precimap.search.progress import Progress, silent
+from precimap.search.realign import Realigner
 from precimap.search.run import Parts, Run, scored
 from precimap.search.whole.assemble import Findings, assemble, premise_of
 from precimap.search.whole.choosing import chosen_maps, to_certify
@@ -84,6 +87,7 @@ def search(
     effort: Effort = USUAL_EFFORT,
     run: str | Path | None = None,
     ledger: str | Path | None = None,
+    realign: bool = False,
     progress: Progress = silent,
     on_preflight: Callable[[preflight.Preflight], None] | None = None,
 ) -> SearchResult:
@@ -96,6 +100,8 @@ def search(
     give away in all (default 1 - confidence). effort: how hard to look, see `Effort`. run: a directory for measurements
     and maps; one that holds measurements of the same model, data and schemes is taken up again, also with another
     margin or rule. ledger: directory of the alpha ledgers (default `state_directory()`).
+    realign: bring each map's scores, which must be logits, back to the baseline's by a scale and a shift that are fitted
+    without labels on the calibration split and folded into the last nn.Linear; part of the map and of what is certified.
     on_preflight: told what this many units can detect, before the long work.
 
     Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, JournalError for a run
@@ -113,11 +119,13 @@ def search(
     eligible = eligibility(inventory, chosen, target, pinned, allowed)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
     written = premise.model_dump() | {"target": target.name, "numerics": NUMERICS_VERSION}
+    written["metrics beside it"] = task.kept_beside
+    last = score_layer(task.model, task.forward, inventory, first_batch(task, task.splits.search)) if realign else None
     ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
     with ExitStack() as stack:
         journal = stack.enter_context(run_journal(None if run is None else Path(run), written))
         search_ = _Search(
-            Run(task, journal, progress, ends_at), chosen, limits, rule, target, effort, premise, on_preflight
+            Run(task, journal, progress, ends_at), chosen, limits, rule, target, effort, premise, on_preflight, last
         )
         folder = Path(ledger) if ledger else state_directory()
         result = _searched(search_, _Seen(prints, note, inventory, eligible), folder)
@@ -147,6 +155,7 @@ class _Search:
     effort: Effort
     premise: Premise
     on_preflight: Callable[[preflight.Preflight], None] | None
+    realigned_at: str | None = None  # the layer that makes the scores, if maps are to be realigned there
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +178,18 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
     run.journal.conclude("floor", "all layers", asdict(floor))
     by_name = {scheme.name: scheme for scheme in search.schemes}
     pairs = [(layer, by_name[name]) for layer, name in seen.allowed.open_pairs()]
-    evidence = gather(run, inventory, calibration, baseline, pairs, search.rule, search.limits, search.effort)
+    evidence = gather(
+        run,
+        inventory,
+        calibration,
+        baseline,
+        pairs,
+        search.rule,
+        search.limits,
+        search.effort,
+        search.realigned_at is not None,
+    )
+    realigner = None if search.realigned_at is None else Realigner(run, search.realigned_at)
     limit = cutoff_of(search.limits, inventory, evidence.known)
     findings = Findings(
         inventory,
@@ -181,6 +201,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         search.target.name,
         search.premise,
         alpha,
+        *(() if realigner is None else (realigner.of,)),
     )
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
@@ -192,8 +213,8 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         run.journal.conclude("certificates", "certify", {"certificates": []})
         _conclude(run, assemble(findings, {}), said)
         raise
-    final, certificate, answer = _answer(findings, chosen, certificates)
-    final = final.model_copy(update={"rounding": _rounding(search, final, baseline)})
+    final, certificate, answer = _answer(search, findings, chosen, certificates)
+    final = final.model_copy(update={"rounding": _rounding(search, final, baseline, realigner)})
     _conclude(run, final, answer)
     return SearchResult(final, certificate, answer, checked, inventory, floor, evidence, chosen.joints, certificates)
 
@@ -212,7 +233,7 @@ def _preflight(
         task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
     )
     coupled = batch_dependence(task, inventory, calibration, search.schemes, seen.allowed.open_pairs())
-    notes = preflight.notes(inventory, coupled) + ((seen.note,) if seen.note else ())
+    notes = (*preflight.notes(inventory, coupled), *seen.allowed.idle(), *((seen.note,) if seen.note else ()))
     checked = preflight.Preflight(n, units, drop, notes, coupled)
     search.run.journal.conclude("preflight", task.name, asdict(checked))
     search.run.journal.conclude("inventory", task.name, asdict(inventory))
@@ -230,7 +251,9 @@ def _certified(
     if chain:
         limits, run = search.limits, search.run
         spent = Ledger.open(ledger, prints.certify.whole, limits.budget).spend(
-            chain_fingerprint(chain), limits.alpha, f"{run.task.name}: {len(chain)} maps for {search.target.name}"
+            chain_fingerprint(chain, run.task.guarded),
+            limits.alpha,
+            f"{run.task.name}: {len(chain)} maps for {search.target.name}",
         )
         question = Question(limits.margin, limits.alpha, spent, prints.certify.whole)
         certificates = certify(run, search.target, chain, question)
@@ -253,29 +276,31 @@ def _alpha_note(ledger: Path, split: str, limits: Limits) -> str | None:
 
 
 def _answer(
-    findings: Findings, chosen: Chosen, certificates: Sequence[Certificate]
+    search: _Search, findings: Findings, chosen: Chosen, certificates: Sequence[Certificate]
 ) -> tuple[PrecisionMap, Certificate | None, str]:
     passed = [certificate for certificate in certificates if certificate.certified]
     if passed:
         final = next(j.map for j in chosen.joints if j.map is not None and j.map.fingerprint == passed[-1].map)
-        share = f"{final.flops_share:.1%} of the weight FLOPs"
+        share = f"{final.flops_share:.1%} of the weight FLOPs, {final.bytes_share:.1%} of the bytes"
         answer = f"certified: {len(final.low)} of {len(final.layers)} layers in low precision, {share}"
         return final.model_copy(update={"certificate": passed[-1]}), passed[-1], answer
     baseline = assemble(findings, {})
     if certificates:
         said = f"keep the baseline: the safest map was not certified ({certificates[0].verdict})"
         return baseline, certificates[0], said
-    measured = [joint.measured.upper for joint in chosen.joints if joint.measured is not None]
+    margin = search.limits.margin
+    measured = [joint.measured.strictest(margin) for joint in chosen.joints if joint.measured is not None]
     if measured:
-        said = f"already on the search split the best bound of a map, {min(measured):.2g}, is above the margin"
+        said = f"already on the search split the best bound of a map is {min(measured) / margin:.2g} times the margin"
+        said += " of the gate or a guard" if search.run.task.guarded else ""
         return baseline, None, f"keep the baseline: {said}"
     if chosen.joints:
         return baseline, None, "keep the baseline: time ran out before a map was measured as a whole"
     return baseline, None, "keep the baseline: no layer is both eligible and not sensitive"
 
 
-def _rounding(search: _Search, final: PrecisionMap, baseline: Parts) -> Rounding | None:
+def _rounding(search: _Search, final: PrecisionMap, baseline: Parts, realigner: Realigner | None) -> Rounding | None:
     draws, effort = search.effort.rounding_draws, search.effort
     if not final.low or not draws:
         return None
-    return rounding_of(search.run, final, baseline, draws, effort.check_units)
+    return rounding_of(search.run, final, baseline, draws, effort.check_units, realigner)

@@ -6,8 +6,10 @@ a TaskError; what is only worth knowing is a note. The model is scored, never ch
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +19,9 @@ from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantized
 from precimap.layers.refusals import refusal
 from precimap.layers.views import plain_name
-from precimap.metrics.metric import LogLoss
-from precimap.metrics.paired import detectable_drop, differences
+from precimap.metrics.auc import AUC, GAUC
+from precimap.metrics.click import NE, LogLoss
+from precimap.metrics.paired import bounded, detectable_drop
 from precimap.numerics.schemes import Scheme
 from precimap.search.batch_invariance import BatchDependence, along_units
 from precimap.search.calibrate import Calibration
@@ -144,16 +147,36 @@ def check_baseline(task: Task, baseline: Scored) -> None:
         raise TaskError("every unit of the search split is in one cluster; the spread of a drop needs at least two")
     if (baseline.values == baseline.values[0]).all() and task.metric.worst is None:
         raise TaskError(
-            f"{task.metric.name} is {baseline.values[0]:g} for every unit of the search split; "
+            f"{task.metric.name} is {baseline.values[0]} for every unit of the search split; "
             "a constant cannot show a drop. Are the labels right?"
         )
+    _check_values(task, baseline)
     labels = [labels_of(task, batch) for batch in task.splits.search]
     # Whole-number labels are classes under log-loss; elsewhere they may index the one relevant candidate.
-    of_classes = isinstance(task.metric, LogLoss)
+    of_classes = isinstance(task.metric, LogLoss | NE | AUC | GAUC)
     if all(isinstance(x, Tensor) and x.dim() == 1 and (of_classes or x.is_floating_point()) for x in labels):
         joined = torch.cat([label.detach().cpu() for label in labels])
         if bool((joined == joined[0]).all()):
             raise TaskError(f"every label of the search split is {float(joined[0]):g}; it needs both classes")
+
+
+def _check_values(task: Task, baseline: Scored) -> None:
+    """Raises TaskError for a gate or a guard that has no value on the search split."""
+    found = {task.metric.name: task.metric.value(baseline.values, baseline.units)}
+    for guard in task.guarded:
+        values, units = baseline.guards[guard.label], baseline.units
+        rows = baseline.slices.get(guard.label)
+        if rows is not None:
+            chosen = units.clusters if units.clusters is not None else np.arange(units.n)
+            if len(np.unique(chosen[rows])) < 2:
+                raise TaskError(
+                    f"the slice of the guard {guard.label} has no two units (or clusters) in the search split"
+                )
+            values, units = values[rows], units.only(rows)
+        found[guard.label] = guard.metric.value(values, units)
+    for name, value in found.items():
+        if not isfinite(value):
+            raise TaskError(f"{name} is {value} on the search split; it needs labels of both classes")
 
 
 def detectable(
@@ -177,8 +200,9 @@ def detectable(
     first = next(iter(task.splits.search))
     with quantized(task.model, prepare(task, inventory, calibration, choice)):
         scored = score(task, task.model, [first])
-    d = differences(task.metric, baseline.values[: len(scored.values)], scored.values)
-    return detectable_drop(float(d.std(ddof=1)) if len(d) > 1 else 0.0, n, alpha)
+    sample = task.metric.paired(baseline.values[: len(scored.values)], scored.values, scored.units)
+    drop = bounded(sample, alpha).drop
+    return detectable_drop(drop.error * drop.n**0.5, n, alpha) if isfinite(drop.error) else inf
 
 
 def notes(inventory: Inventory, coupled: Sequence[BatchDependence]) -> tuple[str, ...]:

@@ -11,14 +11,11 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from precimap.journal import Journal, Measurement
 from precimap.search.progress import Progress
-from precimap.task import Batches, Scored, ScoredPart, Task, join_parts, score_batch, to_device
-
-_REPORTED = "reported/"
+from precimap.task import NAMED, Batches, Scored, ScoredPart, Task, join_parts, score_batch, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +108,17 @@ def batch_subject(subject: str, number: int) -> str:
 def record_part(journal: Journal, kind: str, subject: str, part: ScoredPart, seconds: float, scheme: str = "") -> None:
     """Write one scored batch down; `part_of` reads it back to the bit."""
     arrays = {name: getattr(part, name) for name in ("values", "losses", "clusters", "weights")}
-    arrays |= {_REPORTED + name: values for name, values in part.reported.items()}
+    arrays |= {f"{kind}/{name}": values for kind in NAMED for name, values in getattr(part, kind).items()}
     journal.record(kind, subject, {"seconds": round(seconds, 4), "units": len(part.values)}, scheme, arrays)
 
 
 def part_of(measurement: Measurement) -> ScoredPart:
     """The scored batch that `record_part` wrote."""
     arrays = measurement.arrays
-    reported: dict[str, np.ndarray] = {
-        name.removeprefix(_REPORTED): values for name, values in arrays.items() if name.startswith(_REPORTED)
-    }
-    return ScoredPart(arrays["values"], arrays["losses"], reported, arrays["clusters"], arrays["weights"])
+    reported, guards, slices = (
+        {name.removeprefix(f"{kind}/"): values for name, values in arrays.items() if name.startswith(f"{kind}/")}
+        for kind in NAMED
+    )
+    return ScoredPart(
+        arrays["values"], arrays["losses"], reported, guards, slices, arrays["clusters"], arrays["weights"]
+    )

@@ -3,21 +3,27 @@
 Both are values with one method, so that a search is told its rule by being given it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from precimap.errors import InputError
 from precimap.layers.inventory import Inventory
 from precimap.metrics.metric import Metric
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.knapsack import UNCONSTRAINED, Constraints, Step, bytes_at, chain
 from precimap.search.allocation.threshold import Candidate, default_cutoff, threshold
-from precimap.search.evidence.known import Known, bonuses, currency, options
+from precimap.search.evidence.known import BYTES_WORTH, Known, bonuses, options, price
 from precimap.search.limits import Limits
 
 
 class Rule(Protocol):
     """Makes a nested chain of maps, safest first; `accepts` tells whether another map would be an answer, too."""
+
+    @property
+    def bytes_worth(self) -> float:
+        """What saving all bytes is worth in a gain, beside the time of all FLOPs."""
 
     def accepts(self, inventory: Inventory, step: Step) -> bool: ...
 
@@ -27,20 +33,32 @@ class Rule(Protocol):
         metric: Metric,
         known: Sequence[Known],
         schemes: Mapping[str, Scheme],
+        margin: float,
         cutoff: float,
     ) -> tuple[Step, ...]:
-        """cutoff: the drop of a single layer up to which it is called tolerant."""
+        """margin: of the gate. cutoff: the drop of a single layer up to which it is called tolerant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Knapsack:
-    """The most time saved for what a map costs; see `knapsack.chain`. The cutoff plays no part in it.
+    """The most time and bytes saved for what a map costs; see `knapsack.chain`. The cutoff plays no part in it.
 
-    effective_bits: limit of the average bits of a layer's weights, another way to say `constraints.maximum_bytes`.
+    effective_bits: limit of the average bits of a layer's weights, their scales included, another way to say
+    `constraints.maximum_bytes`. bytes_worth: what saving all bytes is worth, where saving the time of all FLOPs is worth
+    1; the default only breaks ties, so that the tables of a ranking model (most bytes, no FLOPs) hardly count.
+    Raises InputError for a worth that is negative or not finite.
     """
 
     constraints: Constraints = UNCONSTRAINED
     effective_bits: float | None = None
+    bytes_worth: float = BYTES_WORTH
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bytes_worth < math.inf:
+            raise InputError(
+                "bytes_worth is what saving all bytes is worth beside the time of all FLOPs, 0 or more; "
+                f"got {self.bytes_worth}"
+            )
 
     def limits(self, inventory: Inventory) -> Constraints:
         """The constraints in bytes, for this model."""
@@ -61,9 +79,10 @@ class Knapsack:
         metric: Metric,
         known: Sequence[Known],
         schemes: Mapping[str, Scheme],
+        margin: float,
         cutoff: float,
     ) -> tuple[Step, ...]:
-        rows = options(inventory, known, schemes, currency(metric, known))
+        rows = options(inventory, known, schemes, price(metric, known, margin), self.bytes_worth)
         base = {layer.name: layer.bytes for layer in inventory.layers}
         return chain(rows, base, self.limits(inventory), bonus=bonuses(inventory, rows)) if rows else ()
 
@@ -75,6 +94,11 @@ KNAPSACK = Knapsack()
 class Threshold:
     """The plain rule: a layer is in when the upper bound of its own drop is below the cutoff; see `allocate`."""
 
+    @property
+    def bytes_worth(self) -> float:
+        """No choice rests on it: a tolerant layer is in, whatever it saves."""
+        return BYTES_WORTH
+
     def accepts(self, inventory: Inventory, step: Step) -> bool:
         return True
 
@@ -84,9 +108,11 @@ class Threshold:
         metric: Metric,
         known: Sequence[Known],
         schemes: Mapping[str, Scheme],
+        margin: float,
         cutoff: float,
     ) -> tuple[Step, ...]:
-        rows = {(row.layer, row.scheme): row for row in options(inventory, known, schemes, currency(metric, known))}
+        found = options(inventory, known, schemes, price(metric, known, margin))
+        rows = {(row.layer, row.scheme): row for row in found}
         sizes = {layer.name: layer.bytes for layer in inventory.layers}
         return tuple(
             Step(
@@ -95,15 +121,20 @@ class Threshold:
                 sum(rows[pair].cost for pair in step.choice.items()),
                 sum((sizes | {name: rows[name, scheme].bytes for name, scheme in step.choice.items()}).values()),
             )
-            for step in threshold(candidates(inventory, known), list(schemes), cutoff)
+            for step in threshold(candidates(inventory, known, margin), list(schemes), cutoff)
         )
 
 
-def candidates(inventory: Inventory, known: Sequence[Known]) -> list[Candidate]:
-    """What the threshold rule reads; layers of which nothing is known in the metric itself are left out."""
+def candidates(inventory: Inventory, known: Sequence[Known], margin: float) -> list[Candidate]:
+    """What the threshold rule reads: bounds of the gate, or of a guard that comes nearer to its margin.
+
+    Layers of which nothing is known in the metric itself are left out.
+    """
     groups = {layer.name: layer.fused for layer in inventory.layers}
     return [
-        Candidate(found.layer, found.scheme, found.decisive.lower, found.decisive.upper, groups[found.layer])
+        Candidate(
+            found.layer, found.scheme, found.decisive.lower, found.decisive.strictest(margin), groups[found.layer]
+        )
         for found in known
         if found.decisive is not None
     ]
@@ -111,4 +142,4 @@ def candidates(inventory: Inventory, known: Sequence[Known]) -> list[Candidate]:
 
 def cutoff_of(limits: Limits, inventory: Inventory, known: Sequence[Known]) -> float:
     """The drop of a single layer up to which it is called tolerant: the user's, or the margin shared by all candidates."""
-    return limits.cutoff or default_cutoff(limits.margin, candidates(inventory, known))
+    return limits.cutoff or default_cutoff(limits.margin, candidates(inventory, known, limits.margin))

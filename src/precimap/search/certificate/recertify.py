@@ -57,6 +57,8 @@ def _spent(task: Task, precision_map: PrecisionMap, limits: Limits, split: str, 
         before is not None
         and (before.map, before.split) == (precision_map.fingerprint, split)
         and before.certified
+        and {name: answer.margin for name, answer in before.guards.items()}
+        == {guard.label: guard.margin for guard in task.guarded}
         and before.margin <= limits.margin
         and before.alpha <= limits.alpha
     )
@@ -64,5 +66,7 @@ def _spent(task: Task, precision_map: PrecisionMap, limits: Limits, split: str, 
         return before.spent_alpha
     book = Ledger.open(ledger, split, limits.budget)
     return book.spend(
-        chain_fingerprint([precision_map]), limits.alpha, f"{task.name}: one map for {precision_map.target}"
+        chain_fingerprint([precision_map], task.guarded),
+        limits.alpha,
+        f"{task.name}: one map for {precision_map.target}",
     )

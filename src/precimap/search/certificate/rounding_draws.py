@@ -6,22 +6,26 @@ shifted grids (`numerics/grid_shift.py`), on the same units. Not taken: redrawin
 one number that answers neither question.
 """
 
-import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from precimap.certificate import Rounding
 from precimap.errors import InputError, SchemeError
 from precimap.layers.quantized import QuantizedLayer, quantize_map
+from precimap.layers.realign import realigned
 from precimap.layers.target import EMULATED
-from precimap.metrics.paired import Drop, Units, differences, paired_drop
+from precimap.metrics.metric import PairedDrops
+from precimap.metrics.paired import Drop, paired_drop
+from precimap.metrics.units import Units
 from precimap.numerics.grid_shift import GridShift
-from precimap.precision_map import PrecisionMap, Rounding
+from precimap.precision_map import PrecisionMap
+from precimap.search.realign import Realigner
 from precimap.search.run import Parts, Run, scattered, scored
 
 
@@ -81,36 +85,44 @@ def draw_layers(model: nn.Module, precision_map: PrecisionMap, seed: int) -> dic
     return quantize_map(model, precision_map, GridShift(seed))
 
 
-def rounding_of(run: Run, precision_map: PrecisionMap, baseline: Parts, draws: int, units: int) -> Rounding | None:
+def rounding_of(
+    run: Run, precision_map: PrecisionMap, baseline: Parts, draws: int, units: int, realigner: Realigner | None = None
+) -> Rounding | None:
     """Measure a map on `draws` shifted grids, on batches of the search split with about `units` units.
 
-    None for a map with a scheme whose grid cannot be shifted. By emulation, whatever the map's target is.
+    A realigned map is realigned anew on every grid, as the next retrain would be. None for a map with a scheme whose grid
+    cannot be shifted. By emulation, whatever the map's target is.
     """
     task, numbers = run.task, scattered(baseline.sizes, units)
     before = baseline.only(numbers)
 
-    def drops(subject: str, layers: Callable[[], Mapping[str, QuantizedLayer]]) -> NDArray[np.float64]:
-        split = task.splits.search
-        parts = scored(run, "draw", subject, split, lambda: EMULATED.running(task.model, layers()), numbers=numbers)
-        return differences(task.metric, before.values, parts.whole.values)
+    def drops(subject: str, shift: GridShift | None) -> PairedDrops:
+        def running() -> AbstractContextManager[nn.Module]:
+            repair = precision_map.realignment
+            if realigner is not None and shift is not None:
+                repair = realigner.fit(quantize_map(task.model, precision_map, shift))
+            model = realigned(task.model, repair)
+            return EMULATED.running(model, quantize_map(model, precision_map, shift))
+
+        parts = scored(run, "draw", subject, task.splits.search, running, numbers=numbers)
+        return task.metric.paired(before.values, parts.whole.values, before.units)
 
     try:
         draw_layers(task.model, precision_map, 0)
     except SchemeError:
         return None
     fingerprint = precision_map.fingerprint
-    shipped = drops(fingerprint, lambda: quantize_map(task.model, precision_map))
-    shifted = []
+    shipped = drops(fingerprint, None)
+    shifted = []  # units of the metric are the same in every draw: they follow from labels and clusters
     for seed in range(draws):
         run.progress("rounding draws", seed, draws)
-        layers = functools.partial(draw_layers, task.model, precision_map, seed)
-        shifted.append(drops(f"{fingerprint} on grid {seed}", layers))
+        shifted.append(drops(f"{fingerprint} on grid {seed}", GridShift(seed)).d)
     run.progress("rounding draws", draws, draws)
-    spread = rounding_spread(paired_drop(shipped, before.units), np.stack(shifted), before.units)
+    spread = rounding_spread(paired_drop(shipped.d, shipped.units), np.stack(shifted), shipped.units)
     return Rounding(
         shipped=spread.shipped,
         error_over_units=spread.error_over_units,
-        n=spread.n,
+        n=shipped.rows,
         drops=spread.drops,
         mean=spread.mean,
         sd=spread.error_over_rounding,

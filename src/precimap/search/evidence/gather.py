@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from precimap.layers.inventory import Inventory
-from precimap.metrics.paired import differences, paired_drop
+from precimap.metrics.paired import paired_drop
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.rules import Rule, cutoff_of
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.audit import Audit, ambiguous, audit, kind_of, to_audit
 from precimap.search.evidence.input_rates import InputRates, input_rates
-from precimap.search.evidence.known import Known, costs_of, currency, gain
+from precimap.search.evidence.known import Known, costs_of, gain, price
 from precimap.search.evidence.predict import Predictor
 from precimap.search.evidence.probe import Probe, probe
 from precimap.search.evidence.screen import Screen, screen
@@ -55,8 +55,12 @@ def gather(
     rule: Rule,
     limits: Limits,
     effort: Effort,
+    realigned: bool = False,
 ) -> Evidence:
-    """Screen, audit and probe the pairs; with `effort.probe_all` probe each of them on the whole search split."""
+    """Screen, audit and probe the pairs; with `effort.probe_all` probe each of them on the whole search split.
+
+    realigned: maps are served with realigned scores, so predictions are of such.
+    """
     probing = _Probing(run, inventory, calibration, baseline, limits.alpha, effort)
     if effort.probe_all or not pairs:
         numbers = tuple(range(len(baseline.sizes)))
@@ -64,7 +68,7 @@ def gather(
     screened = screen(run, inventory, calibration, pairs, effort.screen_memory, baseline.sizes, effort.screen_units)
     numbers = tuple(sorted(screened.batches)) or scattered(baseline.sizes, effort.screen_units)
     batches = {n: batch for n, batch in enumerate(run.task.splits.search) if n in screened.batches}
-    predictor = Predictor(run.task, screened, baseline, batches, limits.alpha)
+    predictor = Predictor(run.task, screened, baseline, batches, limits.alpha, realigned=realigned)
     seen = [pair for pair in pairs if (pair[0], pair[1].name) in screened.pairs]
     few = tuple(numbers[at] for at in scattered([baseline.sizes[n] for n in numbers], effort.audit_units))
     audits = probing.on(to_audit(inventory, seen, AUDIT_SEED), few) if seen else ()
@@ -128,13 +132,14 @@ def _flipping(
         return ()
     metric = predictor.task.metric
     limit = cutoff_of(limits, inventory, evidence.known)
-    steps = rule.steps(inventory, metric, evidence.known, schemes, limit)
+    steps = rule.steps(inventory, metric, evidence.known, schemes, limits.margin, limit)
     known = evidence.by_key()
-    best = next((s for s in reversed(steps) if bound(predictor, known, s.choice) <= limits.margin), None)
+    best = next((s for s in reversed(steps) if bound(predictor, known, s.choice, limits.margin) <= limits.margin), None)
     if best is None:
         return ()
-    costs = costs_of([row for row in evidence.known if row.trusted], currency(metric, evidence.known))
-    gains = {key: gain(inventory, key[0], schemes[key[1]]) for key in costs}
+    counted = price(metric, evidence.known, limits.margin)
+    costs = costs_of([row for row in evidence.known if row.trusted], counted)
+    gains = {key: gain(inventory, key[0], schemes[key[1]], rule.bytes_worth) for key in costs}
     return ambiguous(costs, gains, best.choice, found.approximation, MOST_AMBIGUOUS)
 
 
@@ -180,7 +185,8 @@ def _correction(predictor: Predictor, probed: Probe) -> tuple[float, float] | No
         return None
     on = predictor.on(probed.numbers)
     predicted = on.scored([(probed.layer, probed.scheme)])
-    found = paired_drop(differences(predictor.task.metric, predicted.values, probed.scored.values), on.reference.units)
+    sample = predictor.task.metric.paired(predicted.values, probed.scored.values, on.reference.units)
+    found = paired_drop(sample.d, sample.units)
     return found.estimate, found.error
 
 

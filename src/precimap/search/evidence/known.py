@@ -19,8 +19,8 @@ from precimap.search.evidence.screen_plan import Key
 
 # Below about 1,000 units an order metric's own drops are noise, from about 2,000 on they are not (docs/how-it-decides.md).
 UNITS_FOR_ORDER = 2000
-# Until times are measured: what sharing an input saves, and what bytes are worth, only has to break ties.
-SHARED_INPUT, BYTES = 0.01, 1e-3
+# Until times are measured: what sharing an input saves, and what bytes are worth unless the user says, breaks ties.
+SHARED_INPUT, BYTES_WORTH = 0.01, 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,42 +67,62 @@ class Currency(StrEnum):
     VARIANCE = "E[(change of the loss)^2]"
 
 
-def currency(metric: Metric, known: Sequence[Known]) -> Currency:
+@dataclass(frozen=True, slots=True)
+class Price:
+    """How a layer's cost is counted. margin: of the gate; guards are converted by it, each at its own margin."""
+
+    currency: Currency
+    margin: float
+
+
+def price(metric: Metric, known: Sequence[Known], margin: float) -> Price:
     """A loss is budgeted by its mean; a metric of order by variance, until there are units enough to see its mean.
 
     A variance-type score never budgets a mean on its own: on an overconfident model it has the wrong sign.
     """
     units = [found.decisive.drop.n for found in known if found.decisive is not None]
     enough = len(units) == len(known) and bool(units) and min(units) >= UNITS_FOR_ORDER
-    return Currency.MEAN if metric.worst is None or enough else Currency.VARIANCE
+    return Price(Currency.MEAN if metric.worst is None or enough else Currency.VARIANCE, margin)
 
 
-def cost(found: Known, counted: Currency) -> float:
-    """What the layer takes from the budget, at least 0; infinite where nothing is known in this currency."""
-    if counted is Currency.VARIANCE:
+def cost(found: Known, counted: Price) -> float:
+    """What the layer takes from the budget, at least 0; infinite where nothing is known in this currency.
+
+    Of a mean drop: from the gate's budget, or from that of the guard of which it takes the larger share.
+    """
+    if counted.currency is Currency.VARIANCE:
         return found.loss_square
     decisive = found.decisive
     if decisive is None or not np.isfinite(decisive.drop.error):
         return float("inf")
-    return max(0.0, decisive.drop.estimate) + decisive.drop.error
+    guards = [(guard.found.size, counted.margin / guard.margin) for guard in decisive.guards.values()]
+    drops = [(decisive.drop, 1.0), *((drop, rate) for drop, rate in guards if np.isfinite(drop.error))]
+    return max(rate * (max(0.0, drop.estimate) + drop.error) for drop, rate in drops)
 
 
-def gain(inventory: Inventory, layer: str, scheme: Scheme) -> float:
-    """The share of the model's weight FLOPs that low precision saves, 8 bits taking half the time of 16; bytes break ties.
+def gain(inventory: Inventory, layer: str, scheme: Scheme, bytes_worth: float = BYTES_WORTH) -> float:
+    """The share of the model's weight FLOPs that low precision saves, 8 bits taking half the time of 16, and bytes.
 
-    A stand-in until layers are timed on the target.
+    bytes_worth: what saving the bytes of all layers is worth, where saving the time of all their FLOPs is worth 1.
+    The scale and offset of packed rows count, a good part of a narrow row. Scales of products do not: a few bytes would
+    set one granularity above another, whatever it costs. A stand-in until layers are timed on the target.
     """
     found = inventory.layer(layer)
     saved = max(0.0, 1 - scheme.weight_bits / 16)
     flops = found.flops / inventory.weight_flops if inventory.weight_flops and scheme.computes_low else 0.0
-    size = found.bytes / inventory.layer_bytes
-    return saved * flops + BYTES * size * max(0.0, 1 - scheme.weight_bits / (8 * found.element_bytes))
+    codes = found.numel * scheme.weight_bits / 8
+    stored = codes if scheme.rows is None else scheme.stored_bytes(found.shape, found.contracted)
+    return saved * flops + bytes_worth * max(0.0, found.bytes - stored) / inventory.layer_bytes
 
 
 def options(
-    inventory: Inventory, known: Sequence[Known], schemes: Mapping[str, Scheme], counted: Currency
+    inventory: Inventory,
+    known: Sequence[Known],
+    schemes: Mapping[str, Scheme],
+    counted: Price,
+    bytes_worth: float = BYTES_WORTH,
 ) -> tuple[Option, ...]:
-    """The table that a knapsack is filled from."""
+    """The table that a knapsack is filled from; `bytes_worth` as in `gain`."""
     rows = []
     for found in known:
         layer, scheme = inventory.layer(found.layer), schemes[found.scheme]
@@ -110,9 +130,9 @@ def options(
             Option(
                 layer=found.layer,
                 scheme=found.scheme,
-                gain=gain(inventory, found.layer, scheme),
+                gain=gain(inventory, found.layer, scheme, bytes_worth),
                 cost=cost(found, counted),
-                bytes=layer.numel * scheme.weight_bits // 8,
+                bytes=scheme.stored_bytes(layer.shape, layer.contracted),
                 fused=layer.fused,
                 siblings=layer.siblings,
             )
@@ -129,6 +149,6 @@ def bonuses(inventory: Inventory, rows: Sequence[Option]) -> dict[str, float]:
     return found
 
 
-def costs_of(known: Sequence[Known], counted: Currency) -> dict[Key, float]:
+def costs_of(known: Sequence[Known], counted: Price) -> dict[Key, float]:
     """(layer, scheme) -> cost."""
     return {(found.layer, found.scheme): cost(found, counted) for found in known}

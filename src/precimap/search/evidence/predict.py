@@ -22,6 +22,7 @@ from precimap.metrics.metric import Loss
 from precimap.search.evidence.probe import Comparison, compare
 from precimap.search.evidence.screen import Screen
 from precimap.search.evidence.screen_plan import Key
+from precimap.search.realign import realigning
 from precimap.search.run import Parts
 from precimap.task import Scored, ScoredPart, Task, join_parts, judge_scores, to_device
 
@@ -30,7 +31,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """Predicts maps of screened layers. batches: those of the search split that were screened, by number."""
+    """Predicts maps of screened layers. batches: those of the search split that were screened, by number.
+
+    realigned: compare maps after their scores got the scale and the bias that bring them nearest to the baseline's.
+    """
 
     task: Task
     screen: Screen
@@ -38,6 +42,7 @@ class Predictor:
     batches: Mapping[int, Any]
     alpha: float
     curvature: float = 0.0
+    realigned: bool = False
 
     @property
     def predicts_metric(self) -> bool:
@@ -63,14 +68,24 @@ class Predictor:
         if self.screen.by_scores:
             return join_parts(self.task, [self._by_scores(keys, number) for number in self.numbers])
         bend = self.curvature * self._energy(keys) if self.curvature else 0.0
-        task = replace(self.task, reported=tuple(m for m in self.task.reported if isinstance(m, Loss)))
+        losses = tuple(m for m in self.task.reported if isinstance(m, Loss))
+        guards = tuple(g for g in self.task.guarded if isinstance(g.metric, Loss))
+        task = replace(self.task, reported=losses, guards=guards)
         return join_parts(task, [self._by_losses(keys, number, bend) for number in self.numbers])
 
     def comparison(self, keys: Sequence[Key]) -> Comparison | None:
         """The predicted comparison with the baseline; None where the metric cannot be predicted."""
         if not self.predicts_metric:
             return None
-        return compare(self.task, self.reference, self.scored(keys), self.alpha)
+        return compare(self.task, self.reference, self._as_served(keys), self.alpha)
+
+    def _as_served(self, keys: Sequence[Key]) -> Scored:
+        if not (self.realigned and self.screen.by_scores):
+            return self.scored(keys)
+        found = {number: self._scores(keys, number) for number in self.numbers}
+        baseline = np.concatenate([self.screen.batches[number].scores.flatten() for number in found])
+        scale, shift = realigning(np.concatenate([scores.flatten() for scores in found.values()]), baseline)
+        return join_parts(self.task, [self._judged(scale * found[number] + shift, number) for number in found])
 
     def loss_changes(self, keys: Sequence[Key]) -> Floats:
         """The predicted change of each screened unit's loss, float64 [units]."""
@@ -102,8 +117,14 @@ class Predictor:
         return float(np.concatenate(squares).mean()) if rows else 0.0
 
     def _by_scores(self, keys: Sequence[Key], number: int) -> ScoredPart:
+        return self._judged(self._scores(keys, number), number)
+
+    def _scores(self, keys: Sequence[Key], number: int) -> Floats:
         batch = self.screen.batches[number]
-        scores = batch.scores + self.screen.change(keys, number).reshape(batch.scores.shape)
+        scores: Floats = batch.scores + self.screen.change(keys, number).reshape(batch.scores.shape)
+        return scores
+
+    def _judged(self, scores: Floats, number: int) -> ScoredPart:
         on_device = torch.from_numpy(scores).float().to(self.task.device)
         with torch.no_grad():
             return judge_scores(self.task, on_device, to_device(self.batches[number], self.task.device), number)
@@ -113,5 +134,7 @@ class Predictor:
         change = self.screen.change(keys, number) + bend
         losses = part.losses + change
         reported = {m.name: part.reported[m.name] + change for m in self.task.reported if isinstance(m, Loss)}
+        guards = {g.label: part.guards[g.label] + change for g in self.task.guarded if isinstance(g.metric, Loss)}
         values = part.values + change if isinstance(self.task.metric, Loss) else part.values
-        return ScoredPart(values, losses, reported, part.clusters, part.weights)
+        slices = {label: rows for label, rows in part.slices.items() if label in guards}
+        return ScoredPart(values, losses, reported, guards, slices, part.clusters, part.weights)

@@ -7,7 +7,7 @@ that the recorded results of one batch at a time are held.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
-from precimap.metrics.paired import Drop, differences, lower_bound, paired_drop, upper_bound
+from precimap.metrics.guard import Guard
+from precimap.metrics.paired import Bounded, Drop, bounded
 from precimap.numerics.schemes import Scheme, scheme_key
 from precimap.precision_map import Evidence
 from precimap.search.calibrate import Calibration, codes
@@ -26,14 +27,41 @@ from precimap.task import Scored, Task, join_parts, score_batch, to_device
 
 
 @dataclass(frozen=True, slots=True)
+class Guarded:
+    """A guard's drop (with its sign, also of a two-sided metric), its bounds, and the margin it has to keep."""
+
+    found: Bounded
+    margin: float
+
+    @property
+    def filled(self) -> float:
+        """The share of the margin up to which the bound reaches; above 1 the guard does not hold."""
+        return self.found.upper / self.margin
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
-    """A model against the baseline on one split: the drop of the gate, its bounds, and the drops of reported metrics."""
+    """A model against the baseline on one split: the drop of the gate, its bounds, and the drops of reported metrics.
+
+    The drop of a two-sided gate is its size. guards: what could be measured of them, by label, with their margins.
+    """
 
     drop: Drop
     lower: float
     upper: float
     reported: dict[str, Drop]
     largest: float  # the largest |difference| of one unit
+    guards: dict[str, Guarded] = field(default_factory=dict)
+
+    def within(self, margin: float) -> bool:
+        """Whether the bounds of the gate and of every guard are at most their margins."""
+        return self.strictest(margin) <= margin
+
+    def strictest(self, margin: float) -> float:
+        """The bound of the gate, or that of a guard which fills more of its own margin, in units of the gate's."""
+        return (
+            max(self.upper, *(margin * guard.filled for guard in self.guards.values())) if self.guards else self.upper
+        )
 
     def evidence(self) -> Evidence:
         return Evidence(
@@ -61,21 +89,31 @@ class Probe:
 
 def compare(task: Task, baseline: Scored, other: Scored, alpha: float) -> Comparison:
     """The paired comparison of two scorings of one split."""
-    d = differences(task.metric, baseline.values, other.values)
+    gate = bounded(task.metric.paired(baseline.values, other.values, baseline.units), alpha)
     reported = {
-        metric.name: paired_drop(
-            differences(metric, baseline.reported[metric.name], other.reported[metric.name]), baseline.units
-        )
+        metric.name: bounded(
+            metric.paired(baseline.reported[metric.name], other.reported[metric.name], baseline.units), alpha
+        ).drop
         for metric in task.reported
         if metric.name in other.reported
     }
-    return Comparison(
-        paired_drop(d, baseline.units),
-        lower_bound(d, baseline.units, alpha),
-        upper_bound(d, baseline.units, alpha, task.metric.worst),
-        reported,
-        float(abs(d).max()),
-    )
+    found = {
+        guard.label: _guarded(guard, baseline, other, alpha) for guard in task.guarded if guard.label in other.guards
+    }
+    guards = {label: guarded for label, guarded in found.items() if guarded is not None}
+    return Comparison(gate.size, gate.lower, gate.upper, reported, gate.largest, guards)
+
+
+def _guarded(guard: Guard, baseline: Scored, other: Scored, alpha: float) -> Guarded | None:
+    """None where these few units cannot tell: none of them in the slice, or one cluster. Whole splits are checked first."""
+    before, after, units = baseline.guards[guard.label], other.guards[guard.label], baseline.units
+    rows = baseline.slices.get(guard.label)
+    if rows is not None:
+        if not rows.any():
+            return None
+        before, after, units = before[rows], after[rows], units.only(rows)
+    found = bounded(guard.metric.paired(before, after, units), alpha)
+    return Guarded(found, guard.margin) if found.drop.clusters > 1 else None
 
 
 def prepare(

@@ -1,9 +1,10 @@
 """The screen: one instrumented pass tells, for every layer and scheme at once, what quantising it would change.
 
-Where each score depends on one row of the batch alone, the pass gives the first-order change of every score: adding the
-changes of a map's layers to the baseline's scores predicts its metric without a forward pass. Otherwise it gives the
-change of every unit's loss. Beside it stands the output error, E|change of the scores|^2, through random probes of the
-output, which reads no label (Hutchinson 1990, "A stochastic estimator of the trace").
+Where each score depends on one row of the batch alone, or a unit has few scores (several heads: a backward pass each),
+it gives the first-order change of every score: adding the changes of a map's layers to the baseline's scores predicts
+its metric without a forward pass. Otherwise it gives the change of every unit's loss. Beside it stands the output
+error, E|change of the scores|^2, in the latter case through random probes of the output, which read no label
+(Hutchinson 1990, "A stochastic estimator of the trace").
 
 Invariant: what the screen gives is *predicted*, never called measured; a layer that it cannot see is named with the
 reason, and is for the probe. Measuring every layer on its own, the alternative, costs layers x schemes passes.
@@ -22,7 +23,7 @@ from torch import Tensor
 from precimap.layers.first_order import FirstOrder, routed_changes, routed_rows, row_changes, row_weights
 from precimap.layers.inventory import Inventory
 from precimap.search.calibrate import Calibration
-from precimap.search.evidence.screen_plan import Key, Pair, ScreenPlan, decode, first_order, plan_screen
+from precimap.search.evidence.screen_plan import Key, Pair, ScreenPlan, decode, first_order, located, plan_screen
 from precimap.search.run import Run, scattered
 from precimap.task import Task, to_device
 
@@ -115,13 +116,13 @@ def _screened(
     found = run.journal.find("screen", f"@{number}", plan.digest)
     if found is None:
         started = time.perf_counter()
-        screened = _screen_batch(run.task, plan, decoded, to_device(batch, run.task.device), number)
+        screened, backwards = _screen_batch(run.task, plan, decoded, to_device(batch, run.task.device), number)
         arrays: dict[str, NDArray[Any]] = {
             "changes": screened.changes,
             "scores": screened.scores,
             "outputs": screened.outputs,
         }
-        row = {"seconds": round(time.perf_counter() - started, 4), "by_scores": plan.by_scores}
+        row = {"seconds": round(time.perf_counter() - started, 4), "backwards": backwards}
         run.journal.record("screen", f"@{number}", row, plan.digest, arrays)
         return screened
     return ScreenedBatch(found.arrays["changes"], found.arrays["scores"], found.arrays["outputs"])
@@ -129,30 +130,36 @@ def _screened(
 
 def _screen_batch(
     task: Task, plan: ScreenPlan, decoded: Mapping[Key, Tensor] | None, batch: Any, number: int
-) -> ScreenedBatch:
-    changes: NDArray[np.float32] = np.zeros((0, 0), np.float32)
+) -> tuple[ScreenedBatch, int]:
+    """A batch, and with how many backward passes after each forward pass; those that look for routed rows are not in."""
+    changes: NDArray[np.float32] = np.zeros((0, 0, 0), np.float32)  # [pairs, rows, values of a row]
     outputs: Floats = np.zeros((0, 0))
-    values: Floats = np.zeros(0)
+    scored: Floats = np.zeros(0)
+    backwards = 0
     for layers in plan.passes:
         mode = first_order(task, layers, decode(layers) if decoded is None else decoded, {})
         with torch.enable_grad(), mode:
             scores = task.forward(task.model, batch)
         with torch.enable_grad():
-            rows = scores.flatten().float() if plan.by_scores else task.loss(scores, batch).float()
-            total = rows.sum()
+            values = plan.what.values(task, scores, batch)
+            totals = [value.sum() for value in values]
+            routed = find_routed(mode, plan, located(values))
+        count = len(values[0])
         if not changes.size:
-            changes = np.zeros((len(plan.rows), len(rows)), np.float32)
+            changes = np.zeros((len(plan.rows), count, len(values)), np.float32)
             outputs = np.zeros((len(plan.rows), len(scores)))
-            values = scores.detach().double().cpu().numpy() if plan.by_scores else values
-        routed = find_routed(mode, plan, rows)
-        mode.backward(total)
-        add_changes(mode, plan, routed, changes, len(rows))
+            scored = scores.detach().double().cpu().numpy() if plan.by_scores else scored
+        for head, total in enumerate(totals):
+            mode.backward(total)
+            add_changes(mode, plan, routed, changes[..., head], count)
         if not plan.by_scores:
             _add_outputs(mode, plan, routed, outputs, scores, number)
+        backwards = len(totals) + (not plan.by_scores)
         mode.clear()
+    every = changes.reshape(len(changes), -1)
     if plan.by_scores:
-        outputs = np.square(changes, dtype=np.float64).reshape(*outputs.shape, -1).sum(2)
-    return ScreenedBatch(changes, values, outputs)
+        outputs = np.square(every, dtype=np.float64).reshape(*outputs.shape, -1).sum(2)
+    return ScreenedBatch(every, scored, outputs), backwards
 
 
 def find_routed(mode: FirstOrder, plan: ScreenPlan, rows: Tensor) -> dict[int, Tensor]:

@@ -7,8 +7,9 @@ memory is measured before the split is run, and one row or one token alone would
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -25,6 +26,39 @@ from precimap.task import Task, to_device
 
 Pair = tuple[str, Scheme]
 Key = tuple[str, str]  # layer, scheme name
+MOST_HEADS = 8  # each takes a backward pass of its own
+
+
+class Differentiated(StrEnum):
+    """What the backward passes start from.
+
+    SCORES: the sum of all scores, one pass, where each score has a row of its own in every result (one score per unit,
+    or candidates that are scored one by one). HEADS: each column of scores, one pass each, where the few scores of a unit
+    share its row (several tasks). LOSSES: the units' losses, one pass, where many scores share it.
+    """
+
+    SCORES = "scores"
+    HEADS = "heads"
+    LOSSES = "losses"
+
+    def values(self, task: Task, scores: Tensor, batch: Any) -> tuple[Tensor, ...]:
+        """For each backward pass the values whose sum it differentiates, one of each row: float32 [rows]."""
+        match self:
+            case Differentiated.SCORES:
+                return (scores.flatten().float(),)
+            case Differentiated.HEADS:
+                return scores.float().unbind(1)
+            case Differentiated.LOSSES:
+                return (task.loss(scores, batch).float(),)
+
+
+def located(values: Sequence[Tensor]) -> Tensor:
+    """One number of each row, [rows], through which all of `values` say where rows lie.
+
+    Each counts differently: the heads of a softmax sum to one, and a sum without a gradient shows nothing.
+    """
+    first, *others = values
+    return sum((number * value for number, value in enumerate(others, 2)), start=first)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +69,7 @@ class ScreenPlan:
     digest: of what a row of the table stands for.
     """
 
-    by_scores: bool
+    what: Differentiated
     rows: Mapping[Key, int]
     layouts: Mapping[tuple[str, int], Layout]
     routed: frozenset[str]
@@ -43,6 +77,11 @@ class ScreenPlan:
     passes: tuple[tuple[QuantizedLayer, ...], ...]
     bytes: int
     digest: str
+
+    @property
+    def by_scores(self) -> bool:
+        """Whether the table holds the changes of scores."""
+        return self.what is not Differentiated.LOSSES
 
 
 def plan_screen(
@@ -64,10 +103,10 @@ def plan_screen(
             reason = f"the scores carry no gradient here ({_first_line(error)})"
             break
         need = max(one.bytes for one in found)
-        if need <= memory and len({one.by_scores for one in found}) == 1:
+        if need <= memory and len({one.what for one in found}) == 1:
             return _fitting(layers, passes, found, need)
         reason = f"a batch would take {need >> 20} MB, more than the {memory >> 20} MB it may; give smaller batches"
-    return ScreenPlan(False, {}, {}, frozenset(), {name: reason for name, _ in pairs}, (), need, "")
+    return ScreenPlan(Differentiated.LOSSES, {}, {}, frozenset(), {name: reason for name, _ in pairs}, (), need, "")
 
 
 def _fitting(
@@ -85,16 +124,15 @@ def _fitting(
     order = [layer for one in kept for layer in one]
     rows = {(layer.name, layer.scheme.name): row for row, layer in enumerate(order)}
     # The order of the rows depends on how many schemes fit into memory: tables of another order are other tables.
-    said = [found[0].by_scores, [[layer.name, scheme_key(layer.scheme)] for layer in order]]
+    what = found[0].what
+    said = [what is not Differentiated.LOSSES, [[layer.name, scheme_key(layer.scheme)] for layer in order]]
     digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-    return ScreenPlan(
-        found[0].by_scores, rows, layouts, routed, unseen, tuple(one for one in kept if one), need, digest
-    )
+    return ScreenPlan(what, rows, layouts, routed, unseen, tuple(one for one in kept if one), need, digest)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Explored:
-    by_scores: bool
+    what: Differentiated
     layouts: Mapping[tuple[str, int], Layout]
     routed: frozenset[str]
     unseen: Mapping[str, str]
@@ -102,7 +140,7 @@ class _Explored:
 
 
 def _explore(task: Task, layers: Sequence[QuantizedLayer], batch: Any) -> _Explored:
-    """Find the rows in every call's result on one batch: of single scores if that works, of units otherwise.
+    """Find the rows in every call's result on one batch: in the first way to differentiate in which no result mixes them.
 
     Raises RuntimeError when there is no gradient.
     """
@@ -112,16 +150,25 @@ def _explore(task: Task, layers: Sequence[QuantizedLayer], batch: Any) -> _Explo
         with saved, mode:
             scores = task.forward(task.model, batch)
         held = mode.held_bytes + saved.bytes + _decoded_bytes(layers)
-        by_scores = scores.numel() == scores.shape[0] or _holds_rows(mode, scores.numel())
-        found = _found_rows(mode, (scores.flatten() if by_scores else task.loss(scores, batch)).float())
-        if by_scores and found.unseen and scores.numel() > scores.shape[0]:
-            by_scores = False
-            found = _found_rows(mode, task.loss(scores, batch).float())
+        for what in _ways(mode, scores):
+            found = _found_rows(mode, located(what.values(task, scores, batch)))
+            if not found.unseen or scores.numel() == scores.shape[0]:
+                break
         cut = mode.before_cuts() - set(found.unseen)
     mode.clear()
     unseen = found.unseen | dict.fromkeys(sorted(cut), "detach() hides a part of what it does")
     layouts = {key: layout for key, layout in found.layouts.items() if key[0] not in unseen}
-    return _Explored(by_scores, layouts, found.routed - set(unseen), unseen, held)
+    return _Explored(what, layouts, found.routed - set(unseen), unseen, held)
+
+
+def _ways(mode: FirstOrder, scores: Tensor) -> Iterator[Differentiated]:
+    """From the most to the least that is told, as far as the shapes allow; the last sees as much as can be seen."""
+    if scores.numel() == scores.shape[0] or _holds_rows(mode, scores.numel()):
+        yield Differentiated.SCORES
+    if scores.dim() == 2 and scores.shape[1] <= MOST_HEADS:
+        yield Differentiated.HEADS
+    else:
+        yield Differentiated.LOSSES
 
 
 def _holds_rows(mode: FirstOrder, count: int) -> bool:

@@ -4,7 +4,7 @@ Invariant: the map holds the very scales that were measured; nothing is fitted a
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from precimap.task import Task
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All that is known before the maps of the chain are written down."""
+    """All that is known before the maps of the chain are written down. realign: what is done to each, if anything."""
 
     inventory: Inventory
     schemes: tuple[Scheme, ...]
@@ -34,6 +34,7 @@ class Findings:
     target: str
     premise: Premise
     alpha: float
+    realign: Callable[[PrecisionMap], PrecisionMap] = lambda made: made
     _needed: dict[tuple[str, str], int | None] = field(default_factory=dict)  # every map of a chain asks again
 
     def needed(self, known: Known, found: Comparison) -> int | None:

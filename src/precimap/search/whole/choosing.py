@@ -12,7 +12,7 @@ from precimap.search.allocation.knapsack import Step
 from precimap.search.allocation.repair import repair
 from precimap.search.allocation.rules import Rule
 from precimap.search.evidence.gather import Evidence
-from precimap.search.evidence.known import bonuses, currency, options
+from precimap.search.evidence.known import bonuses, options, price
 from precimap.search.limits import Limits
 from precimap.search.run import Parts, Run
 from precimap.search.whole.assemble import Findings, assemble
@@ -30,7 +30,7 @@ def chosen_maps(
     """The chain of `rule`, and which of its maps passed on the search split."""
     known = evidence.by_key()
     schemes = {scheme.name: scheme for scheme in findings.schemes}
-    steps = rule.steps(findings.inventory, run.task.metric, evidence.known, schemes, findings.cutoff)
+    steps = rule.steps(findings.inventory, run.task.metric, evidence.known, schemes, limits.margin, findings.cutoff)
     joints = [predicted_joint(evidence.predictor, known, step) for step in steps]
     screened = () if evidence.predictor is None else evidence.predictor.numbers
 
@@ -58,13 +58,13 @@ def _given_back(
             added = contributions(run, predictor, failed.step)
         except (RuntimeError, TypeError):  # scores were screened, but the loss carries no gradient
             break
-        if isinstance(run.task.metric, Loss):
+        if isinstance(run.task.metric, Loss) and failed.measured.upper > limits.margin:
             choice = reverted(failed.step, failed.measured, added, fused, limits.margin)
         else:
             choice = halved(failed.step, added, fused)
         if choice is None:
             break
-        step = _priced(findings, run.task.metric, choice)
+        step = _priced(findings, rule, run.task.metric, choice, limits.margin)
         joint = _written(findings, predicted_joint(predictor, evidence.by_key(), step))
         failed = measure(run, joint, baseline, limits.alpha, predictor.numbers)
         chosen = replace(chosen, joints=(failed, *chosen.joints))
@@ -86,15 +86,16 @@ def _filled_up(
         findings.inventory,
         [found for found in evidence.known if (found.layer, found.scheme) in predictor.screen.pairs],
         {scheme.name: scheme for scheme in findings.schemes},
-        currency(run.task.metric, evidence.known),
+        price(run.task.metric, evidence.known, limits.margin),
+        rule.bytes_worth,
     )
     seen = all(key in predictor.screen.pairs for key in start.choice.items())
-    if not seen or bound(predictor, known, start.choice) > limits.margin:
+    if not seen or bound(predictor, known, start.choice, limits.margin) > limits.margin:
         return chosen
     base = {layer.name: layer.bytes for layer in findings.inventory.layers}
 
     def predicted(choice: Mapping[str, str]) -> float:
-        return bound(predictor, known, choice)
+        return bound(predictor, known, choice, limits.margin)
 
     bonus = bonuses(findings.inventory, rows)
     step = repair(start, rows, base, predicted, limits.margin, bonus=bonus, most_tries=MOST_PREDICTIONS)
@@ -116,7 +117,9 @@ def _filled_up(
 
 def _written(findings: Findings, joint: Joint) -> Joint:
     """With its map; one of a thousand layers takes a while to write down, and few of a chain are needed."""
-    return joint if joint.map is not None else replace(joint, map=assemble(findings, joint.step.choice))
+    return (
+        joint if joint.map is not None else replace(joint, map=findings.realign(assemble(findings, joint.step.choice)))
+    )
 
 
 def to_certify(findings: Findings, chosen: Chosen) -> Chosen:
@@ -125,11 +128,12 @@ def to_certify(findings: Findings, chosen: Chosen) -> Chosen:
     return replace(chosen, joints=tuple(_written(findings, j) if id(j) in wanted else j for j in chosen.joints))
 
 
-def _priced(findings: Findings, metric: Metric, choice: Mapping[str, str]) -> Step:
+def _priced(findings: Findings, rule: Rule, metric: Metric, choice: Mapping[str, str], margin: float) -> Step:
     """A step for a choice that no chain gave."""
     by_name = {scheme.name: scheme for scheme in findings.schemes}
     chosen = [found for found in findings.known if choice.get(found.layer) == found.scheme]
-    rows = options(findings.inventory, chosen, by_name, currency(metric, findings.known))
+    counted = price(metric, findings.known, margin)
+    rows = options(findings.inventory, chosen, by_name, counted, rule.bytes_worth)
     sizes = {layer.name: layer.bytes for layer in findings.inventory.layers}
     sizes |= {row.layer: row.bytes for row in rows}
     return Step(dict(choice), sum(row.gain for row in rows), sum(row.cost for row in rows), sum(sizes.values()))

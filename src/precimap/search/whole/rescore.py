@@ -16,7 +16,7 @@ from precimap.search.allocation.knapsack import Step
 from precimap.search.evidence.predict import Predictor
 from precimap.search.evidence.probe import Comparison
 from precimap.search.evidence.screen import add_changes, find_routed
-from precimap.search.evidence.screen_plan import decode, first_order
+from precimap.search.evidence.screen_plan import decode, first_order, located
 from precimap.search.run import Run
 from precimap.task import to_device
 
@@ -44,7 +44,7 @@ def contributions(run: Run, predictor: Predictor, step: Step) -> dict[str, Float
         with torch.enable_grad():
             losses = task.loss(scores, batch).float()
             total = losses.sum()
-            rows = scores.flatten().float() if plan.by_scores else losses
+            rows = located(plan.what.values(task, scores, batch))
         routed = find_routed(mode, plan, rows)
         mode.backward(total)
         changes = np.zeros((len(plan.rows), len(rows)))

@@ -7,9 +7,13 @@ search split in any order costs no certainty; the certify split is another matte
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from precimap.layers.quantized import quantize_map
+from precimap.layers.realign import realigned
 from precimap.layers.target import EMULATED
 from precimap.precision_map import PrecisionMap
 from precimap.search.allocation.knapsack import Step
@@ -41,7 +45,7 @@ class Joint:
     on_screened: Comparison | None = None
 
     def passed(self, margin: float) -> bool:
-        return self.measured is not None and self.measured.upper <= margin
+        return self.measured is not None and self.measured.within(margin)
 
     def row(self, margin: float) -> dict[str, object]:
         """For the journal."""
@@ -57,12 +61,13 @@ class Joint:
         }
 
 
-def _bounds(found: Comparison) -> dict[str, float | int | None]:
+def _bounds(found: Comparison) -> dict[str, object]:
     return {
         "drop": found.drop.estimate,
         "error": found.drop.error,
         "upper": found.upper if found.upper != float("inf") else None,
         "n": found.drop.n,
+        "guards": {label: guard.filled for label, guard in found.guards.items()},
     }
 
 
@@ -77,27 +82,33 @@ def measure(run: Run, joint: Joint, baseline: Parts, alpha: float, screened: Seq
 def joint_parts(run: Run, precision_map: PrecisionMap) -> Parts:
     """The search split, scored under a map by emulation."""
     split = run.task.splits.search
+
+    def running() -> AbstractContextManager[nn.Module]:
+        model = realigned(run.task.model, precision_map.realignment)
+        return EMULATED.running(model, quantize_map(model, precision_map))
+
     return scored(
         run,
         "joint",
         precision_map.fingerprint,
         split,
-        lambda: EMULATED.running(run.task.model, quantize_map(run.task.model, precision_map)),
+        running,
         lambda done: run.progress("whole maps", done, len(split) if isinstance(split, Sequence) else done),
     )
 
 
-def bound(predictor: Predictor | None, known: Mapping[Key, Known], choice: Mapping[str, str]) -> float:
+def bound(predictor: Predictor | None, known: Mapping[Key, Known], choice: Mapping[str, str], margin: float) -> float:
     """The predicted upper bound of a whole map's drop, without credit for layers that surely improve it.
 
-    Layers without a row in the screen add the upper bound of their own probe. Infinite where nothing is predicted.
+    Where a guard fills more of its margin than the gate of `margin`, its bound counts, in units of the gate's. Layers
+    without a row in the screen add the upper bound of their own probe. Infinite where nothing is predicted.
     """
     keys = list(choice.items())
     seen = [] if predictor is None else [key for key in keys if key in predictor.screen.pairs]
     comparison = None if predictor is None else predictor.comparison(seen)
     if comparison is None:
         return float("inf")
-    upper = comparison.upper
+    upper = comparison.strictest(margin)
     for key in keys:
         decisive = known[key].decisive
         if key not in seen:
@@ -163,7 +174,7 @@ def _next(
     if predictor is None or not predictor.predicts_metric:
         return (low + high) // 2
     for at in range(high - 1, low, -1):
-        if bound(predictor, known, joints[at].step.choice) <= margin:
+        if bound(predictor, known, joints[at].step.choice, margin) <= margin:
             return at
     return (low + high) // 2 if low < 0 else None
 

@@ -1,0 +1,94 @@
+"""What may follow a command: the arguments and options, each written once, with the names that a user types.
+
+Invariant: no option is defined that no command reads. A value that a user can mistype is a StrEnum or has a parser here.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from precimap.layers.target import EMULATED, Target
+from precimap.numerics.schemes import SCHEMES
+from precimap.runtime.cpu_int8 import CPU_INT8
+from precimap.runtime.torchrec_tables import TORCHREC
+
+
+class TargetName(StrEnum):
+    """What a map can be made for here."""
+
+    EMULATED = "emulated"
+    CPU_INT8 = "cpu-int8"
+    TORCHREC = "torchrec"
+
+
+class Probes(StrEnum):
+    """Which layers are measured directly. Ambiguous: those that the screen leaves open, and a random audit of it."""
+
+    AMBIGUOUS = "ambiguous"
+    ALL = "all"
+
+
+class RuleName(StrEnum):
+    """How a chain of maps is made."""
+
+    KNAPSACK = "knapsack"
+    THRESHOLD = "threshold"
+
+
+TARGETS: dict[TargetName, Target] = {
+    TargetName.EMULATED: EMULATED,
+    TargetName.CPU_INT8: CPU_INT8,
+    TargetName.TORCHREC: TORCHREC,
+}
+
+TaskArgument = Annotated[
+    str, typer.Argument(metavar="TASK", help="file.py, file.py:function or package.module:function")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="A map.json that a search wrote.")]
+TargetOption = Annotated[TargetName, typer.Option(help="What the map is for.")]
+
+
+def margin_of(text: str) -> float:
+    """A number, or a percentage: "0.05%" is 0.0005."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected a number such as 0.002, or a percentage such as 0.05%, got {text!r}"
+        ) from None
+
+
+MarginOption = Annotated[
+    float,
+    typer.Option(
+        help="The largest drop you accept, in the metric's units; 0.05% is 0.0005 of the baseline's NE.",
+        parser=margin_of,
+    ),
+]
+ConfidenceOption = Annotated[float, typer.Option(help="One-sided confidence of the certificate.")]
+RunOption = Annotated[
+    Path, typer.Option(help="Directory of the measurements and the map; taken up again if it exists.")
+]
+RuleOption = Annotated[RuleName, typer.Option(help="Most time saved for the margin, or each layer by itself.")]
+RangeOption = Annotated[str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")]
+AllowOption = Annotated[
+    list[str] | None, typer.Option(help="PATTERN=SCHEME,...: the only schemes for layers of this shell pattern.")
+]
+SchemeOption = Annotated[
+    list[str], typer.Option(help=f"Give several to let each layer take one; out of {', '.join(SCHEMES)}.")
+]
+GainOption = Annotated[
+    float, typer.Option(help="Least gain of a map: the share of the FLOP time it saves, and what its bytes are worth.")
+]
+RealignOption = Annotated[
+    bool, typer.Option("--realign", help="Fold a label-free scale and bias of the logit into the last layer.")
+]
+BytesOption = Annotated[
+    float, typer.Option(help="What saving all bytes is worth, where saving the time of all FLOPs is worth 1.")
+]
+BudgetOption = Annotated[
+    float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")
+]

@@ -1,0 +1,86 @@
+"""Scale and bias of the last logit, folded into the layer that makes it.
+
+Invariant: realigning changes the weights of one layer *before* anything is quantised, in a tree of its own; so search,
+certificate, deployment and checkpoint need to know nothing of it but this function, and it costs nothing at run time. An op
+behind the model, the alternative, would have to be served by every engine.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precimap.errors import InputError, MapError
+from precimap.layers.copying import shared_copy
+from precimap.layers.interception import Interception, WeightCall
+from precimap.layers.inventory import Inventory
+from precimap.layers.views import parameter_names, plain_name
+from precimap.precision_map import Realignment
+
+_SCALE, _SHIFT, _TOLERANCE = 1.5, 0.25, 1e-4
+
+
+def realigned(model: nn.Module, realignment: Realignment | None) -> nn.Module:
+    """The model with the realignment folded in, over the same tensors otherwise; the model itself where there is none.
+
+    weight * scale, bias * scale + shift, each rounded once to its own dtype. Raises MapError for a model without that
+    layer, DeployError for one that cannot be copied.
+    """
+    if realignment is None:
+        return model
+    copied = shared_copy(model)
+    owner = next(
+        (m for p, m in copied.named_modules() if plain_name(f"{p}.weight".lstrip(".")) == realignment.layer), None
+    )
+    if type(owner) is not nn.Linear:
+        raise MapError(
+            f"the map realigns {realignment.layer}, expected as the weight of an nn.Linear; the model has none"
+        )
+    weight = owner.weight.detach()
+    given: Tensor | None = owner.bias
+    bias = weight.new_zeros(len(weight)) if given is None else given.detach()
+    scaled = (weight.double() * realignment.scale).to(weight.dtype)
+    moved = (bias.double() * realignment.scale + realignment.shift).to(weight.dtype)
+    owner.weight, owner.bias = (nn.Parameter(value, requires_grad=False) for value in (scaled, moved))
+    return copied
+
+
+class _Outputs(Interception):
+    """Notes which layers return as many values as there are scores; moves the result of one of them."""
+
+    def __init__(self, weights: Mapping[str, Tensor], moved: str | None) -> None:
+        super().__init__(weights)
+        self.sizes: dict[str, list[int]] = {}
+        self._moved = moved
+
+    def on_weight(self, call: WeightCall) -> Any:
+        output = call.run()
+        if isinstance(output, Tensor):
+            self.sizes.setdefault(call.view.name, []).append(output.numel())
+            if call.view.name == self._moved:
+                return output * _SCALE + _SHIFT
+        return output
+
+
+def score_layer(model: nn.Module, forward: Callable[[Any, Any], Tensor], inventory: Inventory, batch: Any) -> str:
+    """The layer whose result *is* the scores, but for their shape: moved by a scale and a bias, it moves them alike.
+
+    Raises InputError when there is none: scores that are sums of parts, cosines, or made by a raw parameter.
+    """
+    weights = parameter_names(model)
+    with torch.no_grad():
+        with _Outputs(weights, None) as seen:
+            scores = forward(model, batch)
+        free = {layer.name for layer in inventory.layers if layer.in_linear_module and not layer.tied}
+        fitting = [name for name, sizes in seen.sizes.items() if sizes == [scores.numel()] and name in free]
+        for name in reversed(fitting):
+            with _Outputs(weights, name):
+                moved = forward(model, batch)
+            if torch.allclose(moved, scores * _SCALE + _SHIFT, rtol=_TOLERANCE, atol=_TOLERANCE):
+                return name
+    raise InputError(
+        "expected a last nn.Linear whose result is the score itself, got none: a scale and a bias of the scores cannot be "
+        "folded into this model (its scores are a sum of parts, a cosine, or made by a raw or tied weight); leave "
+        "realigning off"
+    )

@@ -1,0 +1,66 @@
+"""What was proved of a map, and what was not: the certificate, its guards, and the two uncertainties.
+
+Every number stands with its error and its n.
+"""
+
+import math
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from precimap.certificate import Certificate, GuardAnswer, Rounding
+
+
+def certificate_text(certificate: Certificate) -> RenderableType:
+    """A certificate, a fact a line."""
+    drop, error, upper = _told(certificate.error, certificate.drop, certificate.error, certificate.upper)
+    lines = [
+        f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error)"
+        f"{' ' + certificate.unit if certificate.unit else ''}, baseline {certificate.baseline:.5f}",
+        f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
+        f"bound: {certificate.bound}",
+        f"n = {certificate.n:,} units"
+        + (f" in {certificate.clusters:,} clusters" if certificate.clusters != certificate.n else "")
+        + f", {certificate.changed:,} changed; alpha spent on this split: {certificate.spent_alpha:g}",
+    ]
+    for name, guard in certificate.guards.items():
+        lines += _guard_lines(name, guard, certificate.alpha)
+    if certificate.unrepaired is not None:
+        plain = certificate.unrepaired
+        drop, error, upper = _told(plain.error, plain.drop, plain.error, plain.upper)
+        lines.append(f"without the realigned last logit: {drop} ± {error.lstrip('+')}, upper bound {upper}")
+    lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
+    lines.append(certificate.claim)
+    head = Text(certificate.verdict.upper(), style="bold green" if certificate.certified else "bold yellow")
+    return Group(head, Text("\n".join(f"  {line}" for line in lines)))
+
+
+def _guard_lines(name: str, guard: GuardAnswer, alpha: float) -> list[str]:
+    drop, error, upper = _told(guard.error, guard.drop, guard.error, guard.upper)
+    size = f"n = {guard.n:,}" + (f" in {guard.clusters:,} clusters" if guard.clusters != guard.n else "")
+    needed = "" if guard.held or guard.needed is None else f"; needs about {guard.needed:,} units"
+    return [
+        f"guard {name} {'held' if guard.held else 'NOT HELD'}: {drop} ± {error.lstrip('+')}"
+        f"{' ' + guard.unit if guard.unit else ''}, baseline {guard.baseline:.5f},",
+        f"  {100 * (1 - alpha):g} % bound {upper.lstrip('+')}, margin {guard.margin:g}; {size}{needed}",
+    ]
+
+
+def rounding_text(rounding: Rounding) -> RenderableType:
+    """The two uncertainties of the final map, side by side."""
+    here = _told(rounding.error_over_units, rounding.shipped, rounding.error_over_units)
+    there = _told(rounding.sd, rounding.mean, rounding.sd, rounding.common)
+    lines = [
+        f"two uncertainties of its drop, on n = {rounding.n:,} units of the search split:",
+        f"  this artefact, its own grids: {here[0]} ± {here[1].lstrip('+')} (over units)",
+        f"  this policy, the next retrain: {there[0]} ± {there[1].lstrip('+')} (over {len(rounding.drops)} shifted "
+        "grids),",
+        f"    of which {there[2].lstrip('+')} does not average out over more units",
+    ]
+    return Text("\n".join(lines))
+
+
+def _told(error: float, *values: float | None) -> tuple[str, ...]:
+    """Numbers with two digits of their error, at least five behind the point."""
+    digits = 5 if not error or not math.isfinite(error) else max(5, 1 - math.floor(math.log10(error)))
+    return tuple("none" if value is None else f"{value:+.{digits}f}" for value in values)

@@ -1,0 +1,84 @@
+"""Fitting the scale and the bias that bring a quantised model's scores back to the baseline's.
+
+Invariant: scores are logits, of a click for instance. Label-free, on the calibration split alone; so it repairs what
+rounding did and nothing that the baseline got wrong, and a certificate of the repaired map rests on data that chose
+nothing. A fit on labels would answer another question: it repairs the baseline, too.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+from torch import nn
+
+from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
+from precimap.metrics.click import platt
+from precimap.precision_map import PrecisionMap, Realignment
+from precimap.search.run import Run
+from precimap.task import to_device
+
+Floats = NDArray[np.float64]
+
+
+def realigning(scores: Floats, baseline: Floats) -> tuple[float, float]:
+    """Scale and shift under which the probabilities of `scores` come nearest to those of `baseline`; logits, flat.
+
+    Nearest in the log-loss against the baseline's own probabilities, so that their means agree (calibration) and an
+    error counts where it costs. The least squared distance of the logits, the alternative, is ruled by the far negative
+    ones: on NCF-MLP it left three times the spread over rounding grids (docs/log.md). Values that are not finite in
+    both are left out.
+    """
+    finite = np.isfinite(scores) & np.isfinite(baseline)
+    x, y = scores[finite], baseline[finite]
+    if not len(x):
+        return 1.0, 0.0
+    scale, shift = platt(x, expit(y), np.ones(len(x)))
+    # A model that turned its scores round, or flattened them, is not repaired by a scale.
+    return (scale, shift) if math.isfinite(shift) and scale > 0 else (1.0, float(y.mean() - x.mean()))
+
+
+class Realigner:
+    """Realigns maps of one run at the layer that makes the score; the baseline is scored once."""
+
+    def __init__(self, run: Run, layer: str) -> None:
+        self._run = run
+        self._layer = layer
+
+    def of(self, precision_map: PrecisionMap) -> PrecisionMap:
+        """The map with its realignment, from the journal where that holds it; a map of nothing stays as it is."""
+        if not precision_map.low:
+            return precision_map
+        journal, subject = self._run.journal, precision_map.fingerprint
+        row = journal.find("realignment", subject)
+        if row is None:
+            found = self.fit(quantize_map(self._run.task.model, precision_map))
+            journal.record("realignment", subject, found.model_dump())
+            row = journal.find("realignment", subject)
+        assert row is not None
+        return precision_map.model_copy(update={"realignment": Realignment(**row.value)})
+
+    def fit(self, layers: Mapping[str, QuantizedLayer]) -> Realignment:
+        """Of the model with these layers in low precision."""
+        model = self._run.task.model
+        with quantized(model, layers):
+            scores = self._scores(model)
+        scale, shift = realigning(scores, self._baseline)
+        return Realignment(layer=self._layer, scale=scale, shift=shift, n=len(scores))
+
+    @cached_property
+    def _baseline(self) -> Floats:
+        with quantized(self._run.task.model, {}):
+            return self._scores(self._run.task.model)
+
+    def _scores(self, model: nn.Module) -> Floats:
+        """All scores of the calibration split, flat."""
+        task, found = self._run.task, []
+        with torch.no_grad():
+            for batch in task.splits.calibration:
+                scores = task.forward(model, to_device(batch, task.device))
+                found.append(scores.double().flatten().cpu().numpy())
+        return np.concatenate(found)
