@@ -128,10 +128,10 @@ def certified(
 ) -> tuple[Choice, ...]:
     """The maps that `certify.certify` certifies on the sampled units."""
 
-    def split(run: Run, target: object, subject: str, layers: Callable[[], object]) -> Scored:
-        if subject == "baseline":
+    def split(run: Run, target: object, of: str, asked: PrecisionMap | None) -> Scored:
+        if asked is None:
             return population.taken(population.baseline, sample)
-        return population.looked_at(population.table.choices[subject], sample)
+        return population.looked_at(population.table.choices[asked.fingerprint], sample)
 
     run, question = replace(population.run, task=population.task), certify.Question(margin, alpha, alpha, "population")
     with patch.object(certify, "_certify_split", split):

@@ -27,7 +27,7 @@ from precimap.numerics.schemes import BF16_FLOOR, Scheme, scheme
 from precimap.precision_map import PrecisionMap, Realignment
 from precimap.search.calibrate import Calibration, calibrate
 from precimap.search.progress import silent
-from precimap.search.realign import realigning
+from precimap.search.realign import by_output, realigning
 from precimap.task import first_batch, to_device
 
 BLANKET = scheme("fp8-static")
@@ -138,8 +138,9 @@ class Subject:
             after = self._calibration_scores()
         with quantized(model, {}):
             before = self._calibration_scores()
-        scale, shift = realigning(after, before)
-        return Realignment(layer=self.last, scale=scale, shift=shift, n=len(after))
+        outputs = len(parameter_names(model)[self.last])
+        scale, shift = realigning(by_output(after, outputs), by_output(before, outputs))
+        return Realignment(layer=self.last, scale=scale, shift=shift, n=len(after) // outputs)
 
     def _calibration_scores(self) -> NDArray[np.float64]:
         with torch.no_grad():

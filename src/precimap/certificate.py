@@ -31,11 +31,15 @@ class GuardAnswer(Record):
 
 
 class Unrepaired(Record):
-    """What a map with a realigned last logit drops without it, on the same units; it decides nothing."""
+    """What a map with a realigned last logit drops without it, on the same units; it decides nothing.
+
+    guards: drop and error of each.
+    """
 
     drop: float
     error: float
     upper: float | None
+    guards: dict[str, tuple[float, float]] = Field(default_factory=dict)
 
 
 class Certificate(Record):

@@ -10,7 +10,7 @@ import hashlib
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -84,16 +84,25 @@ class Premise(Record):
 
 
 class Realignment(Record):
-    """A scale and a shift of the model's scores, to be folded into `layer`, the nn.Linear that makes them.
+    """A scale and a shift of each output of `layer`, the nn.Linear that makes the scores, to be folded into it.
 
-    Fitted without labels on the n logits of the calibration split, so that scale * quantised + shift gives the
-    probabilities of the baseline as nearly as it can.
+    Fitted without labels on the n logits of each output on the calibration split, so that scale * quantised + shift
+    gives the probabilities of the baseline as nearly as it can.
     """
 
     layer: str
-    scale: float = Field(gt=0)
-    shift: float
+    scale: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
+    shift: tuple[float, ...]
     n: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if len(self.shift) != len(self.scale):
+            raise ValueError(f"expected as many shifts as scales, {len(self.scale)}, got {len(self.shift)}")
+        return self
+
+    def __str__(self) -> str:
+        return ", ".join(f"x {scale:.5f} {shift:+.5f}" for scale, shift in zip(self.scale, self.shift, strict=True))
 
 
 class PrecisionMap(Record):
@@ -253,7 +262,7 @@ def _said(decision: Decision | None) -> str:
 
 
 def _repair(realignment: Realignment | None) -> str:
-    return "none" if realignment is None else f"{realignment.scale:.6g} x + {realignment.shift:.6g}"
+    return "none" if realignment is None else str(realignment)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -76,6 +76,9 @@ class Task:
 
     def __post_init__(self) -> None:
         as_guards(self.guards)  # a wrong one is said now
+        for metric in (self.metric, *self.reported):
+            if not hasattr(metric, "paired"):
+                raise TaskError(f"expected metrics such as pm.metrics.AUC() in metric and reported, got {metric!r}")
         names = [metric.name for metric in self.reported]
         if len(set(names)) < len(names):
             raise TaskError(f"expected reported metrics with names of their own, got {', '.join(names)}")
@@ -220,7 +223,7 @@ def judge_scores(task: Task, scores: Any, batch: Any, number: int) -> ScoredPart
         reported={metric.name: kept(metric) for metric in task.reported},
         guards={guard.label: kept(guard.metric) for guard in task.guarded},
         slices={
-            guard.label: _column(guard.where(batch), units, f"where of {guard.label}") != 0
+            guard.label: _slice(guard.where(batch), units, guard.label)
             for guard in task.guarded
             if guard.where is not None
         },
@@ -229,9 +232,26 @@ def judge_scores(task: Task, scores: Any, batch: Any, number: int) -> ScoredPart
     )
 
 
+def _slice(values: Any, units: int, label: str) -> np.ndarray:
+    """bool [units]; numbers are refused, for a comparison that was forgotten would make everything a slice."""
+    found = torch.as_tensor(values).detach().cpu()
+    if found.shape != (units,) or found.dtype != torch.bool:
+        raise TaskError(
+            f"expected where of {label} to give True or False for each unit, [{units}], got {found.dtype} "
+            f"{tuple(found.shape)}; compare something, such as batch['age'] < 7"
+        )
+    return found.numpy()
+
+
 def _clusters(values: Any, units: int) -> np.ndarray:
     """int64 [units], never by way of floats: ids above 2**53 would run together."""
-    found = torch.as_tensor(values).detach().cpu()
+    try:
+        found = torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError) as error:
+        raise TaskError(
+            f"expected clusters to give integers, got {type(values).__name__} ({error}); "
+            "number them with np.unique(ids, return_inverse=True)[1]"
+        ) from error
     if found.shape != (units,) or found.is_floating_point() or found.is_complex():
         raise TaskError(
             f"expected clusters to give one integer per unit, [{units}], got {found.dtype} {tuple(found.shape)}; "

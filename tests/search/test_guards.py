@@ -208,10 +208,12 @@ def test_wrong_guards_are_refused() -> None:
 
 def test_a_slice_without_units_is_refused_before_the_long_work(tmp_path: Path) -> None:
     nobody = Guard(NE(), 0.1, where=lambda batch: batch["user"] < 0, name="nobody")
-    with pytest.raises(TaskError, match="the slice of the guard NE on nobody has no two units"):
+    with pytest.raises(
+        TaskError, match=r"NE on nobody needs at least two units .* it has 0 of 2000 units, in 0 clusters"
+    ):
         searched(click_task(guards=(nobody,)), tmp_path)
     odd = Guard(NE(), 0.1, where=lambda batch: np.ones(3), name="odd")
-    with pytest.raises(TaskError, match="where of NE on odd to give one value per unit"):
+    with pytest.raises(TaskError, match=r"where of NE on odd to give True or False for each unit, \[250\]"):
         searched(click_task(guards=(odd,)), tmp_path)
 
 
@@ -235,3 +237,38 @@ def test_large_ids_of_clusters_stay_apart_and_fractions_are_refused(tmp_path: Pa
     assert counts[0] == counts[1] > 100
     with pytest.raises(TaskError, match=r"one integer per unit, \[250\], got torch\.float32"):
         searched(click_task(clusters=lambda batch: batch["user"].float()), tmp_path)
+
+
+def test_probabilities_and_margins_of_several_times_the_metric_are_doubted(tmp_path: Path) -> None:
+    """A sigmoid in forward: the model is then worse than the mean label, which NE shows and nothing refuses."""
+    doubtful = click_task(metric=NE(), forward=lambda model, batch: torch.sigmoid(forward(model, batch)))
+    seen: list[str] = []
+    searched(doubtful, tmp_path, margin=5.0, on_preflight=lambda found: seen.extend(found.notes))
+    assert any("NE of the baseline is" in note and "logits (not probabilities)" in note for note in seen)
+    assert any("a margin of 5 for NE is 500% of the baseline's" in note for note in seen)
+    seen.clear()
+    searched(click_task(metric=NE()), tmp_path, on_preflight=lambda found: seen.extend(found.notes))
+    assert not [note for note in seen if ("baseline" in note and "is that meant" in note) or "logits" in note]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guards": (Head(Calibration(), 0),)}, r"expected guards as Guard\(metric, margin\), got Head"),
+        ({"reported": ("AUC",)}, r"expected metrics such as pm\.metrics\.AUC\(\) .* got 'AUC'"),
+        ({"metric": "NE"}, r"expected metrics such as .* got 'NE'"),
+    ],
+)
+def test_names_where_metrics_belong_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        click_task(**changes)
+    with pytest.raises(TaskError, match=r"margin as a number\), got Guard\(NE\(kept=1\.0\), '0\.5%'\)"):
+        Guard(NE(), "0.5%")  # type: ignore[arg-type]
+
+
+def test_texts_as_clusters_and_numbers_as_a_slice_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="expected clusters to give integers, got list"):
+        searched(click_task(clusters=lambda batch: ["a"] * len(batch["x"])), tmp_path)
+    forgotten = Guard(NE(), 0.1, where=lambda batch: batch["user"], name="old users")
+    with pytest.raises(TaskError, match=r"where of NE on old users to give True or False .* got torch\.int64"):
+        searched(click_task(guards=(forgotten,)), tmp_path)

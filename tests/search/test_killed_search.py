@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,7 +249,7 @@ def _spoil(split: str) -> Callable[[Task], Task]:
 
 OTHER_PREMISES: dict[str, Callable[[Task], Task]] = {
     "weights": _spoil_weights,
-    **{split: _spoil(split) for split in ("calibration", "search", "certify")},
+    **{split: _spoil(split) for split in ("calibration", "search")},
     "task": lambda task: replace(task, name="another"),
     "metric": lambda task: replace(task, metric=NDCG(10)),
 }
@@ -260,6 +261,19 @@ def test_another_premise_is_refused_by_name_and_changes_nothing(what: str, undis
     with pytest.raises(JournalError, match=rf"another premise: {what} was .*take the run up again"):
         searched(OTHER_PREMISES[what](task_of()), undisturbed.folder)
     assert measured(undisturbed.folder) == before
+
+
+def test_fresh_certify_data_is_judged_from_the_same_measurements(undisturbed: Attempt, tmp_path: Path) -> None:
+    """No batch of the search split is scored again; the fresh split has a certificate and a ledger of its own."""
+    folder = tmp_path / "again"
+    shutil.copytree(undisturbed.folder, folder)
+    before = {key: value for key, value in measured(folder).items() if key[0] != "certify"}
+    found = searched(_spoil("certify")(task_of()), folder)
+    after = {key: value for key, value in measured(folder).items() if key[0] != "certify"}
+    assert after == before
+    assert found.certificate is not None
+    (judged, *_) = concluded(undisturbed.folder)["certificates"]["certificates"]
+    assert found.certificate.split != judged["split"]
 
 
 def test_a_scheme_of_the_same_name_is_measured_on_its_own(tmp_path: Path) -> None:

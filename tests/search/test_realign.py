@@ -1,5 +1,6 @@
 """Realigning the last logit: what it repairs, that it is shipped as measured, and where it is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from precimap.errors import InputError, MapError
 from precimap.layers.discover import discover
 from precimap.layers.quantized import quantize_map, quantized
 from precimap.layers.realign import realigned, score_layer
-from precimap.metrics import Calibration, LogLoss
+from precimap.metrics import Calibration, Guard, Head, LogLoss
 from precimap.precision_map import Realignment
 from precimap.search.limits import Effort
 from precimap.search.realign import realigning
@@ -41,8 +42,8 @@ def searched(tmp_path: Path, **changes: Any) -> Any:
 @given(st.integers(0, 10**6), st.floats(0.5, 2), st.floats(-3, 3))
 def test_a_scale_and_a_shift_are_found_again(seed: int, scale: float, shift: float) -> None:
     baseline = np.random.default_rng(seed).normal(size=50)
-    found = realigning((baseline - shift) / scale, baseline)
-    assert found == pytest.approx((scale, shift), abs=1e-6)
+    (found,), (moved,) = realigning(((baseline - shift) / scale)[:, None], baseline[:, None])
+    assert (found, moved) == pytest.approx((scale, shift), abs=1e-6)
 
 
 @given(st.integers(0, 10**6))
@@ -55,17 +56,17 @@ def test_the_fit_is_scikit_learn_s_and_leaves_out_what_is_not_finite(seed: int) 
     padded = np.append(x, [-np.inf, 1.0]), np.append(y, [-np.inf, -np.inf])
     fit = LogisticRegression(C=1e10, tol=1e-10, max_iter=1000)
     fit.fit(np.r_[x, x][:, None], np.r_[np.ones(200), np.zeros(200)], sample_weight=np.r_[p, 1 - p])
-    scale, shift = realigning(*padded)
+    (scale,), (shift,) = realigning(*(column[:, None] for column in padded))
     assert (scale, shift) == pytest.approx((fit.coef_[0, 0], fit.intercept_[0]), abs=1e-4)
     assert np.mean(1 / (1 + np.exp(-scale * x - shift))) == pytest.approx(p.mean(), abs=1e-8)  # calibrated
 
 
 def test_scores_that_say_nothing_are_only_shifted() -> None:
-    scale, shift = realigning(np.full(5, 2.0), np.arange(5.0))
+    (scale,), (shift,) = realigning(np.full((5, 1), 2.0), np.arange(5.0)[:, None])
     assert scale == 1.0
     mean = float(np.mean(1 / (1 + np.exp(-np.arange(5.0)))))
     assert 1 / (1 + np.exp(-2 - shift)) == pytest.approx(mean)
-    assert realigning(-np.arange(5.0), np.arange(5.0))[0] == 1.0  # turned round: no repair
+    assert realigning(-np.arange(5.0)[:, None], np.arange(5.0)[:, None])[0] == (1.0,)  # turned round: no repair
 
 
 def test_the_miscalibrated_layer_comes_in_once_the_last_logit_is_realigned(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_the_miscalibrated_layer_comes_in_once_the_last_logit_is_realigned(tmp_p
     assert "gain.weight" in repaired.map.low
     found = repaired.map.realignment
     assert found.layer == "last.weight"
-    assert 0.97 < found.scale < 237.44 / 240  # least squares shrinks a little more, for the rounding noise
+    assert 0.97 < found.scale[0] < 237.44 / 240  # least squares shrinks a little more, for the rounding noise
     assert found.n == 250
     certificate = repaired.certificate
     assert certificate.unrepaired is not None
@@ -122,7 +123,7 @@ def test_the_realignment_belongs_to_the_map(tmp_path: Path) -> None:
     plain = result.map.model_copy(update={"realignment": None})
     assert plain.fingerprint != result.map.fingerprint
     (line,) = plain.diff(result.map)
-    assert line.startswith(f"realignment: none -> {result.map.realignment.scale:.6g} x + ")
+    assert line.startswith(f"realignment: none -> x {result.map.realignment.scale[0]:.5f} ")
     result.map.save(tmp_path / "map.json")
     assert PrecisionMap.load(tmp_path / "map.json") == result.map
 
@@ -176,4 +177,69 @@ def test_views_of_the_last_result_are_seen_through_and_other_layers_are_not_take
 
 def test_a_map_for_another_architecture_is_refused() -> None:
     with pytest.raises(MapError, match=r"the map realigns head\.weight"):
-        realigned(Clicks(), Realignment(layer="head.weight", scale=1.0, shift=0.0, n=1))
+        realigned(Clicks(), Realignment(layer="head.weight", scale=(1.0,), shift=(0.0,), n=1))
+
+
+class TwoHeads(nn.Module):
+    """Two heads in one last layer; `turned` puts them along another dim than the last."""
+
+    def __init__(self, turned: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.first, self.heads = nn.Linear(16, 32), nn.Linear(32, 2)
+        self.turned = turned
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.heads(torch.relu(self.first(x)))
+        return logits.T.reshape(logits.shape) if self.turned else logits
+
+
+def test_every_head_has_a_scale_and_a_shift_of_its_own() -> None:
+    """Heads that were moved in opposite ways come back; one pooled fit could not do that."""
+    task, model = click_task(), TwoHeads()
+    batch = first_batch(task, task.splits.search)
+    inventory = discover(model, task.forward, batch)
+    assert score_layer(model, task.forward, inventory, batch) == "heads.weight"
+    with torch.no_grad():
+        before = model(batch["x"]).double().numpy()
+    moved = before * [0.8, 1.25] + [0.5, -0.3]
+    scale, shift = realigning(moved, before)
+    assert scale == pytest.approx((1.25, 0.8), abs=1e-5)
+    assert shift == pytest.approx((-0.625, 0.24), abs=1e-5)
+    folded = realigned(model, Realignment(layer="heads.weight", scale=scale, shift=shift, n=250))
+    with torch.no_grad():
+        model.heads.weight.mul_(torch.tensor([[0.8], [1.25]]))
+        model.heads.bias.mul_(torch.tensor([0.8, 1.25])).add_(torch.tensor([0.5, -0.3]))
+        again = realigned(model, Realignment(layer="heads.weight", scale=scale, shift=shift, n=250))
+        assert np.allclose(again(batch["x"]).numpy(), before, atol=1e-5)
+    assert not np.allclose(folded(batch["x"]).detach().numpy(), before, atol=1e-2)
+
+
+def test_heads_along_another_dim_are_refused() -> None:
+    task, model = click_task(), TwoHeads(turned=True)
+    batch = first_batch(task, task.splits.search)
+    inventory = discover(model, task.forward, batch)
+    with pytest.raises(InputError, match="as heads side by side or a sum"):
+        score_layer(model, task.forward, inventory, batch)
+
+
+def test_a_head_is_searched_and_certified_realigned(tmp_path: Path) -> None:
+    task = click_task()
+    model = TwoHeads().eval()
+    both = replace(
+        task,
+        model=model,
+        loss=lambda scores, batch: torch.nn.functional.binary_cross_entropy_with_logits(
+            scores, batch["labels"].unsqueeze(1).expand_as(scores), reduction="none"
+        ).sum(1),
+        metric=Head(LogLoss(), 0),
+        guards=(Guard(Head(Calibration(), 1), 0.01),),
+    )
+    result = search(both, schemes=["fp8-tensor"], margin=0.01, effort=QUICK, ledger=tmp_path, realign=True)
+    assert result.certified
+    assert result.map.realignment is not None
+    assert len(result.map.realignment.scale) == 2
+    assert result.map.realignment.n == 250

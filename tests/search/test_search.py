@@ -319,6 +319,9 @@ class _Shuffling:
         ({"confidence": 1.0}, InputError, "confidence"),
         ({"cutoff": -1.0}, InputError, "cutoff"),
         ({"schemes": []}, InputError, "at least one"),
+        ({"schemes": "fp8"}, InputError, r"list of at least one scheme, .* got 'fp8'"),
+        ({"margin": "0.05%"}, InputError, "margin as a number .* got the text '0.05%'"),
+        ({"target": "cpu-int8"}, InputError, r"target such as pm\.CPU_INT8 .* got the text 'cpu-int8'"),
         ({"schemes": ["fp3"]}, SchemeError, "fp8-static"),
     ],
 )

@@ -18,14 +18,14 @@ from precimap.layers.inventory import Inventory
 from precimap.layers.views import parameter_names, plain_name
 from precimap.precision_map import Realignment
 
-_SCALE, _SHIFT, _TOLERANCE = 1.5, 0.25, 1e-4
+_SHIFT, _TOLERANCE = 0.25, 1e-4
 
 
 def realigned(model: nn.Module, realignment: Realignment | None) -> nn.Module:
     """The model with the realignment folded in, over the same tensors otherwise; the model itself where there is none.
 
-    weight * scale, bias * scale + shift, each rounded once to its own dtype. Raises MapError for a model without that
-    layer, DeployError for one that cannot be copied.
+    Of each output: weight * scale, bias * scale + shift, rounded once to their own dtype. Raises MapError for a model
+    without that layer or with another number of outputs, DeployError for one that cannot be copied.
     """
     if realignment is None:
         return model
@@ -38,10 +38,15 @@ def realigned(model: nn.Module, realignment: Realignment | None) -> nn.Module:
             f"the map realigns {realignment.layer}, expected as the weight of an nn.Linear; the model has none"
         )
     weight = owner.weight.detach()
+    if len(weight) != len(realignment.scale):
+        raise MapError(
+            f"the map realigns {len(realignment.scale)} outputs of {realignment.layer}, it has {len(weight)}"
+        )
+    scale, shift = (torch.tensor(of, dtype=torch.float64) for of in (realignment.scale, realignment.shift))
     given: Tensor | None = owner.bias
     bias = weight.new_zeros(len(weight)) if given is None else given.detach()
-    scaled = (weight.double() * realignment.scale).to(weight.dtype)
-    moved = (bias.double() * realignment.scale + realignment.shift).to(weight.dtype)
+    scaled = (weight.double() * scale.unsqueeze(1).to(weight.device)).to(weight.dtype)
+    moved = (bias.double() * scale.to(weight.device) + shift.to(weight.device)).to(weight.dtype)
     owner.weight, owner.bias = (nn.Parameter(value, requires_grad=False) for value in (scaled, moved))
     return copied
 
@@ -59,12 +64,17 @@ class _Outputs(Interception):
         if isinstance(output, Tensor):
             self.sizes.setdefault(call.view.name, []).append(output.numel())
             if call.view.name == self._moved:
-                return output * _SCALE + _SHIFT
+                return output * _scales(output.shape[-1]).to(output) + _SHIFT
         return output
 
 
+def _scales(outputs: int) -> Tensor:
+    """Another one for each output: that they lie along the last dim of the scores is part of the question."""
+    return 1.5 + torch.arange(outputs) / outputs
+
+
 def score_layer(model: nn.Module, forward: Callable[[Any, Any], Tensor], inventory: Inventory, batch: Any) -> str:
-    """The layer whose result *is* the scores, but for their shape: moved by a scale and a bias, it moves them alike.
+    """The layer whose result *is* the scores, but for their shape: moved by a scale and a shift, it moves them alike.
 
     Raises InputError when there is none: scores that are sums of parts, cosines, or made by a raw parameter.
     """
@@ -77,10 +87,12 @@ def score_layer(model: nn.Module, forward: Callable[[Any, Any], Tensor], invento
         for name in reversed(fitting):
             with _Outputs(weights, name):
                 moved = forward(model, batch)
-            if torch.allclose(moved, scores * _SCALE + _SHIFT, rtol=_TOLERANCE, atol=_TOLERANCE):
+            scales = _scales(len(weights[name])).to(scores)
+            expected = (scores.reshape(-1, len(scales)) * scales + _SHIFT).reshape(scores.shape)
+            if torch.allclose(moved, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
                 return name
     raise InputError(
         "expected a last nn.Linear whose result is the score itself, got none: a scale and a bias of the scores cannot be "
-        "folded into this model (its scores are a sum of parts, a cosine, or made by a raw or tied weight); leave "
-        "realigning off"
+        "folded into this model (its scores are put together from several layers, as heads side by side or a sum, are a "
+        "cosine, or made by a raw or tied weight); leave realigning off"
     )

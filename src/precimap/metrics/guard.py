@@ -37,6 +37,9 @@ class Guard:
     name: str = ""
 
     def __post_init__(self) -> None:
+        margin: Any = self.margin
+        if isinstance(margin, str) or not hasattr(self.metric, "paired"):
+            raise TaskError(f"expected Guard(metric, margin as a number), got Guard({self.metric!r}, {margin!r})")
         if not 0 < self.margin < float("inf"):
             raise TaskError(f"expected a margin above zero for the guard {self.metric.name}, got {self.margin}")
         if self.where is not None and not self.name:
@@ -65,6 +68,9 @@ def as_guards(given: Guards) -> tuple[Guard, ...]:
         found = tuple(Guard(_BY_NAME[name], margin) for name, margin in given.items())
     else:
         found = tuple(given)
+        wrong: list[Any] = [guard for guard in found if type(guard) is not Guard]
+        if wrong:
+            raise TaskError(f"expected guards as Guard(metric, margin), got {wrong[0]!r}")
     labels = [guard.label for guard in found]
     if len(set(labels)) < len(labels):
         raise TaskError(f"expected guards with names of their own, got {', '.join(labels)}")

@@ -29,6 +29,7 @@ def certificate_text(certificate: Certificate) -> RenderableType:
         plain = certificate.unrepaired
         drop, error, upper = _told(plain.error, plain.drop, plain.error, plain.upper)
         lines.append(f"without the realigned last logit: {drop} ± {error.lstrip('+')}, upper bound {upper}")
+        lines += [f"  guard {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in plain.guards.items()]
     lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
     lines.append(certificate.claim)
     head = Text(certificate.verdict.upper(), style="bold green" if certificate.certified else "bold yellow")

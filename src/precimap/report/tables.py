@@ -81,7 +81,7 @@ def _own_drop(decision: Decision, evidence: dict[str, Evidence], unit: float) ->
 
 def chain_table(run: RunRecord) -> RenderableType:
     """The maps of the chain as wholes: predicted, measured on the search split, tested on the certify split."""
-    errors = [row["measured"]["error"] for row in run.chain if row["measured"] is not None]
+    errors = [row["measured"]["error"] for row in run.chain if row["measured"] is not None and row["measured"]["error"]]
     singles = [abs(row["singles"]) for row in run.chain if row["singles"]]
     unit = _power_of_ten([error / 10 for error in errors or singles])
     table = Table(
@@ -209,8 +209,7 @@ def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> Rende
     if precision_map.realignment is not None:
         repair = precision_map.realignment
         lines.append(
-            f"last logit realigned in {repair.layer}: x {repair.scale:.5f} {repair.shift:+.5f} "
-            f"(without labels, n = {repair.n:,} scores)"
+            f"last logit realigned in {repair.layer}: {repair} (without labels, n = {repair.n:,} logits of each output)"
         )
     if floor is not None:
         drop = floor["drop"]

@@ -6,6 +6,7 @@ compared with the emulation before it is handed out.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -67,15 +68,19 @@ class Deployment:
 
 
 def deploy(
-    model: nn.Module, precision_map: PrecisionMap, *, target: str | None = None, task: Task | None = None
+    model: nn.Module, precision_map: PrecisionMap | str | Path, *, target: str | None = None, task: Task | None = None
 ) -> nn.Module:
     """A model that computes as the map says, on this machine; `model` itself is not modified and shares its tensors.
+
+    precision_map: a map, or its file.
 
     target: `cpu-int8`, `torchrec` or `emulated`; by default the map's own. task: if given, the deployed model and the
     emulation score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel
     is compared with its emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what
     the target cannot run or runs wrongly.
     """
+    if not isinstance(precision_map, PrecisionMap):
+        precision_map = PrecisionMap.load(precision_map)
     precision_map.check(weights=of_weights(model))
     model = realigned(model, precision_map.realignment)
     layers = quantize_map(model, precision_map)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from precimap.errors import InputError
 from precimap.metrics.guard import Guard
@@ -22,6 +23,9 @@ class Limits:
     alpha_budget: float | None
 
     def __post_init__(self) -> None:
+        margin: Any = self.margin
+        if isinstance(margin, str):
+            raise InputError(f"expected a margin as a number (0.0005 is 0.05 % NE), got the text {margin!r}")
         if not self.margin > 0 or self.margin == float("inf"):
             raise InputError(f"expected a margin above zero (the largest drop you accept), got {self.margin}")
         if not 0.5 <= self.confidence < 1:

@@ -109,16 +109,15 @@ def search(
     every case.
     """
     limits = Limits(margin, confidence, cutoff, alpha_budget)
-    chosen = tuple(scheme_by_name(s) if isinstance(s, str) else s for s in schemes)
-    if not chosen:
-        raise InputError("expected at least one scheme, got none")
+    chosen = _checked(schemes, target)
     preflight.check_weights(task)
     prints = preflight.fingerprint_splits(task)
     note = preflight.check_task(task)
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
     eligible = eligibility(inventory, chosen, target, pinned, allowed)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
-    written = premise.model_dump() | {"target": target.name, "numerics": NUMERICS_VERSION}
+    # Without the certify split: what was measured on the search split serves fresh data, too.
+    written = premise.model_dump(exclude={"certify"}) | {"target": target.name, "numerics": NUMERICS_VERSION}
     written["metrics beside it"] = task.kept_beside
     last = score_layer(task.model, task.forward, inventory, first_batch(task, task.splits.search)) if realign else None
     ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
@@ -132,6 +131,15 @@ def search(
         if run is not None:
             _save(result.map, Path(run))
         return result
+
+
+def _checked(schemes: Sequence[str | Scheme], target: Target) -> tuple[Scheme, ...]:
+    """The schemes by name. Raises InputError for what is easily given in another form."""
+    if isinstance(schemes, str) or not schemes:
+        raise InputError(f"expected a list of at least one scheme, such as ['fp8'], got {schemes!r}")
+    if isinstance(target, str):
+        raise InputError(f"expected a target such as pm.CPU_INT8 or pm.EMULATED, got the text {target!r}")
+    return tuple(scheme_by_name(s) if isinstance(s, str) else s for s in schemes)
 
 
 def _save(precision_map: PrecisionMap, run: Path) -> None:
@@ -178,6 +186,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
     run.journal.conclude("floor", "all layers", asdict(floor))
     by_name = {scheme.name: scheme for scheme in search.schemes}
     pairs = [(layer, by_name[name]) for layer, name in seen.allowed.open_pairs()]
+    realigner = None if search.realigned_at is None else Realigner(run, search.realigned_at)
     evidence = gather(
         run,
         inventory,
@@ -187,9 +196,8 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         search.rule,
         search.limits,
         search.effort,
-        search.realigned_at is not None,
+        0 if realigner is None else realigner.outputs,
     )
-    realigner = None if search.realigned_at is None else Realigner(run, search.realigned_at)
     limit = cutoff_of(search.limits, inventory, evidence.known)
     findings = Findings(
         inventory,
@@ -233,7 +241,8 @@ def _preflight(
         task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
     )
     coupled = batch_dependence(task, inventory, calibration, search.schemes, seen.allowed.open_pairs())
-    notes = (*preflight.notes(inventory, coupled), *seen.allowed.idle(), *((seen.note,) if seen.note else ()))
+    doubts = preflight.doubts(task, baseline.whole, search.limits.margin)
+    notes = (*doubts, *preflight.notes(inventory, coupled), *seen.allowed.idle(), *((seen.note,) if seen.note else ()))
     checked = preflight.Preflight(n, units, drop, notes, coupled)
     search.run.journal.conclude("preflight", task.name, asdict(checked))
     search.run.journal.conclude("inventory", task.name, asdict(inventory))

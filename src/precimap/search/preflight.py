@@ -31,6 +31,7 @@ from precimap.task import Scored, Task, first_batch, labels_of, score
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
 INFLUENCE_TOLERANCE = 1e-4
 SHARED_UNITS_ALLOWED = 0.5
+LARGE_RELATIVE_MARGIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +161,31 @@ def check_baseline(task: Task, baseline: Scored) -> None:
             raise TaskError(f"every label of the search split is {float(joined[0]):g}; it needs both classes")
 
 
+def doubts(task: Task, baseline: Scored, margin: float) -> tuple[str, ...]:
+    """What is possible and mostly a mistake: probabilities given as logits, a margin of several times the metric."""
+    found = []
+    for name, value in _values(task, baseline).items():
+        if name.startswith(NE().name) and value > 1:
+            found.append(
+                f"{name} of the baseline is {value:.3f}; above 1 a model is worse than the mean label. Are the scores "
+                "logits (not probabilities) and the labels theirs?"
+            )
+    asked = {task.metric.name: (task.metric, margin), **{g.label: (g.metric, g.margin) for g in task.guarded}}
+    for name, (metric, accepted) in asked.items():
+        if metric.unit == NE.unit and accepted > LARGE_RELATIVE_MARGIN:
+            found.append(f"a margin of {accepted:g} for {name} is {accepted:.0%} of the baseline's; is that meant?")
+    return tuple(found)
+
+
 def _check_values(task: Task, baseline: Scored) -> None:
     """Raises TaskError for a gate or a guard that has no value on the search split."""
+    for name, value in _values(task, baseline).items():
+        if not isfinite(value):
+            raise TaskError(f"{name} is {value} on the search split; it needs labels of both classes")
+
+
+def _values(task: Task, baseline: Scored) -> dict[str, float]:
+    """The gate and the guards on the search split. Raises TaskError for a slice that cannot be judged."""
     found = {task.metric.name: task.metric.value(baseline.values, baseline.units)}
     for guard in task.guarded:
         values, units = baseline.guards[guard.label], baseline.units
@@ -169,14 +193,14 @@ def _check_values(task: Task, baseline: Scored) -> None:
         if rows is not None:
             chosen = units.clusters if units.clusters is not None else np.arange(units.n)
             if len(np.unique(chosen[rows])) < 2:
+                size = f"{int(rows.sum())} of {units.n} units, in {len(np.unique(chosen[rows]))} clusters"
                 raise TaskError(
-                    f"the slice of the guard {guard.label} has no two units (or clusters) in the search split"
+                    f"the slice of the guard {guard.label} needs at least two units (or clusters) in the search split, "
+                    f"it has {size}"
                 )
             values, units = values[rows], units.only(rows)
         found[guard.label] = guard.metric.value(values, units)
-    for name, value in found.items():
-        if not isfinite(value):
-            raise TaskError(f"{name} is {value} on the search split; it needs labels of both classes")
+    return found
 
 
 def detectable(

@@ -5,6 +5,7 @@ rounding did and nothing that the baseline got wrong, and a certificate of the r
 nothing. A fit on labels would answer another question: it repairs the baseline, too.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -16,6 +17,7 @@ from scipy.special import expit
 from torch import nn
 
 from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
+from precimap.layers.views import parameter_names
 from precimap.metrics.click import platt
 from precimap.precision_map import PrecisionMap, Realignment
 from precimap.search.run import Run
@@ -24,21 +26,34 @@ from precimap.task import to_device
 Floats = NDArray[np.float64]
 
 
-def realigning(scores: Floats, baseline: Floats) -> tuple[float, float]:
-    """Scale and shift under which the probabilities of `scores` come nearest to those of `baseline`; logits, flat.
+Fit = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def realigning(scores: Floats, baseline: Floats) -> Fit:
+    """Scale and shift of each column under which its probabilities come nearest to the baseline's; logits [n, columns].
 
     Nearest in the log-loss against the baseline's own probabilities, so that their means agree (calibration) and an
     error counts where it costs. The least squared distance of the logits, the alternative, is ruled by the far negative
     ones: on NCF-MLP it left three times the spread over rounding grids (docs/log.md). Values that are not finite in
     both are left out.
     """
-    finite = np.isfinite(scores) & np.isfinite(baseline)
-    x, y = scores[finite], baseline[finite]
+    fits = [_column(x, y) for x, y in zip(scores.T, baseline.T, strict=True)]
+    return tuple(scale for scale, _ in fits), tuple(shift for _, shift in fits)
+
+
+def _column(x: Floats, y: Floats) -> tuple[float, float]:
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
     if not len(x):
         return 1.0, 0.0
     scale, shift = platt(x, expit(y), np.ones(len(x)))
     # A model that turned its scores round, or flattened them, is not repaired by a scale.
     return (scale, shift) if math.isfinite(shift) and scale > 0 else (1.0, float(y.mean() - x.mean()))
+
+
+def by_output(scores: Floats, outputs: int) -> Floats:
+    """Scores of any shape as [n, outputs]: with one output every score is its own, with several they are the last dim."""
+    return scores.reshape(-1, outputs)
 
 
 class Realigner:
@@ -47,6 +62,7 @@ class Realigner:
     def __init__(self, run: Run, layer: str) -> None:
         self._run = run
         self._layer = layer
+        self.outputs = len(parameter_names(run.task.model)[layer])
 
     def of(self, precision_map: PrecisionMap) -> PrecisionMap:
         """The map with its realignment, from the journal where that holds it; a map of nothing stays as it is."""
@@ -59,7 +75,7 @@ class Realigner:
             journal.record("realignment", subject, found.model_dump())
             row = journal.find("realignment", subject)
         assert row is not None
-        return precision_map.model_copy(update={"realignment": Realignment(**row.value)})
+        return precision_map.model_copy(update={"realignment": Realignment.model_validate_json(json.dumps(row.value))})
 
     def fit(self, layers: Mapping[str, QuantizedLayer]) -> Realignment:
         """Of the model with these layers in low precision."""
@@ -75,10 +91,10 @@ class Realigner:
             return self._scores(self._run.task.model)
 
     def _scores(self, model: nn.Module) -> Floats:
-        """All scores of the calibration split, flat."""
+        """All scores of the calibration split, [n, outputs of the layer]."""
         task, found = self._run.task, []
         with torch.no_grad():
             for batch in task.splits.calibration:
                 scores = task.forward(model, to_device(batch, task.device))
-                found.append(scores.double().flatten().cpu().numpy())
+                found.append(by_output(scores.double().cpu().numpy(), self.outputs))
         return np.concatenate(found)

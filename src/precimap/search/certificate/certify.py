@@ -46,14 +46,14 @@ def certify(run: Run, target: Target, chain: Sequence[PrecisionMap], question: Q
     """
     task, looks = run.task, len(chain) + 1
     run.progress("certify", 0, looks)
-    baseline = _certify_split(run, target, None)
+    baseline = _certify_split(run, target, question.split, None)
     certificates: list[Certificate] = []
     for number, precision_map in enumerate(chain):
         run.progress("certify", number + 1, looks)
-        other = _certify_split(run, target, precision_map)
+        other = _certify_split(run, target, question.split, precision_map)
         found = _certificate(task, target, baseline, other, question, precision_map.fingerprint)
         if precision_map.realignment is not None:
-            plain = _certify_split(run, target, precision_map.model_copy(update={"realignment": None}))
+            plain = _certify_split(run, target, question.split, precision_map.model_copy(update={"realignment": None}))
             found = found.model_copy(update={"unrepaired": _unrepaired(task, baseline, plain, question.alpha)})
         certificates.append(found)
         if not certificates[-1].certified:
@@ -62,7 +62,7 @@ def certify(run: Run, target: Target, chain: Sequence[PrecisionMap], question: Q
     return tuple(certificates)
 
 
-def _certify_split(run: Run, target: Target, precision_map: PrecisionMap | None) -> Scored:
+def _certify_split(run: Run, target: Target, split: str, precision_map: PrecisionMap | None) -> Scored:
     """The certify split as the target runs the map (None: the baseline); quantised only if a batch is to be scored."""
     task = run.task
 
@@ -73,12 +73,14 @@ def _certify_split(run: Run, target: Target, precision_map: PrecisionMap | None)
         return target.running(model, quantize_map(model, precision_map))
 
     subject = "baseline" if precision_map is None else precision_map.fingerprint
-    return scored(run, "certify", f"{subject} on {target.name}", task.splits.certify, running).whole
+    return scored(run, "certify", f"{subject} on {target.name} with {split}", task.splits.certify, running).whole
 
 
 def _unrepaired(task: Task, baseline: Scored, plain: Scored, alpha: float) -> Unrepaired:
     found = compare(task, baseline, plain, alpha)
-    return Unrepaired(drop=found.drop.estimate, error=found.drop.error, upper=found.evidence().upper)
+    guards = {name: (guard.found.drop.estimate, guard.found.drop.error) for name, guard in found.guards.items()}
+    upper = found.evidence().upper
+    return Unrepaired(drop=found.drop.estimate, error=found.drop.error, upper=upper, guards=guards)
 
 
 def _certificate(

@@ -55,11 +55,11 @@ def gather(
     rule: Rule,
     limits: Limits,
     effort: Effort,
-    realigned: bool = False,
+    realigned: int = 0,
 ) -> Evidence:
     """Screen, audit and probe the pairs; with `effort.probe_all` probe each of them on the whole search split.
 
-    realigned: maps are served with realigned scores, so predictions are of such.
+    realigned: of how many outputs maps are served with realigned scores; predictions are of such.
     """
     probing = _Probing(run, inventory, calibration, baseline, limits.alpha, effort)
     if effort.probe_all or not pairs:

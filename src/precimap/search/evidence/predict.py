@@ -22,7 +22,7 @@ from precimap.metrics.metric import Loss
 from precimap.search.evidence.probe import Comparison, compare
 from precimap.search.evidence.screen import Screen
 from precimap.search.evidence.screen_plan import Key
-from precimap.search.realign import realigning
+from precimap.search.realign import by_output, realigning
 from precimap.search.run import Parts
 from precimap.task import Scored, ScoredPart, Task, join_parts, judge_scores, to_device
 
@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 class Predictor:
     """Predicts maps of screened layers. batches: those of the search split that were screened, by number.
 
-    realigned: compare maps after their scores got the scale and the bias that bring them nearest to the baseline's.
+    realigned: of how many outputs the scores are realigned before maps are compared; 0: they are not.
     """
 
     task: Task
@@ -42,7 +42,7 @@ class Predictor:
     batches: Mapping[int, Any]
     alpha: float
     curvature: float = 0.0
-    realigned: bool = False
+    realigned: int = 0
 
     @property
     def predicts_metric(self) -> bool:
@@ -83,9 +83,11 @@ class Predictor:
         if not (self.realigned and self.screen.by_scores):
             return self.scored(keys)
         found = {number: self._scores(keys, number) for number in self.numbers}
-        baseline = np.concatenate([self.screen.batches[number].scores.flatten() for number in found])
-        scale, shift = realigning(np.concatenate([scores.flatten() for scores in found.values()]), baseline)
-        return join_parts(self.task, [self._judged(scale * found[number] + shift, number) for number in found])
+        rows = {number: by_output(scores, self.realigned) for number, scores in found.items()}
+        baseline = [by_output(self.screen.batches[number].scores, self.realigned) for number in found]
+        scale, shift = map(np.array, realigning(np.concatenate(list(rows.values())), np.concatenate(baseline)))
+        aligned = {number: (scale * rows[number] + shift).reshape(scores.shape) for number, scores in found.items()}
+        return join_parts(self.task, [self._judged(scores, number) for number, scores in aligned.items()])
 
     def loss_changes(self, keys: Sequence[Key]) -> Floats:
         """The predicted change of each screened unit's loss, float64 [units]."""

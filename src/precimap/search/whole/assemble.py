@@ -112,7 +112,8 @@ def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequenc
     assert best is not None
     how = f"({_how(found)}, n = {best.drop.n})"
     if best.upper <= cutoff:
-        return Verdict.TOLERANT, f"its own drop is at most {best.upper:.2g}, below the cutoff {cutoff:.2g} {how}"
+        kept = "" if chosen is not None else f"; kept all the same: {_fate(chosen)}"
+        return Verdict.TOLERANT, f"its own drop is at most {best.upper:.2g}, below the cutoff {cutoff:.2g} {how}{kept}"
     if best.lower > cutoff and chosen is None:
         return Verdict.SENSITIVE, f"its own drop is at least {best.lower:.2g}, above the cutoff {cutoff:.2g} {how}"
     drop, n = best.drop, findings.needed(found, best)
