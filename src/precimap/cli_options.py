@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from precimap.errors import InputError
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics.schemes import SCHEMES
 from precimap.runtime.cpu_int8 import CPU_INT8
@@ -88,6 +89,23 @@ RealignOption = Annotated[
 ]
 BytesOption = Annotated[
     float, typer.Option(help="What saving all bytes is worth, where saving the time of all FLOPs is worth 1.")
+]
+
+
+def sizes_of(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas: "64,1024"."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise InputError(f"expected batch sizes such as 64,1024, got {text!r}") from None
+
+
+BatchSizesOption = Annotated[
+    str,
+    typer.Option(help="Units of a batch when it is served, such as 64,1024; default the profile's, or as in the data."),
+]
+ProfileOption = Annotated[
+    Path | None, typer.Option(help="Plan with the times of this file, made by bench-device, instead of timing here.")
 ]
 BudgetOption = Annotated[
     float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")
