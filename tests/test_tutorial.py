@@ -7,18 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "tutorial-ranking.md"
 BLOCK = re.compile(r"^```(bash|python|text)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-# Training is not the same to the bit on every machine: what depends on it is compared as words.
+# Training is not the same to the bit on every machine: what depends on it is compared without its numbers.
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
-VERDICT = re.compile(r"\b(?:tolerant|undecided|sensitive)\b|(?<=CANNOT TELL).*")
+VERDICT = re.compile(r"\b(?:tolerant|undecided|sensitive) +(?:fp8|base)\b|(?<=CANNOT TELL).*")
 EXACT = "generated impressions"
 
 
 def shape_of(line: str) -> str:
     """A line without its numbers, verdicts and spacing."""
-    return " ".join(VERDICT.sub("verdict", NUMBER.sub("#", line)).replace("± ", "±").split())
+    return " ".join(NUMBER.sub("#", VERDICT.sub("verdict", line)).replace("± ", "±").split())
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -40,9 +42,22 @@ def check_shown(shown: str, output: str) -> None:
         assert found, f"the page shows, and the output has not (or not in this order):\n{line}\n---\n{output}"
 
 
+def test_a_page_that_shows_what_does_not_come_is_found() -> None:
+    came = "a 5 tolerant   fp8\nCANNOT TELL: NEEDS 7\n9 generated impressions\n"
+    check_shown("a 6 undecided  base\nCANNOT TELL, WHY\n9 generated impressions\n", came)
+    for wrong in (
+        "b 5 tolerant fp8\n",
+        "CERTIFIED\n",
+        "8 generated impressions\n",
+        "CANNOT TELL: NEEDS 7\na 5 tolerant fp8\n",
+    ):
+        with pytest.raises(AssertionError, match="the page shows"):
+            check_shown(wrong, came)
+
+
 def test_the_tutorial_as_written(tmp_path: Path) -> None:
     blocks = BLOCK.findall(PAGE.read_text())
-    assert [kind for kind, _ in blocks].count("bash") == 8
+    assert [kind for kind, _ in blocks].count("bash") == 7
     output, longest = "", 0
     for kind, text in blocks:
         if kind == "text":
@@ -54,9 +69,8 @@ def test_the_tutorial_as_written(tmp_path: Path) -> None:
             (tmp_path / name[1]).write_text(text)
         else:
             output = run([sys.executable, "-c", text], tmp_path)
-            assert "certified: " in output
     assert longest <= 80
     saved = json.loads((tmp_path / "runs" / "fp8" / "map.json").read_text())
     assert saved["certificate"]["verdict"] == "certified"
     assert saved["certificate"]["n"] == 14_000
-    assert saved["certificate"]["upper"] < 0.00025
+    assert saved["certificate"]["upper"] < 0.0005

@@ -74,10 +74,7 @@ class Extraction(nn.Module):
         return nn.ModuleList([nn.Sequential(nn.Linear(inputs, width), nn.ReLU()) for _ in range(count)])
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        """[n, inputs] of each task and of the shared experts -> the same list, [n, width]; without a shared gate the
-
-        last one is missing.
-        """
+        """[n, inputs] of each task, then of the shared experts -> [n, width] of each task, then of the shared gate."""
         *tasks, common = inputs
         own = [torch.stack([expert(x) for expert in experts], 1) for x, experts in zip(tasks, self.own, strict=True)]
         shared = torch.stack([expert(common) for expert in self.shared], 1)

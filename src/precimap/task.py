@@ -224,9 +224,20 @@ def judge_scores(task: Task, scores: Any, batch: Any, number: int) -> ScoredPart
             for guard in task.guarded
             if guard.where is not None
         },
-        clusters=empty if task.clusters is None else _column(task.clusters(batch), units, "clusters").astype(np.int64),
+        clusters=empty if task.clusters is None else _clusters(task.clusters(batch), units),
         weights=empty if task.weights is None else _column(task.weights(batch), units, "weights"),
     )
+
+
+def _clusters(values: Any, units: int) -> np.ndarray:
+    """int64 [units], never by way of floats: ids above 2**53 would run together."""
+    found = torch.as_tensor(values).detach().cpu()
+    if found.shape != (units,) or found.is_floating_point() or found.is_complex():
+        raise TaskError(
+            f"expected clusters to give one integer per unit, [{units}], got {found.dtype} {tuple(found.shape)}; "
+            "number them with np.unique(ids, return_inverse=True)[1]"
+        )
+    return found.to(torch.int64).numpy()
 
 
 def _column(values: Any, units: int, what: str, columns: bool = False) -> np.ndarray:

@@ -206,7 +206,18 @@ def test_a_damaged_line_is_named_where_rows_were_picked(tmp_path: Path) -> None:
     logs = Logs([path], SMALL, ENCODING)
     with pytest.raises(DataError, match="line 1500, column a"):
         logs.load(np.arange(1400, 1600))
-    assert len(joined(logs.load(np.arange(0, 1498)))["label"]) == 1498, "rows before it are not concerned"
+
+
+def test_nothing_is_read_after_the_last_row_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("precimap.data.files.BLOCK_BYTES", 8192)
+    path = tmp_path / "logs.tsv"
+    path.write_bytes(damaged("1\tthree\tx\t0.5\tc\tu\t2026-01-01"))
+    told: list[tuple[str, int, int]] = []
+    batches = Logs([path], SMALL, ENCODING).load(np.arange(200), progress=lambda *one: told.append(one))
+    assert [len(batch["label"]) for batch in batches] == [200]
+    size = path.stat().st_size
+    assert told[-2][1] < size / 2
+    assert told[-1] == ("read logs.tsv", size, size)
 
 
 def test_a_category_that_the_function_refuses_is_named(tmp_path: Path) -> None:

@@ -1,20 +1,26 @@
 """A planted layer that keeps every order and breaks calibration: what the gate cannot see, the guard does."""
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from precimap import Guard, SearchResult, Splits, Task, search
+from precimap import Guard, SearchResult, Splits, Task, Threshold, search
 from precimap.errors import AlphaSpent, JournalError, TaskError
 from precimap.layers.target import EMULATED
 from precimap.metrics import AUC, GAUC, NE, Calibration, Head, LogLoss, Loss
+from precimap.report.run_record import read_run
+from precimap.report.tables import run_page
 from precimap.search.certificate.recertify import recertify
 from precimap.search.limits import Effort
+from precimap.task import score
 
 INPUTS, HIDDEN = 16, 32
 QUICK = Effort(rounding_draws=0, audit_units=250)
@@ -207,3 +213,25 @@ def test_a_slice_without_units_is_refused_before_the_long_work(tmp_path: Path) -
     odd = Guard(NE(), 0.1, where=lambda batch: np.ones(3), name="odd")
     with pytest.raises(TaskError, match="where of NE on odd to give one value per unit"):
         searched(click_task(guards=(odd,)), tmp_path)
+
+
+def test_the_page_of_a_run_says_which_guard_kept_a_map_back(tmp_path: Path) -> None:
+    """`gain` comes in by AUC and fails by the guard; the page is read back from the journal and fits 80 columns."""
+    searched(click_task(guards=GUARD), tmp_path, run=tmp_path / "run", rule=Threshold(), cutoff=0.005)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(run_page(read_run(tmp_path / "run")))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert re.search(r"2 low: guard calibration is predicted to reach \d\.\d times its margin on the", text)
+    assert re.search(r"guard calibration held: [+-]0\.\d+ ± 0\.\d+ of the baseline's, baseline", text)
+
+
+def test_large_ids_of_clusters_stay_apart_and_fractions_are_refused(tmp_path: Path) -> None:
+    """Hashed user ids: above 2**53 two of them are one float64."""
+    task = click_task(clusters=lambda batch: 2**60 + batch["user"])
+    plain = click_task(clusters=lambda batch: batch["user"])
+    counts = [len(np.unique(score(t, t.model, t.splits.search).units.clusters)) for t in (task, plain)]
+    assert counts[0] == counts[1] > 100
+    with pytest.raises(TaskError, match=r"one integer per unit, \[250\], got torch\.float32"):
+        searched(click_task(clusters=lambda batch: batch["user"].float()), tmp_path)

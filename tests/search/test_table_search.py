@@ -15,7 +15,8 @@ from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES, scheme
-from precimap.report.tables import inventory_table, run_page
+from precimap.report.inventory_table import inventory_table
+from precimap.report.tables import run_page
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import Knapsack

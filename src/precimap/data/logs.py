@@ -99,6 +99,9 @@ class LogBatches:
         chosen = _chosen(_chunks(logs.files, logs.columns, progress), self.rows, logs.files)
         for arrays in _of_size((_converted(chunk, logs.columns, logs.encoding) for chunk in chosen), self.size):
             yield {name: torch.from_numpy(values) for name, values in arrays.items()}
+        if progress is not None:  # nothing after the last row is read, so the bar is full
+            stage, total = _stage(logs.files)
+            progress(stage, total, total)
 
 
 def _chunks(files: Sequence[str | Path], columns: Columns, progress: Progress | None) -> Iterator[Chunk]:
@@ -107,7 +110,7 @@ def _chunks(files: Sequence[str | Path], columns: Columns, progress: Progress | 
     if absent or not paths:
         raise DataError(f"expected files of rows, got {', '.join(absent) or 'none'}" + " (no such file)" * bool(absent))
     sizes = [path.stat().st_size for path in paths]
-    stage, total = f"read {paths[0].name}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""), sum(sizes)
+    stage, total = _stage(files)
     for path, size, before in zip(paths, sizes, accumulate(sizes, initial=0), strict=False):
 
         def told(done: int, of: int, before: int = before, size: int = size) -> None:
@@ -117,6 +120,12 @@ def _chunks(files: Sequence[str | Path], columns: Columns, progress: Progress | 
         yield from chunks(path, columns, told)
 
 
+def _stage(files: Sequence[str | Path]) -> tuple[str, int]:
+    """What a bar calls reading these files, and how many bytes they have."""
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"read {Path(files[0]).name}{more}", sum(Path(file).stat().st_size for file in files)
+
+
 def _chosen(found: Iterator[Chunk], rows: NDArray[np.int64] | None, files: Sequence[str | Path]) -> Iterator[Chunk]:
     """The chunks with the chosen rows only; stops reading after the last of them."""
     if rows is None:
@@ -124,13 +133,13 @@ def _chosen(found: Iterator[Chunk], rows: NDArray[np.int64] | None, files: Seque
         return
     taken = before = 0
     for chunk in found:
-        if taken == len(rows):
-            return
         after = before + len(chunk.table)
         until = int(np.searchsorted(rows, after))
         if until > taken:
             yield chunk.only(rows[taken:until] - before)
         taken, before = until, after
+        if taken == len(rows):
+            return
     if taken < len(rows):
         raise DataError(f"expected row {rows[-1]} (counted from 0), got {before} rows in {_named(files)}")
 

@@ -108,13 +108,26 @@ def chain_table(run: RunRecord) -> RenderableType:
         cells += ["", "", ""] if tested is None else [cell(tested.drop), cell(tested.error), cell(tested.upper)]
         said = "" if tested is None else "yes" if tested.certified else "no"
         table.add_row(str(len(row["low"])), *cells, said)
-    return Group(table, _gains(run), *_drift(run))
+    return Group(table, _gains(run), *_broken_guards(run), *_drift(run))
 
 
 def _gains(run: RunRecord) -> Text:
     gains = ", ".join(f"{row['gain']:.1%}" for row in run.chain)
     how = "half of the FLOPs that 8 bits take over, counted" if run.latency is None else "of the layers' time, timed"
     return Text(f"gains, in that order: {gains} ({how}; what bytes are worth included)", style="dim")
+
+
+def _broken_guards(run: RunRecord) -> list[Text]:
+    """Which maps a guard kept from the certify split: the gate's columns do not show it."""
+    lines = []
+    for row in run.chain:
+        how, found = ("reaches", row["measured"]) if row["measured"] else ("is predicted to reach", row["predicted"])
+        lines += [
+            Text(f"{len(row['low'])} low: guard {name} {how} {filled:.1f} times its margin on the search split")
+            for name, filled in (found["guards"].items() if found else ())
+            if filled > 1
+        ]
+    return lines
 
 
 def _drift(run: RunRecord) -> list[Text]:
