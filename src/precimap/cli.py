@@ -20,6 +20,7 @@ from precimap.cli_options import (
     TARGETS,
     AllowOption,
     BatchSizesOption,
+    BitsOption,
     BudgetOption,
     BytesOption,
     ConfidenceOption,
@@ -102,9 +103,7 @@ def search(
     minimum_gain: GainOption = 0.0,
     maximum_bytes: Annotated[int | None, typer.Option(help="Of all layers together, under the map.")] = None,
     bytes_worth: BytesOption = BYTES_WORTH,
-    effective_bits: Annotated[
-        float | None, typer.Option(help="Limit of the average bits of a weight, scales included.")
-    ] = None,
+    effective_bits: BitsOption = None,
     rounding_draws: Annotated[int, typer.Option(help="Shifted rounding grids for the final map; 0: none.")] = 8,
     screen_memory: Annotated[int, typer.Option(help="MB that the screen may hold for a batch.")] = 4096,
     replay_memory: Annotated[int, typer.Option(help="MB of recorded results that probes may hold.")] = 4096,

@@ -82,13 +82,15 @@ SchemeOption = Annotated[
     list[str], typer.Option(help=f"Give several to let each layer take one; out of {', '.join(SCHEMES)}.")
 ]
 GainOption = Annotated[
-    float, typer.Option(help="Least gain of a map: the share of the FLOP time it saves, and what its bytes are worth.")
+    float,
+    typer.Option(help="Least gain of a map: the share of the layers' time that it saves, and its bytes' worth."),
 ]
+BitsOption = Annotated[float | None, typer.Option(help="Limit of the average bits of a weight, scales included.")]
 RealignOption = Annotated[
     bool, typer.Option("--realign", help="Fold a label-free scale and bias of the logit into the last layer.")
 ]
 BytesOption = Annotated[
-    float, typer.Option(help="What saving all bytes is worth, where saving the time of all FLOPs is worth 1.")
+    float, typer.Option(help="What saving all bytes is worth, where saving all of the layers' time is worth 1.")
 ]
 
 

@@ -101,29 +101,27 @@ def search(
     accept, in units of the metric. rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its
     own drop is surely below it (default: margin / number of candidate layers). pinned: shell patterns of layers to
     keep. allowed: pattern -> the only schemes for the layers that match it. alpha_budget: what the certify split may
-    give away in all (default 1 - confidence). effort: how hard to look, see `Effort`.
-    serving: batch sizes, and a profile of the hardware that the map is for, see `Serving`; by default the layers are
-    timed here, where the target has kernels of its own. run: a directory for measurements and maps; one that holds
-    measurements of the same model, data and schemes is taken up again, also with another margin or rule.
-    ledger: directory of the alpha ledgers (default `state_directory()`).
+    give away in all (default 1 - confidence). effort: how hard to look, see `Effort`. serving: batch sizes and hardware,
+    see `Serving`; by default layers are timed here if the target has kernels here. run: a directory for measurements
+    and maps; one that holds measurements of the same model, data and schemes is taken up again, also with another
+    margin or rule. ledger: directory of the alpha ledgers (default `state_directory()`).
     realign: bring each map's scores, which must be logits, back to the baseline's by a scale and a shift that are fitted
     without labels on the calibration split and folded into the last nn.Linear; part of the map and of what is certified.
     on_preflight: told what this many units can detect, before the long work.
 
     Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, JournalError for a run
-    with another premise, AlphaSpent when the certify split has judged other maps before. The model is as before in
-    every case.
+    with another premise, AlphaSpent when the certify split has judged other maps before. The model stays as it was.
     """
     limits = Limits(margin, confidence, cutoff, alpha_budget)
     chosen = tuple(scheme_by_name(s) if isinstance(s, str) else s for s in schemes)
     if not chosen:
         raise InputError("expected at least one scheme, got none")
     preflight.check_weights(task)
-    prints = preflight.fingerprint_splits(task)
-    note = preflight.check_task(task)
+    prints, note = preflight.fingerprint_splits(task), preflight.check_task(task)
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
     eligible = eligibility(inventory, chosen, target, pinned, allowed)
     by_profile = foreseen(inventory, open_pairs(eligible, chosen), target, serving)
+    seen = _Seen(prints, (note,) if note else (), inventory, eligible, by_profile)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
     written = premise.model_dump() | {"target": target.name, "numerics": NUMERICS_VERSION}
     written["metrics beside it"] = task.kept_beside
@@ -131,20 +129,9 @@ def search(
     ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
     with ExitStack() as stack:
         journal = stack.enter_context(run_journal(None if run is None else Path(run), written))
-        search_ = _Search(
-            Run(task, journal, progress, ends_at),
-            chosen,
-            limits,
-            rule,
-            target,
-            effort,
-            premise,
-            on_preflight,
-            serving,
-            last,
-        )
-        folder = Path(ledger) if ledger else state_directory()
-        result = _searched(search_, _Seen(prints, (note,) if note else (), inventory, eligible, by_profile), folder)
+        made = Run(task, journal, progress, ends_at)
+        asked = _Search(made, chosen, limits, rule, target, effort, premise, on_preflight, serving, last)
+        result = _searched(asked, seen, Path(ledger) if ledger else state_directory())
         if run is not None:
             _save(result.map, Path(run))
         return result
