@@ -1,9 +1,8 @@
 """The main job on the embedded default, end to end: two maps, both certified, one deployed and timed.
 
 The FP8 map is for a GPU with FP8 arithmetic: its codes and scales are exact here, its outputs emulated, its benefit counted
-in FLOPs and bytes. The INT8 map holds
-what saves time on this CPU, layer by layer, and is certified as deployed. The two questions share one certify split, so
-each gets half of the alpha.
+in FLOPs and bytes. The INT8 map holds what saves time on this CPU, layer by layer, and is certified as deployed. The two
+questions share one certify split, so each gets half of the alpha.
 """
 
 import copy
