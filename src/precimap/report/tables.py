@@ -232,7 +232,7 @@ def _savings(
 def _time_saved(precision_map: PrecisionMap, latency: dict[str, Any] | None) -> str:
     """As the sum of the layers that are low, each timed alone; or that nothing was timed."""
     if latency is None:
-        return f"time saved is counted in FLOPs, not timed: the target {precision_map.target} has no times of its own"
+        return f"time saved is counted in FLOPs: no layer was timed for the target {precision_map.target}"
     chosen = {(name, precision_map.layers[name].scheme) for name in precision_map.low}
     saved = [found for layer, scheme, found in latency["saved"] if (layer, scheme) in chosen]
     share, low, high = (sum(found[bound] for found in saved) for bound in ("share", "lower", "upper"))

@@ -4,12 +4,17 @@ Invariant: forms of one module are timed in turns, on the same random inputs, an
 enough to be timed; so only their ratio within a turn is to be relied on. Not taken: timing whole models with and without
 a layer, where one layer of a hundred is lost in the spread.
 
+The allocator has moods: a result of some MB is either kept in the heap or given back to the system after each call, and
+paid for page by page; which of the two may hold for a whole process. So turns come in rounds, each with inputs and forms
+of its own and other blocks on the heap. What a process keeps to all its life is still not in the spread.
+
 What this leaves out: weights and inputs are in the caches as the call before left them, in a model they may not be; ids
 are drawn evenly, where real ones repeat; a module is timed alone, also where a compiled model would fuse it.
 """
 
 import itertools
 import platform
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +29,7 @@ from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import BASE
 from precimap.runtime.timing import interleaved
 
-TURNS = 15
+ROUNDS, TURNS = 3, 5  # turns of each round
 SHORTEST = 1e-3  # seconds that a timed stretch takes at least
 
 
@@ -33,6 +38,7 @@ class CpuTimer:
     """place: the module that computes a layer in the stead of the one that is given."""
 
     place: Callable[[nn.Module, QuantizedLayer], nn.Module]
+    rounds: int = ROUNDS
     turns: int = TURNS
 
     def device(self) -> Device:
@@ -49,13 +55,20 @@ class CpuTimer:
         self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int
     ) -> dict[str, list[float]]:
         """As `Timer.seconds`. Raises DeployError for a form that cannot take the module's place."""
-        inputs, clock = _inputs(module, rows, each), _clock()[1]
-        modules = {BASE: module, **{name: self.place(module, layer) for name, layer in forms.items()}}
-        with torch.inference_mode():
-            repeats = {name: _repeats(form, inputs, clock) for name, form in modules.items()}
-            cases = {name: _repeated(form, inputs, repeats[name]) for name, form in modules.items()}
-            found = interleaved(cases, self.turns, clock)
-        return {name: [value / repeats[name] for value in values] for name, values in found.items()}
+        found: dict[str, list[float]] = {name: [] for name in (BASE, *forms)}
+        sizes, clock = random.Random(0), _clock()[1]
+        for _ in range(self.rounds):
+            blocks = [torch.empty(2 ** sizes.randrange(8, 20)) for _ in range(sizes.randrange(32))]
+            inputs = _inputs(module, rows, each)
+            modules = {BASE: module, **{name: self.place(module, layer) for name, layer in forms.items()}}
+            del blocks[::2]
+            with torch.inference_mode():
+                repeats = {name: _repeats(form, inputs, clock) for name, form in modules.items()}
+                cases = {name: _repeated(form, inputs, repeats[name]) for name, form in modules.items()}
+                timed = interleaved(cases, self.turns, clock)
+            for name, values in timed.items():
+                found[name] += [value / repeats[name] for value in values]
+        return found
 
 
 def _clock() -> tuple[str, Callable[[], float]]:
