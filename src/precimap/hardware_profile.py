@@ -24,11 +24,13 @@ PROFILE_VERSION = 1
 
 
 class Device(Record):
-    """Where times were measured. capability: the instructions that torch uses there. clock: what the seconds are of."""
+    """Where times were measured. capability: the instructions that torch uses there. allocator: its settings, or
+    `default`. clock: what the seconds are of."""
 
     name: str
     capability: str
     threads: int = Field(ge=1)
+    allocator: str
     clock: str
     torch: str
     precimap: str
@@ -43,7 +45,8 @@ class Device(Record):
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{self.name}, {self.capability}, {threads}, torch {self.torch}, {self.clock}"
+        set_up = "" if self.allocator == "default" else f", {self.allocator}"
+        return f"{self.name}, {self.capability}, {threads}{set_up}, torch {self.torch}, {self.clock}"
 
 
 class Times(Record):

@@ -30,7 +30,7 @@ from precimap.search.latency.serving import foreseen
 from precimap.search.limits import Effort
 from small_tasks import planted_task
 
-HERE = Device(name="a", capability="b", threads=1, clock="processor time", torch="2", precimap="0")
+HERE = Device(name="a", capability="b", threads=1, allocator="default", clock="processor time", torch="2", precimap="0")
 EFFORT = Effort(rounding_draws=0)
 TURNS = (0.9, 0.95, 1.0, 1.05, 1.1)  # of one time, in five turns: quartiles .95 and 1.05
 MICRO = 1e-6

@@ -5,7 +5,8 @@ enough to be timed; so only their ratio within a turn is to be relied on. Not ta
 a layer, where one layer of a hundred is lost in the spread.
 
 The allocator has moods: a result of some MB is either kept in the heap or given back to the system after each call, and
-paid for page by page; which of the two may hold for a whole process. So turns come in rounds, each with inputs and forms
+paid for page by page; which of the two may hold for a whole process (MALLOC_TRIM_THRESHOLD_ and its like settle it, and
+are part of a device for that reason). So turns come in rounds, each with inputs and forms
 of its own and other blocks on the heap. What a process keeps to all its life is still not in the spread.
 
 What this leaves out: weights and inputs are in the caches as the call before left them, in a model they may not be; ids
@@ -13,6 +14,7 @@ are drawn evenly, where real ones repeat; a module is timed alone, also where a 
 """
 
 import itertools
+import os
 import platform
 import random
 import time
@@ -46,6 +48,7 @@ class CpuTimer:
             name=_cpu_name(),
             capability=str(torch.backends.cpu.get_cpu_capability()),
             threads=torch.get_num_threads(),
+            allocator=_allocator(),
             clock=_clock()[0],
             torch=torch.__version__,
             precimap=version("precimap"),
@@ -110,6 +113,13 @@ def _repeated(module: nn.Module, inputs: Iterator[Tensor], count: int) -> Callab
             module(next(inputs))
 
     return run
+
+
+def _allocator() -> str:
+    """The settings of glibc's allocator and the library that may stand in its place, as the environment has them."""
+    named = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+    named += [Path(path).name for path in os.environ.get("LD_PRELOAD", "").split(":") if path]
+    return " ".join(named) or "default"
 
 
 def _cpu_name() -> str:
