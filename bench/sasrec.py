@@ -29,7 +29,6 @@ class SASRecRecipe:
     longest: int = 50
     dropout: float = 0.3
     learning_rate: float = 1e-3
-    weight_decay: float = 0.0
     batch_size: int = 128
     negatives: int = 512
     epochs: int = 14
@@ -114,11 +113,7 @@ def train(recipe: SASRecRecipe, sequences: Tensor, items: int) -> nn.Module:
     """
     with alone(recipe.seed):
         model = SASRec(recipe, items)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
-        )
-        steps = recipe.epochs * -(-len(sequences) // recipe.batch_size)
-        falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=steps)
+        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98))
         sample = torch.randint(1, items + 1, (VALIDATION_NEGATIVES,))
         best = BestEpoch(model, recipe.patience)
         for _ in range(recipe.epochs):
@@ -129,7 +124,6 @@ def train(recipe: SASRecRecipe, sequences: Tensor, items: int) -> nn.Module:
                 loss = _sampled_softmax(model, history[:, :-1], history[:, 1:], negatives)
                 torch.autograd.backward(loss)
                 optimizer.step()
-                falling.step()
             with torch.no_grad():
                 model.eval()
                 each = [_last_loss(model, part, sample) for part in torch.split(sequences, 1000)]

@@ -40,7 +40,10 @@ NO_CALIBRATION = Calibration({})
     [
         (real_tasks.stackfaq_minilm, "stackExchange-FAQ.json.gz"),
         (real_tasks.ncf, "mlp.safetensors"),
+        (real_tasks.gmf, "gmf.safetensors"),
         (real_tasks.frappe_dcnv2, "frappe.validation.libfm.gz"),
+        (real_tasks.frappe_wukong, "frappe.validation.libfm.gz"),
+        (real_tasks.amazon_sasrec, "Video.txt.gz"),
     ],
 )
 def test_a_missing_file_is_named(

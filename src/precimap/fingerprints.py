@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from precimap.layers.views import plain_name
@@ -60,12 +62,10 @@ def _units(batch: Any) -> Iterator[str]:
     if len(sizes) != 1:
         yield of_value(batch)
         return
-    rows = [column.detach().cpu().contiguous() for column in columns]
-    for unit in range(sizes.pop()):
-        digest = hashlib.sha256()
-        for column in rows:
-            _add_tensor(digest, column[unit])
-        yield digest.hexdigest()[:16]
+    kinds = " ".join(f"{tuple(column.shape[1:])} {column.dtype}" for column in columns).encode()
+    parts = [_bytes(column).reshape(len(column), -1) for column in columns if column.numel()]
+    for row in np.concatenate(parts, axis=1) if parts else ():
+        yield hashlib.sha256(kinds + row.tobytes()).hexdigest()[:16]
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -100,6 +100,10 @@ def _add(digest: Any, value: Any) -> None:
 
 def _add_tensor(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    data = tensor.detach().cpu().contiguous()
-    if data.numel():
-        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    if tensor.numel():
+        digest.update(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The bits of a tensor with at least one element, flat."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

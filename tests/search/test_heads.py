@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from precimap.journal import open_journal, run_journal
 from precimap.layers.discover import discover
 from precimap.layers.quantized import quantized
 from precimap.layers.target import EMULATED
-from precimap.metrics import LogLoss
+from precimap.metrics import Head, LogLoss
 from precimap.numerics.schemes import SCHEMES
 from precimap.search.allocation.knapsack import Step
 from precimap.search.calibrate import Calibration
@@ -35,20 +35,8 @@ from zoo_ranking_models import MultiGateExperts
 INPUTS, HEADS, NONE = 32, 2, Calibration({})
 
 
-@dataclass(frozen=True)
-class LogLossOf:
-    """Log-loss of one column of the scores against the same column of the labels."""
-
-    column: int
-    higher_is_better: ClassVar[bool] = False
-    worst: ClassVar[float | None] = None
-
-    @property
-    def name(self) -> str:
-        return f"log-loss {self.column}"
-
-    def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
-        return LogLoss().per_unit(scores[:, self.column], labels[:, self.column], losses)
+def log_loss_of(head: int) -> Head:
+    return Head(LogLoss(), head)
 
 
 def clicks(units: int, seed: int, size: int = 250) -> list[dict[str, Tensor]]:
@@ -88,8 +76,8 @@ def loss(scores: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 def task_of(**changes: Any) -> Task:
     splits = Splits(clicks(250, 1), clicks(1000, 2), clicks(3000, 3))
-    fields: dict[str, Any] = {"splits": splits, "forward": forward, "loss": loss, "metric": LogLossOf(1)}
-    return Task(trained(), **{**fields, "reported": (LogLossOf(0),), **changes})
+    fields: dict[str, Any] = {"splits": splits, "forward": forward, "loss": loss, "metric": log_loss_of(1)}
+    return Task(trained(), **{**fields, "reported": (log_loss_of(0),), **changes})
 
 
 def screened(task: Task, schemes: tuple[str, ...] = ("fp8",)) -> tuple[Predictor, Callable[[dict[str, str]], Scored]]:
@@ -132,7 +120,7 @@ def test_the_model_has_learned_both_tasks() -> None:
     found = score(task, task.model, task.splits.search)
     rates = torch.cat([batch["labels"] for batch in task.splits.search]).mean(0).double()
     entropy = -(rates * rates.log() + (1 - rates) * (1 - rates).log())
-    for head, values in ((1, found.values), (0, found.reported["log-loss 0"])):
+    for head, values in ((1, found.values), (0, found.reported[log_loss_of(0).name])):
         assert values.mean() < 0.8 * float(entropy[head])
 
 
@@ -171,7 +159,7 @@ def test_the_metric_of_one_head_is_foretold_for_a_map(scheme: str) -> None:
     for chosen, least in ((experts, 0.995), (towers, 0.995), (experts[:2], 0.995), (keys, 0.8)):
         measured = measure(dict(chosen))
         three = predictor.baseline.whole, predictor.scored(chosen), measured
-        for each in ([part.values for part in three], [part.reported["log-loss 0"] for part in three]):
+        for each in ([part.values for part in three], [part.reported[log_loss_of(0).name] for part in three]):
             before, predicted, direct = each
             if (predicted != before).any():  # a tower moves its own head alone
                 assert np.corrcoef(predicted - before, direct - before)[0, 1] > least, (chosen, scheme)
@@ -205,7 +193,7 @@ class Columns(nn.Module):
 
 
 def columns_task(model: nn.Module) -> Task:
-    task = task_of(metric=LogLossOf(0), reported=())
+    task = task_of(metric=log_loss_of(0), reported=(), labels=lambda batch: batch["labels"][:, 0])
     return replace(task, model=model.eval(), loss=lambda scores, _: scores.square().mean(1))
 
 

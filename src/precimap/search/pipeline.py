@@ -28,6 +28,7 @@ from precimap.precision_map import PrecisionMap, Premise
 from precimap.search import preflight
 from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of
 from precimap.search.answer import alpha_note, answer_of
+from precimap.search.batch_invariance import batch_dependence
 from precimap.search.calibrate import Calibration, calibrated
 from precimap.search.certificate.certify import Question, certify
 from precimap.search.certificate.ledger import Ledger
@@ -252,8 +253,9 @@ def _preflight(
     drop = preflight.detectable(
         task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
     )
-    notes = (*preflight.notes(inventory, search.schemes), *seen.allowed.idle(), *seen.notes)
-    checked = preflight.Preflight(n, units, drop, notes)
+    coupled = batch_dependence(task, inventory, calibration, search.schemes, seen.allowed.open_pairs())
+    notes = (*preflight.notes(inventory, coupled), *seen.allowed.idle(), *seen.notes)
+    checked = preflight.Preflight(n, units, drop, notes, coupled)
     search.run.journal.conclude("preflight", task.name, asdict(checked))
     search.run.journal.conclude("inventory", task.name, asdict(inventory))
     if search.on_preflight is not None:

@@ -22,7 +22,8 @@ from precimap.layers.views import plain_name
 from precimap.metrics.auc import AUC, GAUC
 from precimap.metrics.click import NE, LogLoss
 from precimap.metrics.paired import bounded, detectable_drop
-from precimap.numerics.schemes import Granularity, Scheme
+from precimap.numerics.schemes import Scheme
+from precimap.search.batch_invariance import BatchDependence, along_units
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import prepare
 from precimap.task import Scored, Task, first_batch, labels_of, score
@@ -43,12 +44,16 @@ class SplitPrints:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What one batch showed. `detectable` is the drop that the certify split can tell from zero with 80 % power."""
+    """What one batch showed. `detectable` is the drop that the certify split can tell from zero with 80 % power.
+
+    batch_dependence: of each scheme under which units of one batch share a scale.
+    """
 
     search_units: int
     certify_units: int
     detectable: float
     notes: tuple[str, ...]
+    batch_dependence: tuple[BatchDependence, ...] = ()
 
 
 def fingerprint_splits(task: Task) -> SplitPrints:
@@ -127,29 +132,11 @@ def _score_one(task: Task, batch: Any) -> Scored:
 
 def _with_unit_replaced(batch: Any, units: int) -> Any:
     """The batch with its first unit overwritten by its last one; None where nothing has one row per unit."""
-    replaced = False
 
-    def visit(value: Any) -> Any:
-        nonlocal replaced
-        if isinstance(value, Tensor):
-            if value.dim() and value.shape[0] == units:
-                replaced = True
-                value = value.clone()
-                value[0] = value[-1]
-            return value
-        if isinstance(value, dict):
-            return {key: visit(item) for key, item in value.items()}
-        if isinstance(value, list) and len(value) == units and all(isinstance(item, str) for item in value):
-            replaced = True
-            return [value[-1], *value[1:]]
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(visit(item) for item in value))
-        if isinstance(value, tuple | list):
-            return type(value)(visit(item) for item in value)
-        return value
+    def replaced(rows: Any) -> Any:
+        return torch.cat([rows[-1:], rows[1:]]) if isinstance(rows, Tensor) else [rows[-1], *rows[1:]]
 
-    changed = visit(batch) if units > 1 else None
-    return changed if replaced else None
+    return along_units(batch, units, replaced) if units > 1 else None
 
 
 def check_baseline(task: Task, baseline: Scored) -> None:
@@ -218,18 +205,9 @@ def detectable(
     return detectable_drop(drop.error * drop.n**0.5, n, alpha) if isfinite(drop.error) else inf
 
 
-def notes(inventory: Inventory, schemes: Sequence[Scheme]) -> tuple[str, ...]:
+def notes(inventory: Inventory, coupled: Sequence[BatchDependence]) -> tuple[str, ...]:
     """What is worth knowing before the search."""
-    found = []
-    coupled = [
-        s.name
-        for s in schemes
-        if s.input is not None and s.input.dynamic and s.input.granularity is Granularity.PER_TENSOR
-    ]
-    if coupled:
-        found.append(
-            f"{', '.join(coupled)}: one dynamic scale for the whole input, so a unit's score depends on its batch"
-        )
+    found = [dependence.note for dependence in coupled]
     if inventory.hidden_flops:
         hidden = "; ".join(f"{reason} ({flops:,} FLOPs)" for reason, flops in inventory.hidden_flops)
         found.append(f"weight products that no layer stands for: {hidden}")
