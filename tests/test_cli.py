@@ -43,7 +43,8 @@ class Ran:
 def in_a_process(*arguments: str, cwd: Path) -> Ran:
     """Run the command as a shell would."""
     state = {"PRECIMAP_STATE": str(cwd / "state")}  # this may run before the fixture that moves every test's state
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "80", **state}
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "80", **state}
     found = subprocess.run(
         [sys.executable, "-c", "from precimap.cli import main; main()", *arguments],
         cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=240,
