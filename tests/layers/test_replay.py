@@ -276,3 +276,20 @@ def test_a_model_in_its_own_inference_mode_is_computed() -> None:
             with Replay({}, {}, {}, recording), torch.inference_mode():
                 assert torch.equal(model(x), plain)
     assert (recording.replayed, recording.bytes) == (0, 0)
+
+
+def test_a_probe_leaves_no_recorded_result_in_use() -> None:
+    """What the layer read is a recorded result; were it held on to, the recording would move it at the end of each probe."""
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)).eval(), torch.randn(4, 16)
+    weights, recording = parameter_names(model), Recording(UNLIMITED)
+    layers = _layer(model, "2.weight")
+    with torch.no_grad():
+        with Replay(weights, {}, {}, recording):
+            model(x)
+        storages = set(recording._owners)
+        for _ in range(2):
+            probe = Replay(weights, layers, dequantized(layers), recording)
+            with probe:
+                model(x)
+            assert set(recording._owners) == storages
+        assert recording.replayed == 2 * 2
