@@ -86,7 +86,7 @@ def _said_of(profile: HardwareProfile, pairs: Iterable[tuple[str, Scheme]], targ
     for scheme in {scheme.name: scheme for _, scheme in pairs}.values():
         if scheme.name in profile.schemes and profile.schemes[scheme.name] != form_of(scheme):
             raise ProfileError(f"the profile's {scheme.name} is another scheme than the one searched; measure this one")
-    said = [f"layers timed elsewhere, by a profile of {profile.target}: {profile.device}"]
+    said = [f"times of layers by a profile of {profile.target}: {profile.device}"]
     if target.timer is not None:
         differing = profile.device.differences(target.timer.device())
         said = [f"the profile is of another machine than this: {'; '.join(differing)}"] if differing else said
