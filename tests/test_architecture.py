@@ -13,7 +13,7 @@ ORDER = (
     {"errors", "durable", "journal"},
     {"numerics"},
     {"certificate"},
-    {"precision_map"},
+    {"precision_map", "hardware_profile"},
     {"layers", "fingerprints"},
     {"metrics"},
     {"task", "task_file"},
@@ -26,7 +26,16 @@ ORDER = (
 )
 STRANGERS = {("search", "runtime"), ("runtime", "search")}
 TORCH_FREE = (
-    *("errors", "durable", "journal", "certificate", "precision_map", "numerics/formats", "numerics/schemes"),
+    *(
+        "errors",
+        "durable",
+        "journal",
+        "certificate",
+        "precision_map",
+        "hardware_profile",
+        "numerics/formats",
+        "numerics/schemes",
+    ),
     *(
         "layers/inventory",
         "layers/groups",

@@ -43,7 +43,8 @@ class Ran:
 def in_a_process(*arguments: str, cwd: Path) -> Ran:
     """Run the command as a shell would."""
     state = {"PRECIMAP_STATE": str(cwd / "state")}  # this may run before the fixture that moves every test's state
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "80", **state}
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "80", **state}
     found = subprocess.run(
         [sys.executable, "-c", "from precimap.cli import main; main()", *arguments],
         cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=240,
@@ -106,6 +107,30 @@ def test_search_report_certify_and_deploy(folder: Path, searched: Ran, precimap:
     assert (folder / "fast.safetensors").stat().st_size > 1000
 
 
+def test_a_device_is_timed_and_a_search_plans_with_it(folder: Path, precimap: Callable[..., Ran]) -> None:
+    timed = precimap("bench-device", "mine.py", "--batch-sizes", "64,1024", "--output", "device.json")
+    assert timed.returncode == 0, timed.stderr
+    assert max(map(len, timed.stdout.splitlines())) <= 80
+    assert "batch 64, 1024; saved device.json" in " ".join(timed.stdout.split())
+    profile = json.loads((folder / "device.json").read_text())
+    assert (profile["target"], profile["batch_sizes"], len(profile["rows"])) == ("cpu-int8", [64, 1024], 8)
+    scheme = "int8-static-u7"
+    assert scheme in profile["schemes"]
+    for row in profile["rows"]:
+        if row["low"]:  # a planted gain, so that the answer does not hang on this machine
+            row["low"][scheme]["ratio"] = {"median": 0.5, "lower": 0.4, "upper": 0.6, "n": 15}
+    (folder / "device.json").write_text(json.dumps(profile))
+    asked = ("search", "mine.py", "--scheme", scheme, "--margin", "0.2", "--profile", "device.json", "--json")
+    found = precimap(*asked, "--batch-sizes", "256", "--run", "planned")
+    assert found.returncode == 0, found.stderr
+    assert "interpolated between measured batch sizes" in " ".join(found.stderr.split())
+    assert json.loads(found.stdout)["latency"]["batch_sizes"] == [256]
+    outside = precimap(*asked, "--batch-sizes", "4096", "--run", "outside")
+    assert outside.returncode == 2
+    assert "not at 4,096" in outside.stderr
+    assert not (folder / "outside").exists()
+
+
 def test_no_is_exit_code_1(precimap: Callable[..., Ran]) -> None:
     found = precimap("search", "mine.py", "--scheme", "fp8", "--margin", "1e-7", "--run", "no", "--json")
     assert found.returncode == 1
@@ -137,6 +162,10 @@ def test_layers_names_the_products_without_a_weight(precimap: Callable[..., Ran]
         (("layers", "mine.py:wrong"), "got int"),
         (("layers", "mine.py:absent"), "functions there: task, broken, wrong"),
         (("layers", "no.such.module:task"), "does not import"),
+        ((*SEARCH, "--batch-sizes", "64;1"), "such as 64,1024"),
+        ((*SEARCH, "--batch-sizes", "64"), "emulated counts FLOPs"),
+        ((*SEARCH, "--profile", "mine.py"), "not a hardware profile"),
+        (("bench-device", "mine.py", "--target", "emulated", "--output", "x"), "emulated has none"),
         (("search", "mine.py", "--scheme", "fp3", "--margin", "1", "--run", "x"), "fp8-static"),
         (("search", "mine.py", "--scheme", "fp8", "--margin", "0", "--run", "x"), "above zero"),
         (

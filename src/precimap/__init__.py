@@ -2,6 +2,7 @@
 
 from precimap import metrics
 from precimap.certificate import Certificate
+from precimap.hardware_profile import HardwareProfile
 from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED
 from precimap.metrics.guard import Guard
@@ -12,6 +13,8 @@ from precimap.runtime.deploy import deploy
 from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import Knapsack, Threshold
+from precimap.search.latency.serving import Serving
+from precimap.search.latency.timed import bench_device
 from precimap.search.limits import Effort
 from precimap.search.pipeline import SearchResult, search
 from precimap.task import Splits, Task
@@ -24,12 +27,15 @@ __all__ = [
     "Constraints",
     "Effort",
     "Guard",
+    "HardwareProfile",
     "Knapsack",
     "PrecisionMap",
     "SearchResult",
+    "Serving",
     "Splits",
     "Task",
     "Threshold",
+    "bench_device",
     "deploy",
     "discover",
     "load_deployed",

@@ -19,6 +19,8 @@ from rich.markup import escape
 from precimap.cli_options import (
     TARGETS,
     AllowOption,
+    BatchSizesOption,
+    BitsOption,
     BudgetOption,
     BytesOption,
     ConfidenceOption,
@@ -27,6 +29,7 @@ from precimap.cli_options import (
     MapArgument,
     MarginOption,
     Probes,
+    ProfileOption,
     RangeOption,
     RealignOption,
     RuleName,
@@ -36,14 +39,17 @@ from precimap.cli_options import (
     TargetName,
     TargetOption,
     TaskArgument,
+    sizes_of,
 )
 from precimap.demos.demo import run_demo, unused_directory
 from precimap.errors import InputError, MapError, PrecimapError
+from precimap.hardware_profile import HardwareProfile
 from precimap.layers.discover import discover
-from precimap.numerics.schemes import range_rule_from_row
+from precimap.numerics.schemes import SCHEMES, range_rule_from_row
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
 from precimap.report.inventory_table import inventory_table
+from precimap.report.profile_table import profile_page
 from precimap.report.progress_bar import progress_bar
 from precimap.report.proof import certificate_text
 from precimap.report.run_record import read_run
@@ -55,6 +61,8 @@ from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
 from precimap.search.certificate.recertify import recertify
 from precimap.search.evidence.known import BYTES_WORTH
+from precimap.search.latency.serving import Serving
+from precimap.search.latency.timed import bench_device as time_layers
 from precimap.search.limits import Effort
 from precimap.search.pipeline import search as search_task
 from precimap.search.preflight import check_weights
@@ -95,15 +103,15 @@ def search(
     minimum_gain: GainOption = 0.0,
     maximum_bytes: Annotated[int | None, typer.Option(help="Of all layers together, under the map.")] = None,
     bytes_worth: BytesOption = BYTES_WORTH,
-    effective_bits: Annotated[
-        float | None, typer.Option(help="Limit of the average bits of a weight, scales included.")
-    ] = None,
+    effective_bits: BitsOption = None,
     rounding_draws: Annotated[int, typer.Option(help="Shifted rounding grids for the final map; 0: none.")] = 8,
     screen_memory: Annotated[int, typer.Option(help="MB that the screen may hold for a batch.")] = 4096,
     replay_memory: Annotated[int, typer.Option(help="MB of recorded results that probes may hold.")] = 4096,
     max_minutes: Annotated[float | None, typer.Option(help="Then certify the best answer so far.")] = None,
     alpha_budget: BudgetOption = None,
     realign: RealignOption = False,
+    profile: ProfileOption = None,
+    batch_sizes: BatchSizesOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""
@@ -129,6 +137,7 @@ def search(
                 rounding_draws=rounding_draws,
                 minutes=max_minutes,
             ),
+            serving=Serving(sizes_of(batch_sizes), None if profile is None else HardwareProfile.load(profile)),
             run=run,
             realign=realign,
             progress=progress,
@@ -226,6 +235,26 @@ def report(
     """Print a run's tables again."""
     record = read_run(run)
     _show(record.as_row(), run_page(record), as_json)
+
+
+@app.command()
+def bench_device(
+    task: TaskArgument,
+    output: Annotated[Path, typer.Option(help="The profile to write, JSON.")],
+    target: TargetOption = TargetName.CPU_INT8,
+    batch_sizes: BatchSizesOption = "",
+    scheme: Annotated[list[str] | None, typer.Option(help="Several, if need be; default all that run here.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time the layers of a task's model on this machine, for `search --profile` here or elsewhere."""
+    loaded = load_task(task)
+    schemes = [scheme_by_name(name) for name in scheme or SCHEMES]
+    with progress_bar(_errors) as progress:
+        found = time_layers(
+            loaded, target=TARGETS[target], batch_sizes=sizes_of(batch_sizes), schemes=schemes, progress=progress
+        )
+    found.save(output)
+    _show(found.model_dump(mode="json"), profile_page(found, output), as_json)
 
 
 @app.command()

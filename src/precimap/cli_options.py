@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from precimap.errors import InputError
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics.schemes import SCHEMES
 from precimap.runtime.cpu_int8 import CPU_INT8
@@ -81,13 +82,32 @@ SchemeOption = Annotated[
     list[str], typer.Option(help=f"Give several to let each layer take one; out of {', '.join(SCHEMES)}.")
 ]
 GainOption = Annotated[
-    float, typer.Option(help="Least gain of a map: the share of the FLOP time it saves, and what its bytes are worth.")
+    float,
+    typer.Option(help="Least gain of a map: the share of the layers' time that it saves, and its bytes' worth."),
 ]
+BitsOption = Annotated[float | None, typer.Option(help="Limit of the average bits of a weight, scales included.")]
 RealignOption = Annotated[
     bool, typer.Option("--realign", help="Fold a label-free scale and bias of the logit into the last layer.")
 ]
 BytesOption = Annotated[
-    float, typer.Option(help="What saving all bytes is worth, where saving the time of all FLOPs is worth 1.")
+    float, typer.Option(help="What saving all bytes is worth, where saving all of the layers' time is worth 1.")
+]
+
+
+def sizes_of(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas: "64,1024"."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise InputError(f"expected batch sizes such as 64,1024, got {text!r}") from None
+
+
+BatchSizesOption = Annotated[
+    str,
+    typer.Option(help="Units of a batch when it is served, such as 64,1024; default the profile's, or as in the data."),
+]
+ProfileOption = Annotated[
+    Path | None, typer.Option(help="Plan with the times of this file, made by bench-device, instead of timing here.")
 ]
 BudgetOption = Annotated[
     float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")

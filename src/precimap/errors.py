@@ -8,6 +8,7 @@
     |   |-- SchemeError         an unknown scheme, or one that a layer cannot take
     |   |-- MapError            a precision map that cannot be read
     |   |   `-- PremiseMismatch a map of another model, task or data
+    |   |-- ProfileError        a hardware profile that cannot be read, or lacks what is asked of it
     |   |-- DeployError         a map that this target cannot run
     |   `-- SaveError           a file that could not be written (the old one is still there)
     |-- AlphaSpent              the certify split has no confidence left for another map
@@ -48,6 +49,10 @@ class MapError(InputError):
 
 class PremiseMismatch(MapError):
     """A precision map made for other weights, another task or other data."""
+
+
+class ProfileError(InputError):
+    """A hardware profile that cannot be read, or that holds no time of what is asked."""
 
 
 class DeployError(InputError):

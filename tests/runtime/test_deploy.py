@@ -18,7 +18,7 @@ from precimap.runtime.cpu_int8 import Int8Linear, has_bf16, int8_scheme, product
 from precimap.runtime.deploy import deployment_of
 from precimap.runtime.timing import interleaved, ratio
 from precimap.task import Task
-from small_tasks import planted_task
+from small_tasks import COUNTED_INT8, planted_task
 
 X = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
 
@@ -31,7 +31,7 @@ def task() -> Task:
 @pytest.fixture(scope="module")
 def int8(task: Task, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
     folder = tmp_path_factory.mktemp("int8")
-    return search(task, schemes=[int8_scheme()], target=CPU_INT8, margin=0.2, ledger=folder)
+    return search(task, schemes=[int8_scheme()], target=COUNTED_INT8, margin=0.2, ledger=folder)
 
 
 @pytest.fixture(scope="module")

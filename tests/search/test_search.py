@@ -20,7 +20,7 @@ from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.certificate.recertify import recertify
 from precimap.search.preflight import Preflight
 from precimap.task import score
-from small_tasks import batches, planted_task
+from small_tasks import COUNTED_INT8, batches, planted_task
 
 # A drop of 0.2 nats is far above what FP8 does here and far below what the planted layer does under one scale.
 MARGIN = 0.2
@@ -219,7 +219,7 @@ def test_a_map_of_another_model_is_refused(result: SearchResult, tmp_path: Path)
 
 
 def test_the_deployed_model_is_what_is_certified_on_this_cpu(tmp_path: Path) -> None:
-    found = search(planted_task(), schemes=[int8_scheme()], target=CPU_INT8, margin=MARGIN, ledger=tmp_path)
+    found = search(planted_task(), schemes=[int8_scheme()], target=COUNTED_INT8, margin=MARGIN, ledger=tmp_path)
     assert found.certificate is not None
     assert found.certified
     assert "deployed model" in found.certificate.claim

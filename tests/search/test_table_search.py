@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from precimap import CPU_INT8, SearchResult, Splits, Task, deploy, search
+from precimap import SearchResult, Splits, Task, deploy, search
 from precimap.errors import InputError
 from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES, scheme
-from precimap.report.tables import inventory_table, run_page
+from precimap.report.inventory_table import inventory_table
+from precimap.report.tables import run_page
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import Knapsack
@@ -23,6 +24,7 @@ from precimap.search.eligibility import eligibility
 from precimap.search.evidence.known import gain, options
 from precimap.search.limits import Effort
 from precimap.search.whole import choosing
+from small_tasks import COUNTED_INT8
 
 EFFORT = Effort(rounding_draws=2)
 WIDTH, CLASSES = 16, 16
@@ -150,7 +152,7 @@ def test_a_budget_that_no_map_meets_is_refused(task: Task, tmp_path: Path) -> No
 
 
 def test_a_mixed_map_for_this_cpu_deploys(task: Task, tmp_path: Path) -> None:
-    result = found(task, tmp_path, [int8_scheme(), "int8-row", "int4-row"], target=CPU_INT8)
+    result = found(task, tmp_path, [int8_scheme(), "int8-row", "int4-row"], target=COUNTED_INT8)
     assert result.certified
     assert {"plain.weight", "outlier.weight"} <= set(result.map.low)
     fast = deploy(task.model, result.map, task=task)

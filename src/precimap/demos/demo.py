@@ -1,8 +1,8 @@
 """The main job on the embedded default, end to end: two maps, both certified, one deployed and timed.
 
 The FP8 map is for a GPU with FP8 arithmetic: its codes and scales are exact here, its outputs emulated, its benefit counted
-in FLOPs and bytes. The INT8 map runs on this CPU and is certified as deployed. The two questions share one certify
-split, so each gets half of the alpha.
+in FLOPs and bytes. The INT8 map holds what saves time on this CPU, layer by layer, and is certified as deployed. The two
+questions share one certify split, so each gets half of the alpha.
 """
 
 import copy
@@ -53,20 +53,20 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """Both runs, and what was deployed."""
+    """Both runs, and what was deployed: nothing (None), where no INT8 layer saves time on this CPU and is certified."""
 
     fp8: RunRecord
     int8: RunRecord
-    agreement: Agreement
-    speed: Speed
+    agreement: Agreement | None
+    speed: Speed | None
     files: dict[str, str]
 
     def as_row(self) -> dict[str, Any]:
         return {
             "fp8": self.fp8.as_row(),
             "int8": self.int8.as_row(),
-            "agreement": asdict(self.agreement),
-            "speed": asdict(self.speed),
+            "agreement": None if self.agreement is None else asdict(self.agreement),
+            "speed": None if self.speed is None else asdict(self.speed),
             "files": self.files,
         }
 
@@ -93,6 +93,8 @@ class DemoResult:
 
     def _deployed_text(self) -> Text:
         speed, found = self.speed, self.agreement
+        if speed is None or found is None:
+            return Text("nothing: the INT8 map keeps every layer in base precision, and its answer says why")
         native = [] if has_bf16() else ["  (this CPU has no BF16 arithmetic, which makes BF16 slow here)"]
         lines = [
             f"difference to the emulation (n = {found.units}): rms {found.rms_difference:.2g}, "
@@ -129,8 +131,8 @@ def run_demo(out: Path, model: str | None, progress: Progress, sizes: Sizes = DE
     result = search(
         task, schemes=[scheme], target=CPU_INT8, run=out / "int8", progress=_named("INT8", progress), **common
     )
-    found, speed = _deployed(task, result.map, out)
-    return DemoResult(read_run(out / "fp8"), read_run(out / "int8"), found, speed, _files(out))
+    found, speed = _deployed(task, result.map, out) if result.map.low else (None, None)
+    return DemoResult(read_run(out / "fp8"), read_run(out / "int8"), found, speed, _files(out, bool(result.map.low)))
 
 
 def unused_directory(wanted: Path) -> Path:
@@ -176,12 +178,12 @@ def _speed(task: Task, fast: nn.Module, batch: dict[str, Tensor]) -> Speed:
     )
 
 
-def _files(out: Path) -> dict[str, str]:
+def _files(out: Path, deployed: bool) -> dict[str, str]:
     return {
         "FP8 map": str(out / "fp8" / "map.json"),
         "FP8 measurements": str(out / "fp8" / "measurements.sqlite"),
         "INT8 map": str(out / "int8" / "map.json"),
         "INT8 measurements": str(out / "int8" / "measurements.sqlite"),
-        "deployed INT8 model": str(out / "int8" / "deployed.safetensors"),
+        **({"deployed INT8 model": str(out / "int8" / "deployed.safetensors")} if deployed else {}),
         "print a run again": f"precimap report {out / 'int8'}",
     }

@@ -5,6 +5,7 @@ by an op that contracts nothing, hidden in a fused recurrent call, computed from
 Looking at module types instead would miss raw parameters, which hold most FLOPs of some ranking models.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from precimap.layers.contents import version_of
 from precimap.layers.groups import fused_by_engines
 from precimap.layers.influence import InfluenceTrace, confirmed_dead
 from precimap.layers.interception import Interception, WeightCall
-from precimap.layers.inventory import ActivationProduct, Inventory, Layer, OtherParameter
+from precimap.layers.inventory import ActivationProduct, Inventory, Layer, OtherParameter, Read
 from precimap.layers.ops import (
     OPS,
     UNSUPPORTED_CALLS,
@@ -48,6 +49,7 @@ class _Seen:
     lookup: bool = False
     positions_mixed: bool = False
     inputs: list[tuple[Any, ...]] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
 
 
 class _Discovery(Interception):
@@ -75,6 +77,7 @@ class _Discovery(Interception):
         left, right = call.arguments.get(call.op.left), call.arguments.get(call.op.right)
         if isinstance(output, Tensor):
             seen.flops += product_flops(call.op, left, right, call.contraction, output)
+            seen.reads.append(Read(tuple(call.input.shape), math.prod(output.shape[:-1])))
         if not call.op.lookup:
             self._kept_alive.append(call.input)  # so that its storage is not taken by a later tensor of this batch
             seen.inputs.append(_identity(call.input))
@@ -220,6 +223,8 @@ def _layers(
                 fused=fused.get(name),
                 dead=dead.get(name),
                 also_read_by=tuple(dict.fromkeys(mode.readers.get(name, ()))),
+                module=None if owner is None else str(owner),
+                reads=tuple(seen.reads),
             )
         )
     return tuple(layers)

@@ -10,6 +10,19 @@ from functools import cached_property
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """One call that reads a weight. input: shape of the other operand (of the ids, for a lookup). rows: of the result."""
+
+    input: tuple[int, ...]
+    rows: int
+
+    @property
+    def each(self) -> int:
+        """Of a lookup in bags: about how many ids a bag holds."""
+        return max(1, round(math.prod(self.input) / self.rows)) if self.rows else 1
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """A weight parameter and the op it feeds.
 
@@ -20,6 +33,8 @@ class Layer:
     in_linear_module: it is only read by calls of the nn.Linear that owns it, so that a module swap serves it.
     not_packed: why no module of packed rows can take the place of the table's own; None when one can.
     also_read_by: other calls that read the weight and contract nothing. dead: why it cannot matter, or None.
+    module: the nn.Linear, nn.Embedding or nn.EmbeddingBag that alone reads the weight, as torch prints it; or None.
+    reads: its calls, in their order.
     """
 
     name: str
@@ -41,6 +56,8 @@ class Layer:
     fused: str | None = None
     dead: str | None = None
     also_read_by: tuple[str, ...] = ()
+    module: str | None = None
+    reads: tuple[Read, ...] = ()
 
     @property
     def numel(self) -> int:

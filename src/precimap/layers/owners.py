@@ -49,6 +49,13 @@ def owners(model: nn.Module) -> Iterator[Owners]:
             hook.remove()
 
 
+def module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module whose weight has this name. Raises KeyError when there is none."""
+    named = {plain_name(f"{path}.weight".lstrip(".")): module for path, module in model.named_modules()}
+    found: nn.Module = named[name]
+    return found
+
+
 def why_not_packed(module: nn.Module | None) -> str | None:
     """Why a module of packed rows cannot take this module's place, or None."""
     if type(module) not in _TABLES or not isinstance(module, _TABLES):

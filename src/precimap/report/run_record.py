@@ -20,7 +20,8 @@ class RunRecord:
     """Everything a run found. `map` and `answer` are None for a run that did not finish.
 
     evidence: what was predicted and probed of single layers, and the audit. chain: the maps as wholes, safest first.
-    looked_up: how many batches were scored so far, by stage.
+    latency: what layers take and save, None where time is counted in FLOPs.
+    batches: how many were scored so far, by stage.
     """
 
     directory: Path
@@ -32,6 +33,7 @@ class RunRecord:
     chain: tuple[dict[str, Any], ...]
     certificates: tuple[Certificate, ...]
     deployment: dict[str, Any] | None
+    latency: dict[str, Any] | None
     map: PrecisionMap | None
     answer: str | None
     batches: dict[str, int]
@@ -49,6 +51,7 @@ class RunRecord:
             "evidence": self.evidence,
             "whole_maps": list(self.chain),
             "deployment": self.deployment,
+            "latency": self.latency,
             "batches_scored": self.batches,
         }
 
@@ -71,6 +74,7 @@ def read_run(directory: str | Path) -> RunRecord:
                 for row in (_only(journal, "certificates") or {"certificates": []})["certificates"]
             ),
             deployment=_only(journal, "deployment"),
+            latency=_only(journal, "latency"),
             map=None if summary is None else PrecisionMap.parse(json.dumps(summary["map"]), str(directory)),
             answer=None if summary is None else str(summary["answer"]),
             batches={kind: count for kind in STAGES if (count := journal.count(kind))},

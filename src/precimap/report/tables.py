@@ -19,7 +19,7 @@ from precimap.report.run_record import RunRecord
 NAME_WIDTH = 36
 NARROW_NAME_WIDTH = 24  # beside all columns of a map
 SCHEME_WIDTH = 15
-_WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED)
+_WITHOUT_EVIDENCE = (Verdict.INELIGIBLE, Verdict.PINNED, Verdict.SLOWER)
 _STYLE = {
     Verdict.TOLERANT: "green",
     Verdict.SENSITIVE: "red",
@@ -108,7 +108,13 @@ def chain_table(run: RunRecord) -> RenderableType:
         cells += ["", "", ""] if tested is None else [cell(tested.drop), cell(tested.error), cell(tested.upper)]
         said = "" if tested is None else "yes" if tested.certified else "no"
         table.add_row(str(len(row["low"])), *cells, said)
-    return Group(table, *_broken_guards(run), *_drift(run))
+    return Group(table, _gains(run), *_broken_guards(run), *_drift(run))
+
+
+def _gains(run: RunRecord) -> Text:
+    gains = ", ".join(f"{row['gain']:.1%}" for row in run.chain)
+    how = "half of the FLOPs that 8 bits take over, counted" if run.latency is None else "of the layers' time, timed"
+    return Text(f"gains, in that order: {gains} ({how}; what bytes are worth included)", style="dim")
 
 
 def _broken_guards(run: RunRecord) -> list[Text]:
@@ -135,7 +141,9 @@ def _drift(run: RunRecord) -> list[Text]:
 def audit_text(evidence: dict[str, Any]) -> RenderableType:
     """How the screen was checked, and where it was not believed."""
     lines, audit = [], evidence["audit"]
-    if audit is None:
+    if not evidence["layers"]:
+        lines.append("no layer was a candidate: nothing was predicted or probed")
+    elif audit is None:
         lines.append("every layer was probed on its own; nothing was predicted")
     elif audit["rows"]:
         agreeing, n = sum(row["agrees"] for row in audit["rows"]), len(audit["rows"])
@@ -171,7 +179,7 @@ def run_page(run: RunRecord) -> RenderableType:
     if run.preflight is not None:
         parts += [preflight_text(run.preflight), Text()]
     if run.map is not None:
-        parts += [map_table(run.map), Text(), _savings(run.map, run.floor), Text()]
+        parts += [map_table(run.map), Text(), _savings(run.map, run.floor, run.latency), Text()]
     else:
         done = ", ".join(f"{kind} {count}" for kind, count in run.batches.items()) or "none"
         parts += [Text(f"unfinished, the same command takes it up again; batches scored: {done}", style="yellow")]
@@ -199,12 +207,15 @@ def preflight_text(preflight: dict[str, Any]) -> RenderableType:
     return Text("\n".join([*lines, *(f"note: {note}" for note in preflight["notes"])]))
 
 
-def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> RenderableType:
+def _savings(
+    precision_map: PrecisionMap, floor: dict[str, Any] | None, latency: dict[str, Any] | None
+) -> RenderableType:
     lines = [
         f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, "
         f"{precision_map.flops_share:.1%} of the weight FLOPs",
         f"bytes of all layers: {megabytes(precision_map.bytes_before)} -> {megabytes(precision_map.bytes_after)}, "
         f"{precision_map.bytes_share:.1%} of them in low precision",
+        _time_saved(precision_map, latency),
     ]
     if precision_map.realignment is not None:
         repair = precision_map.realignment
@@ -215,6 +226,21 @@ def _savings(precision_map: PrecisionMap, floor: dict[str, Any] | None) -> Rende
         drop = floor["drop"]
         lines.append(f"noise floor (rounding every layer to BF16): {drop['estimate']:+.1e} ± {drop['error']:.1e}")
     return Text("\n".join(lines))
+
+
+def _time_saved(precision_map: PrecisionMap, latency: dict[str, Any] | None) -> str:
+    """As the sum of the layers that are low, each timed alone; or that nothing was timed."""
+    if latency is None:
+        return f"time saved is counted in FLOPs: no layer was timed for the target {precision_map.target}"
+    chosen = {(name, precision_map.layers[name].scheme) for name in precision_map.low}
+    saved = [found for layer, scheme, found in latency["saved"] if (layer, scheme) in chosen]
+    share, low, high = (sum(found[bound] for found in saved) for bound in ("share", "lower", "upper"))
+    sizes = ", ".join(map(str, latency["batch_sizes"]))
+    took = ", ".join(f"{1e3 * seconds:.3g} ms" for seconds in latency["seconds"])
+    return (
+        f"time of the layers: {share:.1%} [{low:.1%}, {high:.1%}] saved, the sum of layers timed alone (quartiles of "
+        f"n = {latency['n']} turns; batch {sizes}: {took} in base precision; {latency['device']})"
+    )
 
 
 def _sizes(precision_map: PrecisionMap) -> str:

@@ -26,6 +26,7 @@ from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.quantize import Affine, quantize
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.runtime.cpu_tables import packed_table, table_refusal
+from precimap.runtime.cpu_timer import CpuTimer
 
 
 class Int8Linear(nn.Module):
@@ -82,6 +83,11 @@ class CpuInt8:
 
     name = "cpu-int8"
     claim = "Measured on the deployed model: the kernels of this CPU, not their emulation."
+
+    @property
+    def timer(self) -> CpuTimer:
+        """Times a module against what takes its place here."""
+        return CpuTimer(lambda module, layer: self.deployed(module, {"weight": layer}))
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this CPU cannot run the layer in the scheme, or None."""

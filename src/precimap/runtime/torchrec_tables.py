@@ -40,6 +40,7 @@ class TorchrecTables:
 
     name = "torchrec"
     claim = "Measured on torchrec's quantised collections, run by FBGEMM on this CPU."
+    timer = None  # a table of a collection runs with its neighbours; alone it would not be what is served
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why torchrec cannot hold the layer in the scheme, or None. Raises DeployError without torchrec."""

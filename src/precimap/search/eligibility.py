@@ -6,7 +6,7 @@ Invariant: every pair of the inventory and the schemes has an answer; a refusal 
 import fnmatch
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from precimap.errors import InputError
@@ -20,19 +20,31 @@ NO_PATTERNS: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Eligibility:
-    """(layer, scheme) -> reason why not, or None; and the layers that the user keeps."""
+    """(layer, scheme) -> reason why not, or None; and the layers that the user keeps.
+
+    slower: why pairs that could be tried save no time, once layers are timed.
+    """
 
     refusals: dict[tuple[str, str], str | None]
     pinned: frozenset[str]
+    slower: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def open_pairs(self) -> tuple[tuple[str, str], ...]:
         """The pairs that may be tried."""
-        return tuple(pair for pair, reason in self.refusals.items() if reason is None and pair[0] not in self.pinned)
+        return tuple(
+            pair
+            for pair, reason in self.refusals.items()
+            if reason is None and pair[0] not in self.pinned and pair not in self.slower
+        )
 
     def reasons(self, layer: str) -> tuple[str, ...]:
         """Why the layer cannot take its schemes, each reason once."""
-        found = [reason for (name, _), reason in self.refusals.items() if name == layer and reason is not None]
-        return tuple(dict.fromkeys(found))
+        told = (*self.slower.items(), *self.refusals.items())
+        return tuple(dict.fromkeys(reason for (name, _), reason in told if name == layer and reason is not None))
+
+    def is_slower(self, layer: str) -> bool:
+        """Whether time keeps the layer from a scheme that nothing else keeps it from."""
+        return any(name == layer for name, _ in self.slower)
 
     def idle(self) -> tuple[str, ...]:
         """A sentence for each scheme that no layer can take."""
@@ -44,6 +56,12 @@ class Eligibility:
             for scheme, found in reasons.items()
             if "" not in found
         )
+
+
+def open_pairs(allowed: Eligibility, schemes: Sequence[Scheme]) -> list[tuple[str, Scheme]]:
+    """The pairs that may be tried, with their schemes."""
+    by_name = {scheme.name: scheme for scheme in schemes}
+    return [(layer, by_name[name]) for layer, name in allowed.open_pairs()]
 
 
 def eligibility(

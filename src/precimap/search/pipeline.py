@@ -27,22 +27,25 @@ from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap, Premise
 from precimap.search import preflight
 from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of
+from precimap.search.answer import alpha_note, answer_of
 from precimap.search.batch_invariance import batch_dependence
 from precimap.search.calibrate import Calibration, calibrated
 from precimap.search.certificate.certify import Question, certify
 from precimap.search.certificate.ledger import Ledger
 from precimap.search.certificate.rounding_draws import rounding_of
-from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility
+from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility, open_pairs
 from precimap.search.evidence.floor import rounding_floor
 from precimap.search.evidence.gather import Evidence, gather
 from precimap.search.evidence.probe import Comparison
+from precimap.search.latency.planned import Latency
+from precimap.search.latency.serving import HERE, Serving, foreseen, timed_here
 from precimap.search.limits import USUAL_EFFORT, Effort, Limits, chain_fingerprint, state_directory
 from precimap.search.progress import Progress, silent
 from precimap.search.realign import Realigner
 from precimap.search.run import Parts, Run, scored
 from precimap.search.whole.assemble import Findings, assemble, premise_of
 from precimap.search.whole.choosing import chosen_maps, to_certify
-from precimap.search.whole.whole_maps import Chosen, Joint, sequence
+from precimap.search.whole.whole_maps import Joint, sequence
 from precimap.task import Task, first_batch
 
 
@@ -63,6 +66,7 @@ class SearchResult:
     evidence: Evidence
     chain: tuple[Joint, ...]
     certificates: tuple[Certificate, ...]
+    latency: Latency | None
 
     @property
     def certified(self) -> bool:
@@ -85,6 +89,7 @@ def search(
     allowed: Mapping[str, Sequence[str]] = NO_PATTERNS,
     alpha_budget: float | None = None,
     effort: Effort = USUAL_EFFORT,
+    serving: Serving = HERE,
     run: str | Path | None = None,
     ledger: str | Path | None = None,
     realign: bool = False,
@@ -97,7 +102,8 @@ def search(
     accept, in units of the metric. rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its
     own drop is surely below it (default: margin / number of candidate layers). pinned: shell patterns of layers to
     keep. allowed: pattern -> the only schemes for the layers that match it. alpha_budget: what the certify split may
-    give away in all (default 1 - confidence). effort: how hard to look, see `Effort`. run: a directory for measurements
+    give away in all (default 1 - confidence). effort: how hard to look, see `Effort`. serving: batch sizes and hardware,
+    see `Serving`; by default layers are timed here if the target has kernels here. run: a directory for measurements
     and maps; one that holds measurements of the same model, data and schemes is taken up again, also with another
     margin or rule. ledger: directory of the alpha ledgers (default `state_directory()`).
     realign: bring each map's scores, which must be logits, back to the baseline's by a scale and a shift that are fitted
@@ -105,16 +111,16 @@ def search(
     on_preflight: told what this many units can detect, before the long work.
 
     Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, JournalError for a run
-    with another premise, AlphaSpent when the certify split has judged other maps before. The model is as before in
-    every case.
+    with another premise, AlphaSpent when the certify split has judged other maps before. The model stays as it was.
     """
     limits = Limits(margin, confidence, cutoff, alpha_budget)
     chosen = _checked(schemes, target)
     preflight.check_weights(task)
-    prints = preflight.fingerprint_splits(task)
-    note = preflight.check_task(task)
+    prints, note = preflight.fingerprint_splits(task), preflight.check_task(task)
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
     eligible = eligibility(inventory, chosen, target, pinned, allowed)
+    by_profile = foreseen(inventory, open_pairs(eligible, chosen), target, serving)
+    seen = _Seen(prints, (note,) if note else (), inventory, eligible, by_profile)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
     # Without the certify split: what was measured on the search split serves fresh data, too.
     written = premise.model_dump(exclude={"certify"}) | {"target": target.name, "numerics": NUMERICS_VERSION}
@@ -123,11 +129,9 @@ def search(
     ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
     with ExitStack() as stack:
         journal = stack.enter_context(run_journal(None if run is None else Path(run), written))
-        search_ = _Search(
-            Run(task, journal, progress, ends_at), chosen, limits, rule, target, effort, premise, on_preflight, last
-        )
-        folder = Path(ledger) if ledger else state_directory()
-        result = _searched(search_, _Seen(prints, note, inventory, eligible), folder)
+        made = Run(task, journal, progress, ends_at)
+        asked = _Search(made, chosen, limits, rule, target, effort, premise, on_preflight, serving, last)
+        result = _searched(asked, seen, Path(ledger) if ledger else state_directory())
         if run is not None:
             _save(result.map, Path(run))
         return result
@@ -163,6 +167,7 @@ class _Search:
     effort: Effort
     premise: Premise
     on_preflight: Callable[[preflight.Preflight], None] | None
+    serving: Serving
     realigned_at: str | None = None  # the layer that makes the scores, if maps are to be realigned there
 
 
@@ -171,21 +176,23 @@ class _Seen:
     """What is known before a run directory is made: wrong input leaves none behind."""
 
     prints: preflight.SplitPrints
-    note: str | None
+    notes: tuple[str, ...]
     inventory: Inventory
     allowed: Eligibility
+    latency: Latency | None
 
 
 def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
     run, task, alpha, inventory = search.run, search.run.task, search.limits.alpha, seen.inventory
     calibration = calibrated(run, inventory, search.schemes)
+    seen = _with_times(search, seen, calibration)
+    timed = seen.latency
     baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
     preflight.check_baseline(task, baseline.whole)
     checked = _preflight(search, seen, calibration, baseline, ledger)
     floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha)
     run.journal.conclude("floor", "all layers", asdict(floor))
-    by_name = {scheme.name: scheme for scheme in search.schemes}
-    pairs = [(layer, by_name[name]) for layer, name in seen.allowed.open_pairs()]
+    pairs = open_pairs(seen.allowed, search.schemes)
     realigner = None if search.realigned_at is None else Realigner(run, search.realigned_at)
     evidence = gather(
         run,
@@ -197,6 +204,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         search.limits,
         search.effort,
         0 if realigner is None else realigner.outputs,
+        {} if timed is None else {key: saved.counted for key, saved in timed.saved.items()},
     )
     limit = cutoff_of(search.limits, inventory, evidence.known)
     findings = Findings(
@@ -221,10 +229,23 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         run.journal.conclude("certificates", "certify", {"certificates": []})
         _conclude(run, assemble(findings, {}), said)
         raise
-    final, certificate, answer = _answer(search, findings, chosen, certificates)
+    final, certificate, answer = answer_of(findings, chosen, certificates, search.limits.margin, timed)
     final = final.model_copy(update={"rounding": _rounding(search, final, baseline, realigner)})
     _conclude(run, final, answer)
-    return SearchResult(final, certificate, answer, checked, inventory, floor, evidence, chosen.joints, certificates)
+    return SearchResult(
+        final, certificate, answer, checked, inventory, floor, evidence, chosen.joints, certificates, timed
+    )
+
+
+def _with_times(search: _Search, seen: _Seen, calibration: Calibration) -> _Seen:
+    """With the times of a profile, or of this machine, and without the pairs that save none."""
+    run, pairs = search.run, open_pairs(seen.allowed, search.schemes)
+    times = seen.latency or timed_here(run, seen.inventory, calibration, pairs, search.target, search.serving)
+    if times is None:
+        return seen
+    run.journal.conclude("latency", "search", times.row())
+    allowed = replace(seen.allowed, slower=times.slower)
+    return replace(seen, allowed=allowed, latency=times, notes=(*seen.notes, *times.notes))
 
 
 def _conclude(run: Run, final: PrecisionMap, answer: str) -> None:
@@ -242,13 +263,13 @@ def _preflight(
     )
     coupled = batch_dependence(task, inventory, calibration, search.schemes, seen.allowed.open_pairs())
     doubts = preflight.doubts(task, baseline.whole, search.limits.margin)
-    notes = (*doubts, *preflight.notes(inventory, coupled), *seen.allowed.idle(), *((seen.note,) if seen.note else ()))
+    notes = (*doubts, *preflight.notes(inventory, coupled), *seen.allowed.idle(), *seen.notes)
     checked = preflight.Preflight(n, units, drop, notes, coupled)
     search.run.journal.conclude("preflight", task.name, asdict(checked))
     search.run.journal.conclude("inventory", task.name, asdict(inventory))
     if search.on_preflight is not None:
         # Said and not written down: a run that is taken up after it paid is to find what an undisturbed one does.
-        spent = _alpha_note(ledger, seen.prints.certify.whole, search.limits)
+        spent = alpha_note(ledger, seen.prints.certify.whole, search.limits)
         search.on_preflight(replace(checked, notes=(*notes, spent)) if spent else checked)
     return checked
 
@@ -269,43 +290,6 @@ def _certified(
     rows = [certificate.model_dump() for certificate in certificates]
     search.run.journal.conclude("certificates", "certify", {"certificates": rows})
     return certificates
-
-
-def _alpha_note(ledger: Path, split: str, limits: Limits) -> str | None:
-    """Said before the long work: whether the certify split can still judge maps that it has not judged."""
-    if not ledger.is_dir():
-        return None
-    spent = sum(entry.alpha for entry in Ledger.open(ledger, split, limits.budget).judged())
-    if spent + limits.alpha <= limits.budget * (1 + 1e-9):
-        return None
-    return (
-        f"the certify split has given away alpha {spent:g}: other maps than those it has judged need fresh data or an "
-        f"alpha budget of {spent + limits.alpha:g} (--alpha-budget)"
-    )
-
-
-def _answer(
-    search: _Search, findings: Findings, chosen: Chosen, certificates: Sequence[Certificate]
-) -> tuple[PrecisionMap, Certificate | None, str]:
-    passed = [certificate for certificate in certificates if certificate.certified]
-    if passed:
-        final = next(j.map for j in chosen.joints if j.map is not None and j.map.fingerprint == passed[-1].map)
-        share = f"{final.flops_share:.1%} of the weight FLOPs, {final.bytes_share:.1%} of the bytes"
-        answer = f"certified: {len(final.low)} of {len(final.layers)} layers in low precision, {share}"
-        return final.model_copy(update={"certificate": passed[-1]}), passed[-1], answer
-    baseline = assemble(findings, {})
-    if certificates:
-        said = f"keep the baseline: the safest map was not certified ({certificates[0].verdict})"
-        return baseline, certificates[0], said
-    margin = search.limits.margin
-    measured = [joint.measured.strictest(margin) for joint in chosen.joints if joint.measured is not None]
-    if measured:
-        said = f"already on the search split the best bound of a map is {min(measured) / margin:.2g} times the margin"
-        said += " of the gate or a guard" if search.run.task.guarded else ""
-        return baseline, None, f"keep the baseline: {said}"
-    if chosen.joints:
-        return baseline, None, "keep the baseline: time ran out before a map was measured as a whole"
-    return baseline, None, "keep the baseline: no layer is both eligible and not sensitive"
 
 
 def _rounding(search: _Search, final: PrecisionMap, baseline: Parts, realigner: Realigner | None) -> Rounding | None:

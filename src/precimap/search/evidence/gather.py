@@ -7,6 +7,7 @@ literal one-at-a-time measurement.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from precimap.search.whole.whole_maps import bound
 
 AUDIT_SEED = 8
 MOST_AMBIGUOUS = 4
+NOTHING_TIMED: Mapping[Key, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,15 +58,17 @@ def gather(
     limits: Limits,
     effort: Effort,
     realigned: int = 0,
+    saved: Mapping[Key, float] = NOTHING_TIMED,
 ) -> Evidence:
     """Screen, audit and probe the pairs; with `effort.probe_all` probe each of them on the whole search split.
 
-    realigned: of how many outputs maps are served with realigned scores; predictions are of such.
+    realigned: of how many outputs maps are served with realigned scores; predictions are of such. saved: `Known.saved`
+    of each pair.
     """
     probing = _Probing(run, inventory, calibration, baseline, limits.alpha, effort)
     if effort.probe_all or not pairs:
         numbers = tuple(range(len(baseline.sizes)))
-        return _written(run, Evidence(_probed_only(baseline, probing.on(pairs, numbers)), None, None))
+        return _written(run, Evidence(_timed(_probed_only(baseline, probing.on(pairs, numbers)), saved), None, None))
     screened = screen(run, inventory, calibration, pairs, effort.screen_memory, baseline.sizes, effort.screen_units)
     numbers = tuple(sorted(screened.batches)) or scattered(baseline.sizes, effort.screen_units)
     batches = {n: batch for n, batch in enumerate(run.task.splits.search) if n in screened.batches}
@@ -75,13 +79,13 @@ def gather(
     found = audit(inventory, predictor, audits)
     direct = [pair for pair in pairs if pair not in seen or _distrusted(inventory, pair, found)]
     probes = {(p.layer, p.scheme): p for p in (*audits, *probing.on(direct, numbers))}
-    known = _table(inventory, pairs, predictor, screened, probes, found, baseline)
+    known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), saved)
     evidence = Evidence(known, predictor, found, _rates(run, screened))
     flipping = _flipping(evidence, inventory, {s.name: s for _, s in pairs}, rule, limits)
     if flipping:
         asked = [pair for pair in pairs if (pair[0], pair[1].name) in flipping]
         probes |= {(p.layer, p.scheme): p for p in probing.on(asked, few)}
-        known = _table(inventory, pairs, predictor, screened, probes, found, baseline)
+        known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), saved)
         evidence = replace(evidence, known=known)
     return _written(run, evidence)
 
@@ -139,7 +143,7 @@ def _flipping(
         return ()
     counted = price(metric, evidence.known, limits.margin)
     costs = costs_of([row for row in evidence.known if row.trusted], counted)
-    gains = {key: gain(inventory, key[0], schemes[key[1]], rule.bytes_worth) for key in costs}
+    gains = {key: gain(inventory, key[0], schemes[key[1]], rule.bytes_worth, known[key].saved) for key in costs}
     return ambiguous(costs, gains, best.choice, found.approximation, MOST_AMBIGUOUS)
 
 
@@ -177,6 +181,10 @@ def _table(
         elif probed is not None:
             rows.append(_known(baseline, probed))
     return tuple(rows)
+
+
+def _timed(known: Sequence[Known], saved: Mapping[Key, float]) -> tuple[Known, ...]:
+    return tuple(replace(found, saved=saved.get((found.layer, found.scheme))) for found in known)
 
 
 def _correction(predictor: Predictor, probed: Probe) -> tuple[float, float] | None:
@@ -217,6 +225,7 @@ def _written(run: Run, evidence: Evidence) -> Evidence:
             "drift": found.drift,
             "trusted": found.trusted,
             "correction": found.correction,
+            "saved": found.saved,
             "input": asdict(evidence.rates[key]) if (key := (found.layer, found.scheme)) in evidence.rates else None,
         }
         for found in evidence.known

@@ -19,7 +19,7 @@ from precimap.search.evidence.screen_plan import Key
 
 # Below about 1,000 units an order metric's own drops are noise, from about 2,000 on they are not (docs/how-it-decides.md).
 UNITS_FOR_ORDER = 2000
-# Until times are measured: what sharing an input saves, and what bytes are worth unless the user says, breaks ties.
+# Layers are timed alone: what sharing an input saves breaks ties, as do bytes unless the user says what they are worth.
 SHARED_INPUT, BYTES_WORTH = 0.01, 1e-3
 
 
@@ -31,6 +31,7 @@ class Known:
     made. loss_square: E[(change of a unit's loss)^2]. output_error: E|change of a unit's scores|^2 and its error.
     drift: mean change of the scores, or of the losses. trusted: whether the audit left the screen in charge.
     correction: mean of probed - predicted over the units that both saw, in the metric, and its error.
+    saved: share of the time of all timed layers that it saves, 0 inside its spread; None where nothing was timed.
     """
 
     layer: str
@@ -42,6 +43,7 @@ class Known:
     drift: float | None
     trusted: bool
     correction: tuple[float, float] | None = None
+    saved: float | None = None
 
     @property
     def decisive(self) -> Comparison | None:
@@ -100,19 +102,27 @@ def cost(found: Known, counted: Price) -> float:
     return max(rate * (max(0.0, drop.estimate) + drop.error) for drop, rate in drops)
 
 
-def gain(inventory: Inventory, layer: str, scheme: Scheme, bytes_worth: float = BYTES_WORTH) -> float:
-    """The share of the model's weight FLOPs that low precision saves, 8 bits taking half the time of 16, and bytes.
+def gain(
+    inventory: Inventory,
+    layer: str,
+    scheme: Scheme,
+    bytes_worth: float = BYTES_WORTH,
+    saved: float | None = None,
+) -> float:
+    """What low precision saves of the layers' time, and bytes. Negative for a scheme that takes more time than bytes pay.
 
-    bytes_worth: what saving the bytes of all layers is worth, where saving the time of all their FLOPs is worth 1.
-    The scale and offset of packed rows count, a good part of a narrow row. Scales of products do not: a few bytes would
-    set one granularity above another, whatever it costs. A stand-in until layers are timed on the target.
+    saved: share of the time of all timed layers, as measured. Without it the share of the model's weight FLOPs stands
+    in, 8 bits taking half the time of 16. bytes_worth: what saving the bytes of all layers is worth, where saving all
+    of that time is worth 1. The scale and offset of packed rows count, a good part of a narrow row. Scales of products
+    do not: a few bytes would set one granularity above another, whatever it costs.
     """
     found = inventory.layer(layer)
-    saved = max(0.0, 1 - scheme.weight_bits / 16)
-    flops = found.flops / inventory.weight_flops if inventory.weight_flops and scheme.computes_low else 0.0
+    if saved is None:
+        flops = found.flops / inventory.weight_flops if inventory.weight_flops and scheme.computes_low else 0.0
+        saved = max(0.0, 1 - scheme.weight_bits / 16) * flops
     codes = found.numel * scheme.weight_bits / 8
     stored = codes if scheme.rows is None else scheme.stored_bytes(found.shape, found.contracted)
-    return saved * flops + bytes_worth * max(0.0, found.bytes - stored) / inventory.layer_bytes
+    return saved + bytes_worth * max(0.0, found.bytes - stored) / inventory.layer_bytes
 
 
 def options(
@@ -130,7 +140,7 @@ def options(
             Option(
                 layer=found.layer,
                 scheme=found.scheme,
-                gain=gain(inventory, found.layer, scheme, bytes_worth),
+                gain=gain(inventory, found.layer, scheme, bytes_worth, found.saved),
                 cost=cost(found, counted),
                 bytes=scheme.stored_bytes(layer.shape, layer.contracted),
                 fused=layer.fused,

@@ -102,6 +102,8 @@ def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequenc
     cutoff = findings.cutoff
     if layer.name in findings.eligibility.pinned:
         return Verdict.PINNED, "kept by the user"
+    if not known and findings.eligibility.is_slower(layer.name):
+        return Verdict.SLOWER, "; ".join(findings.eligibility.reasons(layer.name))
     if not known:
         return Verdict.INELIGIBLE, "; ".join(findings.eligibility.reasons(layer.name))
     told = [found for found in known if found.decisive is not None and chosen in (None, found.scheme)]

@@ -1,0 +1,135 @@
+"""The time of single layers on this CPU, each against what takes its place when it is deployed.
+
+Invariant: forms of one module are timed in turns, on the same random inputs, and a call is repeated until it takes long
+enough to be timed; so only their ratio within a turn is to be relied on. Not taken: timing whole models with and without
+a layer, where one layer of a hundred is lost in the spread.
+
+The allocator has moods: a result of some MB is either kept in the heap or given back to the system after each call, and
+paid for page by page; which of the two may hold for a whole process (MALLOC_TRIM_THRESHOLD_ and its like settle it, and
+are part of a device for that reason). So turns come in rounds, each with inputs and forms
+of its own and other blocks on the heap. What a process keeps to all its life is still not in the spread.
+
+What this leaves out: weights and inputs are in the caches as the call before left them, in a model they may not be; ids
+are drawn evenly, where real ones repeat; a module is timed alone, also where a compiled model would fuse it.
+"""
+
+import itertools
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from precimap.hardware_profile import Device
+from precimap.layers.quantized import QuantizedLayer
+from precimap.layers.target import BASE
+from precimap.runtime.timing import interleaved
+
+ROUNDS, TURNS = 3, 5  # turns of each round
+SHORTEST = 1e-3  # seconds that a timed stretch takes at least
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTimer:
+    """place: the module that computes a layer in the stead of the one that is given."""
+
+    place: Callable[[nn.Module, QuantizedLayer], nn.Module]
+    rounds: int = ROUNDS
+    turns: int = TURNS
+
+    def device(self) -> Device:
+        return Device(
+            name=_cpu_name(),
+            capability=str(torch.backends.cpu.get_cpu_capability()),
+            threads=torch.get_num_threads(),
+            allocator=_allocator(),
+            clock=_clock()[0],
+            torch=torch.__version__,
+            precimap=version("precimap"),
+        )
+
+    def seconds(
+        self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int
+    ) -> dict[str, list[float]]:
+        """As `Timer.seconds`. Raises DeployError for a form that cannot take the module's place."""
+        found: dict[str, list[float]] = {name: [] for name in (BASE, *forms)}
+        sizes, clock = random.Random(0), _clock()[1]
+        for _ in range(self.rounds):
+            blocks = [torch.empty(2 ** sizes.randrange(8, 20)) for _ in range(sizes.randrange(32))]
+            inputs = _inputs(module, rows, each)
+            modules = {BASE: module, **{name: self.place(module, layer) for name, layer in forms.items()}}
+            del blocks[::2]
+            with torch.inference_mode():
+                repeats = {name: _repeats(form, inputs, clock) for name, form in modules.items()}
+                cases = {name: _repeated(form, inputs, repeats[name]) for name, form in modules.items()}
+                timed = interleaved(cases, self.turns, clock)
+            for name, values in timed.items():
+                found[name] += [value / repeats[name] for value in values]
+        return found
+
+
+def _clock() -> tuple[str, Callable[[], float]]:
+    """Of one thread the processor's own time, which other work on the machine does not lengthen; of more, that of a wall."""
+    if torch.get_num_threads() == 1:
+        return "processor time", time.process_time
+    return "wall time", time.perf_counter
+
+
+def _inputs(module: nn.Module, rows: int, each: int) -> Iterator[Tensor]:
+    """Two inputs in turns without end, so that nothing which is kept of the last one is met again."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> Tensor:
+        if isinstance(module, nn.Linear):
+            return torch.randn(rows, module.in_features, generator=generator).to(module.weight.dtype)
+        assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        shape = (rows, each) if isinstance(module, nn.EmbeddingBag) else (rows,)
+        return torch.randint(module.num_embeddings, shape, generator=generator)
+
+    return itertools.cycle((drawn(), drawn()))
+
+
+def _repeats(module: nn.Module, inputs: Iterator[Tensor], clock: Callable[[], float]) -> int:
+    """How many calls take `SHORTEST` seconds; the first call is not counted, it may allocate."""
+    module(next(inputs))
+    count = 1
+    while True:
+        start = clock()
+        _repeated(module, inputs, count)()
+        if clock() - start >= SHORTEST:
+            return count
+        count *= 2
+
+
+def _repeated(module: nn.Module, inputs: Iterator[Tensor], count: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(count):
+            module(next(inputs))
+
+    return run
+
+
+def _allocator() -> str:
+    """The settings of glibc's allocator and the library that may stand in its place, as the environment has them."""
+    named = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+    named += [Path(path).name for path in os.environ.get("LD_PRELOAD", "").split(":") if path]
+    return " ".join(named) or "default"
+
+
+def _cpu_name() -> str:
+    """As the system knows it; two machines of one name may still differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    fields = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    family, model = fields.get("cpu family"), fields.get("model")
+    return name if family is None or model is None else f"{name} (family {family}, model {model})"

@@ -1,0 +1,73 @@
+"""What a search says in the end, in a sentence: the certified map, or why the baseline stays.
+
+Invariant: a "no" is an answer with its number: the bound that was too wide, or the time that low precision does not save.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from precimap.certificate import Certificate
+from precimap.precision_map import PrecisionMap
+from precimap.search.certificate.ledger import Ledger
+from precimap.search.latency.planned import Latency
+from precimap.search.limits import Limits
+from precimap.search.whole.assemble import Findings, assemble
+from precimap.search.whole.whole_maps import Chosen
+
+
+def alpha_note(ledger: Path, split: str, limits: Limits) -> str | None:
+    """Said before the long work: whether the certify split can still judge maps that it has not judged."""
+    if not ledger.is_dir():
+        return None
+    spent = sum(entry.alpha for entry in Ledger.open(ledger, split, limits.budget).judged())
+    if spent + limits.alpha <= limits.budget * (1 + 1e-9):
+        return None
+    return (
+        f"the certify split has given away alpha {spent:g}: other maps than those it has judged need fresh data or an "
+        f"alpha budget of {spent + limits.alpha:g} (--alpha-budget)"
+    )
+
+
+def answer_of(
+    findings: Findings,
+    chosen: Chosen,
+    certificates: Sequence[Certificate],
+    margin: float,
+    latency: Latency | None,
+) -> tuple[PrecisionMap, Certificate | None, str]:
+    """The final map, the certificate that decided, if any, and the sentence. margin: of the gate."""
+    passed = [certificate for certificate in certificates if certificate.certified]
+    if passed:
+        final = next(j.map for j in chosen.joints if j.map is not None and j.map.fingerprint == passed[-1].map)
+        answer = (
+            f"certified: {len(final.low)} of {len(final.layers)} layers in low precision, {_saving(final, latency)}"
+        )
+        return final.model_copy(update={"certificate": passed[-1]}), passed[-1], answer
+    certificate = certificates[0] if certificates else None
+    why = _why_not(findings, chosen, certificate, margin, latency)
+    return assemble(findings, {}), certificate, f"keep the baseline: {why}"
+
+
+def _saving(final: PrecisionMap, latency: Latency | None) -> str:
+    bytes_said = f"{final.bytes_share:.1%} of the bytes"
+    if latency is None:
+        return f"{final.flops_share:.1%} of the weight FLOPs, {bytes_said}"
+    share, lower, upper = latency.total((name, final.layers[name].scheme or "") for name in final.low)
+    return f"{share:.1%} [{lower:.1%}, {upper:.1%}] of the layers' time saved, {bytes_said}"
+
+
+def _why_not(
+    findings: Findings, chosen: Chosen, certificate: Certificate | None, margin: float, latency: Latency | None
+) -> str:
+    if certificate is not None:
+        return f"the safest map was not certified ({certificate.verdict})"
+    measured = [joint.measured.strictest(margin) for joint in chosen.joints if joint.measured is not None]
+    if measured:
+        best = f"already on the search split the best bound of a map is {min(measured) / margin:.2g} times the margin"
+        guarded = any(joint.measured is not None and joint.measured.guards for joint in chosen.joints)
+        return best + (" of the gate or a guard" if guarded else "")
+    if chosen.joints:
+        return "time ran out before a map was measured as a whole"
+    if latency is not None and latency.slower and not findings.eligibility.open_pairs():
+        return latency.verdict()
+    return "no layer is both eligible and not sensitive"

@@ -1,0 +1,150 @@
+"""Time the layers of a model on the target, each distinct (module, dtype, rows) once.
+
+Invariant: a time is in the journal before it is used, so that a run that is taken up again times nothing again and decides
+the same; and all times of one run are from one machine.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from precimap.errors import InputError, JournalError
+from precimap.hardware_profile import Device, HardwareProfile, LowTimes, Row, Times
+from precimap.journal import run_journal
+from precimap.layers.discover import discover
+from precimap.layers.inventory import Inventory
+from precimap.layers.owners import module_of
+from precimap.layers.target import BASE, Target, Timer
+from precimap.numerics.schemes import SCHEMES, Amax, Scheme
+from precimap.search.calibrate import Calibration, calibrated, codes
+from precimap.search.eligibility import eligibility, open_pairs
+from precimap.search.latency.planned import Work, works
+from precimap.search.preflight import check_weights
+from precimap.search.progress import Progress, silent
+from precimap.search.run import Run
+from precimap.task import Task, first_batch
+
+
+def bench_device(
+    task: Task,
+    *,
+    target: Target,
+    batch_sizes: Sequence[int] = (),
+    schemes: Sequence[Scheme] = tuple(SCHEMES.values()),
+    progress: Progress = silent,
+) -> HardwareProfile:
+    """Time the layers of a task's model on this machine, under the schemes that the target takes there.
+
+    Raises InputError for a target without time, and when it can run no layer in any of the schemes.
+    """
+    timer, sizes = target.timer, checked_sizes(batch_sizes)
+    if timer is None:
+        raise InputError(f"expected a target with times of its own, such as cpu-int8; {target.name} has none")
+    check_weights(task)
+    inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
+    allowed = eligibility(inventory, schemes, target, ())
+    pairs = open_pairs(allowed, schemes)
+    if not pairs:
+        raise InputError("; ".join(("nothing to time", *allowed.idle())))
+    with run_journal(None, {}) as journal:
+        run = Run(task, journal, progress)
+        calibration = calibrated(run, inventory, schemes)
+        return timed(run, inventory, calibration, pairs, target.name, timer, sizes or (inventory.units,))
+
+
+def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Raises InputError for a batch size that is not at least 1, or stands twice."""
+    if any(size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
+        raise InputError(f"expected batch sizes of at least 1, each once, got {', '.join(map(str, sizes))}")
+    return tuple(sizes)
+
+
+def timed(
+    run: Run,
+    inventory: Inventory,
+    calibration: Calibration,
+    pairs: Sequence[tuple[str, Scheme]],
+    target: str,
+    timer: Timer,
+    sizes: tuple[int, ...],
+) -> HardwareProfile:
+    """Each work once, from the journal where it holds it."""
+    schemes: dict[str, list[Scheme]] = defaultdict(list)
+    for name, scheme in pairs:
+        schemes[name].append(scheme)
+    asked: dict[Work, dict[str, tuple[str, Scheme | None]]] = defaultdict(dict)
+    for layer in inventory.layers:
+        for work in (work for size in sizes for work in works(inventory, layer, size)):
+            asked[work].setdefault(BASE, (layer.name, None))
+            for scheme in schemes[layer.name]:
+                asked[work].setdefault(scheme.name, (layer.name, scheme))
+    missing = {work: forms for work, forms in asked.items() if not _known(run, work, forms)}
+    device = _device(run, timer, bool(missing))
+    for done, (work, forms) in enumerate(missing.items()):
+        run.progress("time layers", done, len(missing))
+        _time(run, inventory, calibration, timer, work, forms)
+    run.progress("time layers", len(missing), len(missing))
+    used = {scheme.name: form_of(scheme) for _, scheme in pairs}
+    rows = tuple(_row(run, work, forms) for work, forms in asked.items())
+    return HardwareProfile(target=target, device=device, batch_sizes=sizes, schemes=used, rows=rows)
+
+
+def _known(run: Run, work: Work, forms: Iterable[str]) -> bool:
+    return all(run.journal.find("latency", str(work), name) is not None for name in forms)
+
+
+def _device(run: Run, timer: Timer, needed: bool) -> Device:
+    """Where this run's times are from. Raises JournalError when more are `needed` and they would be from elsewhere."""
+    here, found = timer.device(), run.journal.find("device", "latency")
+    if found is None:
+        run.journal.record("device", "latency", here.model_dump())
+        return here
+    there = Device(**found.value)
+    if needed and there != here:
+        raise JournalError(
+            f"the layers of this run were timed in part elsewhere: {'; '.join(there.differences(here))}. Take it up "
+            "there, or choose another run directory"
+        )
+    return there
+
+
+def _time(
+    run: Run,
+    inventory: Inventory,
+    calibration: Calibration,
+    timer: Timer,
+    work: Work,
+    forms: Mapping[str, tuple[str, Scheme | None]],
+) -> None:
+    """Time the forms that the journal lacks, in turns with the module as it is; the last row ends the work."""
+    lacking = [
+        (layer, scheme)
+        for name, (layer, scheme) in forms.items()
+        if scheme is not None and run.journal.find("latency", str(work), name) is None
+    ]
+    made = codes(run.task, inventory, calibration, lacking)
+    module = module_of(run.task.model, forms[BASE][0])
+    found = timer.seconds(module, {layer.scheme.name: layer for layer in made}, work.rows, work.each)
+    for name, seconds in found.items():
+        if run.journal.find("latency", str(work), name) is None:
+            run.journal.record("latency", str(work), {"seconds": seconds, "base": found[BASE]}, name)
+
+
+def _row(run: Run, work: Work, forms: Iterable[str]) -> Row:
+    low, base = {}, None
+    for name in forms:
+        found = run.journal.find("latency", str(work), name)
+        assert found is not None
+        seconds, beside = found.value["seconds"], found.value["base"]
+        if name == BASE:
+            base = Times.of(seconds)
+        else:
+            ratio = Times.of([a / b for a, b in zip(seconds, beside, strict=True)])
+            low[name] = LowTimes(seconds=Times.of(seconds), ratio=ratio)
+    assert base is not None
+    return Row(module=work.module, dtype=work.dtype, each=work.each, rows=work.rows, base=base, low=low)
+
+
+def form_of(scheme: Scheme) -> dict[str, Any]:
+    """The scheme without what no kernel knows of: how its static input ranges were chosen."""
+    return (scheme.with_range(Amax()) if scheme.needs_calibration else scheme).row()
