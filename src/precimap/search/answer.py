@@ -61,11 +61,11 @@ def _why_not(
 ) -> str:
     if certificate is not None:
         return f"the safest map was not certified ({certificate.verdict})"
-    measured = [joint.measured.strictest(margin) for joint in chosen.joints if joint.measured is not None]
+    measured = [joint.measured for joint in chosen.joints if joint.measured is not None]
     if measured:
-        best = f"already on the search split the best bound of a map is {min(measured) / margin:.2g} times the margin"
-        guarded = any(joint.measured is not None and joint.measured.guards for joint in chosen.joints)
-        return best + (" of the gate or a guard" if guarded else "")
+        best = min(measured, key=lambda found: found.strictest(margin))
+        filled, whose = best.strictest(margin) / margin, best.tightest(margin)
+        return f"already on the search split the best bound of a map is {filled:.2g} times the margin of {whose}"
     if chosen.joints:
         return "time ran out before a map was measured as a whole"
     if latency is not None and latency.slower and not findings.eligibility.open_pairs():

@@ -63,6 +63,11 @@ class Comparison:
             max(self.upper, *(margin * guard.filled for guard in self.guards.values())) if self.guards else self.upper
         )
 
+    def tightest(self, margin: float) -> str:
+        """Whose bound `strictest` is: of the gate, or of a guard by its label."""
+        filled = {"the gate": self.upper / margin, **{f"the guard {name}": g.filled for name, g in self.guards.items()}}
+        return max(filled, key=lambda name: filled[name])
+
     def evidence(self) -> Evidence:
         return Evidence(
             drop=self.drop.estimate,
