@@ -8,6 +8,7 @@ from precimap.layers.target import EMULATED
 from precimap.metrics.guard import Guard
 from precimap.precision_map import PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
+from precimap.runtime.compiled import compiled
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.deploy import deploy
 from precimap.runtime.torchrec_tables import TORCHREC
@@ -36,6 +37,7 @@ __all__ = [
     "Task",
     "Threshold",
     "bench_device",
+    "compiled",
     "deploy",
     "discover",
     "load_deployed",

@@ -16,7 +16,8 @@ from precimap.numerics.grid_shift import GridShift
 from precimap.numerics.quantize import Affine, quantize
 from precimap.numerics.ranges import fit
 from precimap.numerics.schemes import BF16_FLOOR, SCHEMES, Scheme, scheme
-from precimap.runtime.cpu_int8 import Int8Linear, int8_scheme
+from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.runtime.int8_linear import Int8Linear, SharedCodes
 from quantiser_oracle import oracle
 
 W = torch.randn(24, 48, generator=torch.Generator().manual_seed(1))  # [N, K]
@@ -134,7 +135,7 @@ def test_a_kernel_runs_the_shifted_layer() -> None:
     name = int8_scheme()
     layer = made(name, 5)
     with torch.no_grad():
-        kernel, unshifted = Int8Linear(layer, None, torch.float32)(X), Int8Linear(made(name), None, torch.float32)(X)
+        kernel, unshifted = (Int8Linear(each, None, torch.float32, SharedCodes())(X) for each in (layer, made(name)))
     torch.testing.assert_close(kernel, run(layer), rtol=1e-4, atol=1e-4)
     assert float((kernel - unshifted).abs().max()) > 1e-2
 

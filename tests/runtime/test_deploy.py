@@ -14,8 +14,9 @@ from precimap.layers.quantized import InputRange, quantize_layer, quantize_map, 
 from precimap.numerics.formats import UINT7, UINT8
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.runtime import cpu_int8
-from precimap.runtime.cpu_int8 import Int8Linear, has_bf16, int8_scheme, products_are_exact
+from precimap.runtime.cpu_int8 import has_bf16, int8_scheme, products_are_exact
 from precimap.runtime.deploy import deployment_of
+from precimap.runtime.int8_linear import Int8Linear
 from precimap.runtime.timing import interleaved, ratio
 from precimap.task import Task
 from small_tasks import COUNTED_INT8, planted_task

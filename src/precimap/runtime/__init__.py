@@ -1,10 +1,12 @@
 """HOW a layer computes on this hardware.
 
 emulated.py   quantise-dequantise around the original ops: any device, any layer, slow
-cpu_int8.py   INT8 on x86 through oneDNN
+cpu_int8.py   INT8 on x86 through oneDNN: what it takes, and the swap
+int8_linear.py one layer of it, eager and traced
+compiled.py   a deployed model through torch.compile
 cpu_tables.py embedding tables in packed rows, through torch's operators
 torchrec_tables.py torchrec's quantised collections, filled with a map's rows
 deploy.py     a map into a running model, checked against the emulation
 checkpoint.py the deployed model in safetensors
-copying.py    a second module tree over the same tensors
+timing.py     speed as a ratio, interleaved
 """

@@ -1,9 +1,8 @@
 """INT8 on x86 CPUs: `nn.Linear` layers through oneDNN's quantised matrix product, and tables in packed rows.
 
-Invariant: the codes are those of `numerics.quantize`, for the weight and, at run time, for the input; oneDNN only
-multiplies them. `torch.ops.onednn.qlinear_pointwise` takes a static per-tensor input scale and per-channel weight
-scales; per-token scales are refused by the op, so they are refused here. FP8 is no alternative on these CPUs: oneDNN
-has no FP8 kernel for them, and torch's `_scaled_mm` is a reference loop of seconds per call.
+The layers themselves are in `int8_linear`. `torch.ops.onednn.qlinear_pointwise` takes a static per-tensor input scale and
+per-channel weight scales; per-token scales are refused by the op, so they are refused here. FP8 is no alternative on
+these CPUs: oneDNN has no FP8 kernel for them, and torch's `_scaled_mm` is a reference loop of seconds per call.
 
 Without VNNI or AMX, x86 adds pairs of 8-bit products in 16 bits and saturates: 255 * 127 * 2 does not fit. Whether this CPU
 does is measured, not looked up; where it does, inputs must be 7 bits wide (scheme `int8-static-u7`). Embedding tables
@@ -23,59 +22,10 @@ from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import plain_name
 from precimap.numerics.formats import INT8, UINT7, UINT8, Format
-from precimap.numerics.quantize import Affine, quantize
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.runtime.cpu_tables import packed_table, table_refusal
 from precimap.runtime.cpu_timer import CpuTimer
-
-
-class Int8Linear(nn.Module):
-    """A linear layer [.., K] -> [.., N] with INT8 codes [N, K], float32 scales [N] and a static input scale and zero.
-
-    The codes are canonical and travel in the state dict; oneDNN's packed form is made from them here and cannot travel.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    bias: Tensor | None
-
-    def __init__(self, layer: QuantizedLayer, bias: Tensor | None, output_dtype: torch.dtype) -> None:
-        super().__init__()
-        if layer.scheme.input is None or layer.input_range is None:
-            raise DeployError(f"{layer.name}: expected a static input scale, got scheme {layer.scheme.name}")
-        self.register_buffer("codes", layer.codes)
-        self.register_buffer("scales", layer.weight_affine.scale.reshape(-1))
-        self.register_buffer("bias", bias)
-        self._zeros = torch.zeros(layer.codes.shape[0], dtype=torch.int32)
-        self._format = layer.scheme.input.format
-        self._affine = Affine(torch.tensor(layer.input_range.scale), torch.tensor(float(layer.input_range.zero)))
-        self._scale, self._zero = layer.input_range.scale, layer.input_range.zero
-        self._output_dtype = output_dtype
-        self._packed = torch.ops.onednn.qlinear_prepack(layer.codes, None)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[.., K] in any float dtype -> [.., N] in the layer's base precision."""
-        rows = input.reshape(-1, input.shape[-1])
-        output: Tensor = torch.ops.onednn.qlinear_pointwise(
-            quantize(rows, self._format, self._affine),
-            self._scale,
-            self._zero,
-            self._packed,
-            self.scales,
-            self._zeros,
-            None if self.bias is None else self.bias.float(),
-            1.0,
-            0,
-            self._output_dtype,
-            "none",
-            [],
-            "",
-        )
-        return output.reshape(*input.shape[:-1], output.shape[-1])
-
-    def extra_repr(self) -> str:
-        n, k = self.codes.shape
-        return f"in_features={k}, out_features={n}, input={self._format.name}, scale={self._scale:g}, zero={self._zero}"
+from precimap.runtime.int8_linear import Int8Linear, SharedCodes
 
 
 class CpuInt8:
@@ -106,9 +56,10 @@ class CpuInt8:
         """
         copied = shared_copy(model)
         owners = {plain_name(f"{name}.weight".lstrip(".")): (name, module) for name, module in copied.named_modules()}
+        shared = SharedCodes()
         for name, layer in layers.items():
             path, module = owners.get(name, ("", None))
-            replacement = _linear(layer, module) if layer.scheme.rows is None else packed_table(layer, module)
+            replacement = _linear(layer, module, shared) if layer.scheme.rows is None else packed_table(layer, module)
             parent, _, attribute = path.rpartition(".")
             if not path:
                 return replacement
@@ -123,7 +74,7 @@ class CpuInt8:
 CPU_INT8 = CpuInt8()
 
 
-def _linear(layer: QuantizedLayer, module: nn.Module | None) -> Int8Linear:
+def _linear(layer: QuantizedLayer, module: nn.Module | None, shared: SharedCodes) -> Int8Linear:
     """What takes the place of `module`. Raises DeployError as `CpuInt8.deployed` does."""
     reason = _scheme_refusal(layer.scheme)
     if reason is not None:
@@ -133,7 +84,7 @@ def _linear(layer: QuantizedLayer, module: nn.Module | None) -> Int8Linear:
             f"{layer.name}: expected the weight of an nn.Linear, got {type(module).__name__}; keep it in the map"
         )
     bias: Tensor | None = module.bias
-    return Int8Linear(layer, None if bias is None else bias.detach(), module.weight.dtype)
+    return Int8Linear(layer, None if bias is None else bias.detach(), module.weight.dtype, shared)
 
 
 def _scheme_refusal(scheme: Scheme) -> str | None:

@@ -19,8 +19,9 @@ from precimap.numerics.fast import fake_quantize
 from precimap.numerics.quantize import Affine
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
-from precimap.runtime.cpu_int8 import CPU_INT8, Int8Linear
+from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.cpu_tables import PackedTable, tables
+from precimap.runtime.int8_linear import Int8Linear
 from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.task import Task, first_batch
 

@@ -1,0 +1,229 @@
+"""INT8 layers: inputs quantised to the bit, shared only while they are the same, and what compilers make of them."""
+
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+from precimap import CPU_INT8
+from precimap.errors import DeployError, SchemeError
+from precimap.layers.quantized import InputRange, quantize_layer
+from precimap.numerics import fast
+from precimap.numerics.fast import unsigned_codes
+from precimap.numerics.formats import INT8, UINT7, UINT8, IntegerFormat
+from precimap.numerics.quantize import Affine, quantize
+from precimap.numerics.schemes import scheme
+from precimap.runtime import compiled as compiled_module
+from precimap.runtime import int8_linear
+from precimap.runtime.compiled import compiled
+from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.runtime.int8_linear import Int8Linear, SharedCodes
+
+needs_compiler = pytest.mark.filterwarnings("ignore")  # Inductor and dynamo warn about parts of their own
+
+
+class Projections(nn.Module):
+    """Two layers that read one input, with or without a change in place between them, and a third after a ReLU."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.query, self.key, self.out = nn.Linear(64, 48), nn.Linear(64, 48), nn.Linear(48, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        query = self.query(x)
+        if self.in_place:
+            x.mul_(-0.5)
+        result: Tensor = self.out(torch.relu(query + self.key(x)))
+        return result
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    weights = dict(model.named_parameters())
+    layers = {
+        name: quantize_layer(name, weight, (1,), scheme(int8_scheme()), InputRange(0.03, 100))
+        for name, weight in weights.items()
+        if weight.dim() == 2
+    }
+    return CPU_INT8.deployed(model, layers)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every input that is quantised, in order."""
+    seen: list[Tensor] = []
+
+    def counted(x: Tensor, format: IntegerFormat, scale: float, zero: int) -> Tensor:
+        seen.append(x)
+        return unsigned_codes(x, format, scale, zero)
+
+    monkeypatch.setattr(int8_linear, "unsigned_codes", counted)
+    return seen
+
+
+@pytest.mark.parametrize("format", [UINT8, UINT7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_are_those_of_the_quantiser_to_the_bit(format: IntegerFormat, dtype: torch.dtype) -> None:
+    """All exponents, both signs, NaN with any payload, infinities, and every tie, at scales from tiny to huge."""
+    patterns = torch.randint(-(2**31), 2**31, (1 << 15,), generator=torch.Generator().manual_seed(0))
+    floats = patterns.to(torch.int32).view(torch.float32)
+    for scale in (2.0**-126, 1e-20, 0.0137, 1.0, 1e20):
+        for zero in (0, 1, 64, format.maximum):
+            affine = Affine(torch.tensor(scale), torch.tensor(float(zero)))
+            ties = (torch.arange(-300, 300) + 0.5) * affine.scale
+            special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0])
+            x = torch.cat([floats, ties, special]).to(dtype)
+            assert torch.equal(unsigned_codes(x, format, float(affine.scale), zero), quantize(x, format, affine))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 5), (7,), (3, 0), (5, 7), (2, 3, 4)])
+def test_codes_of_any_shape_in_parts(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "_CODED_PART", 3)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    strided = torch.randn(*shape, 2, generator=torch.Generator().manual_seed(1))[..., 0]
+    affine = Affine(torch.tensor(0.02), torch.tensor(131.0))
+    for values in (x, strided, x.requires_grad_()):
+        found = unsigned_codes(values, UINT8, float(affine.scale), 131)
+        assert found.shape == shape
+        assert torch.equal(found, quantize(values, UINT8, affine))
+
+
+def test_signed_codes_are_refused() -> None:
+    with pytest.raises(SchemeError, match="unsigned"):
+        unsigned_codes(torch.ones(2), INT8, 1.0, 0)
+
+
+def test_siblings_quantise_their_input_once(calls: list[Tensor]) -> None:
+    model = Projections().eval()
+    fast_model, x = deployed(model), torch.randn(5, 64)
+    with torch.no_grad():
+        fast_model(x)
+    assert [tuple(seen.shape) for seen in calls] == [(5, 64), (5, 48)]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_change_in_place_between_siblings_is_seen(inference: bool, calls: list[Tensor]) -> None:
+    """Against each layer run with codes of its own; an inference tensor cannot tell, and is not shared."""
+    model, x = Projections(in_place=True).eval(), torch.randn(5, 64)
+    fast_model, alone = deployed(model), deployed(model)
+    for module in alone.modules():
+        if isinstance(module, Int8Linear):
+            module._shared = SharedCodes()
+    assert alone.query._shared is not alone.key._shared
+    assert fast_model.query._shared is fast_model.key._shared
+    with torch.inference_mode(inference), torch.no_grad():
+        assert torch.equal(fast_model(x), alone(x))
+    assert len(calls) == 6
+
+
+def test_other_scales_do_not_share() -> None:
+    shared, x = SharedCodes(), torch.randn(4, 8)
+    for scale, zero, format in ((0.02, 100, UINT8), (0.03, 100, UINT8), (0.03, 50, UINT8), (0.03, 50, UINT7)):
+        affine = Affine(torch.tensor(scale), torch.tensor(float(zero)))
+        assert torch.equal(shared.codes(x, format, scale, zero), quantize(x, format, affine))
+
+
+def test_codes_go_with_their_input() -> None:
+    shared, x = SharedCodes(), torch.randn(4, 8)
+    shared.codes(x, UINT8, 0.02, 100)
+    assert shared._last is not None
+    del x
+    gc.collect()
+    assert shared._last is None
+
+
+def test_threads_share_a_model() -> None:
+    fast_model = deployed(Projections().eval())
+    inputs = [torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    with torch.no_grad():
+        expected = [fast_model(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                if not torch.equal(fast_model(inputs[number]), expected[number]):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_generated_code_multiplies_in_int8(dtype: torch.dtype) -> None:
+    """With the ReLU and the codes of the layer after it inside the product. A code that moves is worth `step`."""
+    if dtype == torch.bfloat16 and CPU_INT8.refusal(_layer(dtype), scheme(int8_scheme())) is not None:
+        pytest.skip("this CPU has no BF16 arithmetic")
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).eval().to(dtype)
+    fast_model, x = deployed(model), torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, sources = run_and_get_code(lambda: compiled(fast_model, (x,))(x))
+    code = "\n".join(sources)
+    products = [
+        line for line in code.splitlines() if "torch.ops.onednn.qlinear_pointwise" in line and "= torch" in line
+    ]
+    assert len(products) == 2
+    assert "'relu'" in products[0]
+    assert "torch.uint8" in products[0]
+    with torch.no_grad():
+        expected = fast_model(x)
+    step = 0.03 * float(fast_model[3].scales.max()) * 127
+    largest = float((found - expected).abs().max())
+    assert found.dtype == dtype
+    assert largest <= (step if dtype == torch.float32 else 4 * step)
+    assert float((found - expected).float().square().mean().sqrt()) < 0.02 * float(
+        expected.float().square().mean().sqrt()
+    )
+
+
+@needs_compiler
+def test_other_shapes_and_plain_compile_run_the_eager_layers() -> None:
+    """To the bit, as there are no products in base precision behind the user's back."""
+    torch._dynamo.reset()
+    fast_model = deployed(Projections().eval())
+    model = compiled(fast_model, (torch.randn(8, 64),))
+    plain = torch.compile(fast_model, backend="eager")
+    for x in (torch.randn(5, 64), torch.randn(2, 3, 64)):
+        with torch.no_grad():
+            assert torch.equal(model(x), fast_model(x))
+            assert torch.equal(plain(x), fast_model(x))
+
+
+@needs_compiler
+def test_code_without_int8_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted compile without freezing that traces the quantised form anyway: Inductor says nothing, `compiled` does."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled_module, "_SETTINGS", {"freezing": False})
+    monkeypatch.setattr(int8_linear, "_freezing", torch.compiler.assume_constant_result(lambda: True))
+    with pytest.raises(DeployError, match="expected 3 INT8 products in the generated code, found 0"):
+        compiled(deployed(Projections().eval()), (torch.randn(8, 64),))
+
+
+@needs_compiler
+def test_an_exported_model_carries_the_codes(tmp_path: Path) -> None:
+    fast_model, x = deployed(Projections().eval()), torch.randn(8, 64)
+    with torch.no_grad():
+        program = torch.export.export(fast_model, (x,))
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2")
+        found, expected = loaded.module()(x), fast_model(x)
+    assert sum("quantize_per_tensor.default" in str(node.target) for node in loaded.graph.nodes) == 6
+    assert torch.equal(loaded.state_dict["query.codes"], fast_model.query.codes)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def _layer(dtype: torch.dtype) -> object:
+    from precimap import discover
+
+    model = nn.Linear(64, 32).eval().to(dtype)
+    return discover(model, lambda m, b: m(b), torch.randn(2, 64).to(dtype)).layer("weight")
