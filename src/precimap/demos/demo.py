@@ -50,6 +50,15 @@ class Speed:
     milliseconds: dict[str, Spread]
     batch: tuple[int, ...]
 
+    @property
+    def verdict(self) -> str:
+        """Whether INT8 pays here, by the quartiles of the ratios that were taken inside each turn."""
+        if self.over_bf16.upper < 1:
+            return "not worth it on this CPU: the model in plain BF16 is faster; serve that, or search it"
+        if self.over_float32.lower <= 1 or self.over_bf16.lower <= 1:
+            return "no gain that can be told from the spread of the turns"
+        return "INT8 pays on this CPU"
+
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
@@ -104,6 +113,7 @@ class DemoResult:
             *native,
             f"  times as fast as the float32 model: {speed.over_float32:.2f}",
             *(f"  {name:<9} {ms:.1f} ms" for name, ms in speed.milliseconds.items()),
+            f"verdict: {speed.verdict}",
         ]
         return Text("\n".join(lines))
 
