@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from precimap.cli import main
+from precimap.cli_options import check_margin, margin_of
+from precimap.errors import InputError
+from precimap.metrics import NE, NE_MARGINS, Calibration, LogLoss
 
 TASK = """
 from small_tasks import planted_task
@@ -175,6 +178,8 @@ def test_layers_names_the_products_without_a_weight(precimap: Callable[..., Ran]
         ((*SEARCH, "--input-range", "rows:float32"), "an input takes amax"),
         ((*SEARCH, "--bytes-worth", "-1"), "0 or more; got -1.0"),
         ((*SEARCH, "--bytes-worth", "1", "--rule", "threshold"), "--bytes-worth with the knapsack"),
+        ((*SEARCH, "--margin", "0.05%"), "expected a margin in units of loss, got 0.05%; per cent are for"),
+        ((*SEARCH, "--margin", "five"), "got 'five'"),
         (("report", "nowhere"), "run directory"),
         (("certify", "mine.py", "mine.py", "--margin", "1"), "expected a precision map"),
     ],
@@ -199,3 +204,12 @@ def test_the_shell_can_complete(precimap: Callable[..., Ran], monkeypatch: pytes
     monkeypatch.setenv("COMP_WORDS", "precimap se")
     monkeypatch.setenv("COMP_CWORD", "1")
     assert precimap().stdout.split() == ["search"]
+
+
+def test_a_percentage_is_a_share_of_the_baseline_s_metric() -> None:
+    assert {name: margin_of(name) for name in NE_MARGINS} == pytest.approx(NE_MARGINS)
+    check_margin(margin_of("0.05%"), NE())
+    check_margin(margin_of("0.05%"), Calibration())
+    check_margin(margin_of("0.0005"), LogLoss())
+    with pytest.raises(InputError, match=r"expected a margin in nats, got 0\.05%"):
+        check_margin(margin_of("0.05%"), LogLoss())

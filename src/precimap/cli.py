@@ -39,6 +39,7 @@ from precimap.cli_options import (
     TargetName,
     TargetOption,
     TaskArgument,
+    check_margin,
     sizes_of,
 )
 from precimap.demos.demo import run_demo, unused_directory
@@ -118,6 +119,7 @@ def search(
     asked = range_rule_from_row(input_range)
     schemes = [found.with_range(asked) if found.needs_calibration else found for found in map(scheme_by_name, scheme)]
     loaded = load_task(task)
+    check_margin(margin, loaded.metric)
     with progress_bar(_errors) as progress:
         result = search_task(
             loaded,
@@ -181,6 +183,7 @@ def certify(
 ) -> None:
     """Judge one map on the certify split. Exit code 1 when it is not certified."""
     loaded, given = load_task(task), PrecisionMap.load(precision_map)
+    check_margin(margin, loaded.metric)
     if given.target not in set(TargetName):
         raise MapError(f"{precision_map}: expected a target out of {', '.join(TargetName)}, got {given.target!r}")
     target = TARGETS[TargetName(given.target)]

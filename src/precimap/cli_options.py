@@ -11,6 +11,8 @@ import typer
 
 from precimap.errors import InputError
 from precimap.layers.target import EMULATED, Target
+from precimap.metrics.click import NE, NE_MARGINS
+from precimap.metrics.metric import Metric
 from precimap.numerics.schemes import SCHEMES
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.torchrec_tables import TORCHREC
@@ -52,20 +54,33 @@ MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="A map.json tha
 TargetOption = Annotated[TargetName, typer.Option(help="What the map is for.")]
 
 
+class Percentage(float):
+    """A margin that was given in per cent: 0.0005 for "0.05%"."""
+
+
 def margin_of(text: str) -> float:
-    """A number, or a percentage: "0.05%" is 0.0005."""
+    """A number, or a percentage of the baseline's metric."""
     try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        return Percentage(float(text.removesuffix("%")) / 100) if text.endswith("%") else float(text)
     except ValueError:
         raise typer.BadParameter(
             f"expected a number such as 0.002, or a percentage such as 0.05%, got {text!r}"
         ) from None
 
 
+def check_margin(margin: float, metric: Metric) -> None:
+    """Raises InputError for a percentage of a metric whose drop is not relative: nobody could tell of what."""
+    if isinstance(margin, Percentage) and metric.unit != NE.unit:
+        raise InputError(
+            f"expected a margin in {metric.unit or f'units of {metric.name}'}, got {100 * margin:g}%; per cent are for "
+            "metrics whose drop is relative, such as NE"
+        )
+
+
 MarginOption = Annotated[
     float,
     typer.Option(
-        help="The largest drop you accept, in the metric's units; 0.05% is 0.0005 of the baseline's NE.",
+        help=f"The largest drop you accept, in the metric's units; of NE for instance {', '.join(NE_MARGINS)}.",
         parser=margin_of,
     ),
 ]
