@@ -23,7 +23,7 @@ from torch import nn
 
 from precimap import CPU_INT8, Task, discover
 from precimap.layers.quantized import quantize_layer, quantized
-from precimap.metrics.paired import Drop, paired_drop
+from precimap.metrics.paired import Drop, drop_of
 from precimap.numerics.schemes import scheme
 from precimap.runtime.timing import Spread, interleaved, ratio
 from precimap.task import first_batch, score
@@ -97,7 +97,7 @@ def on_real_task(task: Task) -> list[Real]:
         with quantized(task.model, layers):
             after = score(task, task.model, task.splits.certify)
         sample = task.metric.paired(baseline.values, after.values, baseline.units)
-        drop = paired_drop(sample.d, sample.units)
+        drop = drop_of(sample)
         size = sum(scheme(name).stored_bytes(table.shape, table.contracted) for table in tables)
         before = sum(table.bytes for table in tables)
         mean = float(baseline.values.mean())

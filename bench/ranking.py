@@ -36,6 +36,7 @@ from precimap.metrics import (
     OrderFlips,
     RecalibratedNE,
 )
+from precimap.metrics.metric import RELATIVE
 from precimap.search.limits import Effort
 
 GRIDS = 8
@@ -115,7 +116,7 @@ def run(case: Case, grids: int) -> Found:
     task = case.make()
     subject = Subject.of(task)
     margin = case.margin
-    if task.metric.unit != NE.unit:
+    if task.metric.unit != RELATIVE:
         margin *= case.judges[0].metric.value(*subject.scored(BASELINE).kept(case.judges[0]))
     with tempfile.TemporaryDirectory() as folder:  # a bench asks one split again and again; users may not
         result = search(

@@ -27,7 +27,7 @@ from precimap.numerics.schemes import BF16_FLOOR, Scheme, scheme
 from precimap.precision_map import PrecisionMap, Realignment
 from precimap.search.calibrate import Calibration, calibrate
 from precimap.search.progress import silent
-from precimap.search.realign import by_output, realigning
+from precimap.search.realign import Realigner
 from precimap.task import first_batch, to_device
 
 BLANKET = scheme("fp8-static")
@@ -79,12 +79,12 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subject:
-    """A task with what every way needs. last: the layer that makes the score, if there is one."""
+    """A task with what every way needs. realigner: None for a task without a layer that makes the score."""
 
     task: Task
     inventory: Inventory
     calibration: Calibration
-    last: str | None
+    realigner: Realigner | None
 
     @classmethod
     def of(cls, task: Task) -> "Subject":
@@ -92,10 +92,10 @@ class Subject:
         inventory = discover(task.model, task.forward, batch)
         names = tuple(layer.name for layer in inventory.layers if not layer.lookup)
         try:
-            last = score_layer(task.model, task.forward, inventory, batch)
+            realigner = Realigner(task, score_layer(task.model, task.forward, inventory, batch))
         except InputError:
-            last = None
-        return cls(task, inventory, calibrate(task, names, silent), last)
+            realigner = None
+        return cls(task, inventory, calibrate(task, names, silent), realigner)
 
     def blanket(self, chosen: Scheme) -> dict[str, Scheme]:
         """Every layer with a product, also those that no kernel takes: what a tool without a choice emulates."""
@@ -132,22 +132,8 @@ class Subject:
 
     def _repair(self, way: Way, seed: int | None) -> Realignment:
         """As a search does it: without labels, on the calibration split."""
-        assert self.last is not None
-        model = self.task.model
-        with quantized(model, self._layers(way, model, seed)):
-            after = self._calibration_scores()
-        with quantized(model, {}):
-            before = self._calibration_scores()
-        outputs = len(parameter_names(model)[self.last])
-        scale, shift = realigning(by_output(after, outputs), by_output(before, outputs))
-        return Realignment(layer=self.last, scale=scale, shift=shift, n=len(after) // outputs)
-
-    def _calibration_scores(self) -> NDArray[np.float64]:
-        with torch.no_grad():
-            parts = [
-                self.task.forward(self.task.model, batch).double().flatten() for batch in self.task.splits.calibration
-            ]
-        return torch.cat(parts).numpy()
+        assert self.realigner is not None
+        return self.realigner.fit(self._layers(way, self.task.model, seed))
 
     def share_of_flops(self, way: Way) -> float:
         low = [self.inventory.layer(name).flops for name, chosen in way.choice.items() if chosen.computes_low]
@@ -210,7 +196,7 @@ def ways_of(subject: Subject, certified: PrecisionMap) -> list[Way]:
         BASELINE,
         Way("BF16", subject.blanket(BF16_FLOOR)),
         Way("all FP8", blanket),
-        *([Way("all FP8, realigned", blanket, repaired=True)] if subject.last is not None else []),
+        *([Way("all FP8, realigned", blanket, repaired=True)] if subject.realigner is not None else []),
         Way("certified map", own, repaired=certified.realignment is not None),
     ]
 

@@ -11,8 +11,8 @@ import typer
 
 from precimap.errors import InputError
 from precimap.layers.target import EMULATED, Target
-from precimap.metrics.click import NE, NE_MARGINS
-from precimap.metrics.metric import Metric
+from precimap.metrics.click import NE_MARGINS
+from precimap.metrics.metric import RELATIVE, Metric
 from precimap.numerics.schemes import SCHEMES
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.torchrec_tables import TORCHREC
@@ -70,7 +70,7 @@ def margin_of(text: str) -> float:
 
 def check_margin(margin: float, metric: Metric) -> None:
     """Raises InputError for a percentage of a metric whose drop is not relative: nobody could tell of what."""
-    if isinstance(margin, Percentage) and metric.unit != NE.unit:
+    if isinstance(margin, Percentage) and metric.unit != RELATIVE:
         raise InputError(
             f"expected a margin in {metric.unit or f'units of {metric.name}'}, got {100 * margin:g}%; per cent are for "
             "metrics whose drop is relative, such as NE"

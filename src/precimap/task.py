@@ -7,7 +7,7 @@ device. A trainer-like base class to inherit from was not taken: four functions 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class Task:
     name: str = "task"
 
     def __post_init__(self) -> None:
-        as_guards(self.guards)  # a wrong one is said now
+        object.__setattr__(self, "guards", as_guards(self.guards))  # once: they are asked for with every batch
         for metric in (self.metric, *self.reported):
             if not hasattr(metric, "paired"):
                 raise TaskError(f"expected metrics such as pm.metrics.AUC() in metric and reported, got {metric!r}")
@@ -86,7 +86,7 @@ class Task:
     @property
     def guarded(self) -> tuple[Guard, ...]:
         """The guards, in the order given."""
-        return as_guards(self.guards)
+        return cast(tuple[Guard, ...], self.guards)
 
     @property
     def kept_beside(self) -> str:
@@ -124,6 +124,13 @@ class Scored:
     guards: dict[str, np.ndarray]
     slices: dict[str, np.ndarray]
     units: Units
+
+    def of_guard(self, label: str) -> tuple[np.ndarray, Units]:
+        """What is kept of a guard's units, and those units: of its slice, if it has one. Raises TaskError for none."""
+        rows = self.slices.get(label)
+        if rows is None:
+            return self.guards[label], self.units
+        return self.guards[label][rows], self.units.only(rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

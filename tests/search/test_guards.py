@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from precimap import Guard, SearchResult, Splits, Task, Threshold, search
 from precimap.errors import AlphaSpent, JournalError, TaskError
 from precimap.layers.target import EMULATED
-from precimap.metrics import AUC, GAUC, NE, Calibration, Head, LogLoss, Loss
+from precimap.metrics import AUC, GAUC, NE, Calibration, Custom, Head, LogLoss, Loss
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
 from precimap.search.certificate.recertify import recertify
@@ -272,3 +272,10 @@ def test_texts_as_clusters_and_numbers_as_a_slice_are_refused_by_name(tmp_path: 
     forgotten = Guard(NE(), 0.1, where=lambda batch: batch["user"], name="old users")
     with pytest.raises(TaskError, match=r"where of NE on old users to give True or False .* got torch\.int64"):
         searched(click_task(guards=(forgotten,)), tmp_path)
+
+
+def test_a_metric_whose_name_begins_alike_is_not_taken_for_ne(tmp_path: Path) -> None:
+    far = Custom("NEgative logit", lambda scores, labels, _: float(1.5 - scores.mean()), higher_is_better=False)
+    seen: list[str] = []
+    searched(click_task(metric=far), tmp_path, margin=1.0, on_preflight=lambda found: seen.extend(found.notes))
+    assert not any("worse than the mean label" in note for note in seen)

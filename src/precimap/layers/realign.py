@@ -15,7 +15,8 @@ from precimap.errors import InputError, MapError
 from precimap.layers.copying import shared_copy
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.inventory import Inventory
-from precimap.layers.views import parameter_names, plain_name
+from precimap.layers.owners import module_of
+from precimap.layers.views import parameter_names
 from precimap.precision_map import Realignment
 
 _SHIFT, _TOLERANCE = 0.25, 1e-4
@@ -30,9 +31,10 @@ def realigned(model: nn.Module, realignment: Realignment | None) -> nn.Module:
     if realignment is None:
         return model
     copied = shared_copy(model)
-    owner = next(
-        (m for p, m in copied.named_modules() if plain_name(f"{p}.weight".lstrip(".")) == realignment.layer), None
-    )
+    try:
+        owner = module_of(copied, realignment.layer)
+    except KeyError:
+        owner = None
     if type(owner) is not nn.Linear:
         raise MapError(
             f"the map realigns {realignment.layer}, expected as the weight of an nn.Linear; the model has none"

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from precimap.errors import TaskError
 from precimap.metrics.metric import (
+    RELATIVE,
     PairedDrops,
     UnitMean,
     check_paired,
@@ -106,7 +107,7 @@ class _Sampled:
     kept: float = 1.0
     higher_is_better: ClassVar[bool] = False
     worst: ClassVar[float | None] = None
-    unit: ClassVar[str] = "of the baseline's"
+    unit: ClassVar[str] = RELATIVE
 
     def __post_init__(self) -> None:
         if not 0 < self.kept <= 1:

@@ -20,6 +20,8 @@ from torch import Tensor
 from precimap.errors import TaskError
 from precimap.metrics.units import Floats, Units, check_finite
 
+RELATIVE = "of the baseline's"  # the `unit` of a metric whose drop is a share of the baseline's value
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairedDrops:

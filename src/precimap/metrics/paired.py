@@ -75,15 +75,19 @@ class Bounded:
         return replace(self.drop, estimate=abs(self.drop.estimate)) if self.two_sided else self.drop
 
 
+def drop_of(sample: PairedDrops) -> Drop:
+    """The drop that a metric's units make, with the sizes of the split that they stand for."""
+    return replace(paired_drop(sample.d, sample.units), n=sample.rows, changed=sample.changed)
+
+
 def bounded(sample: PairedDrops, alpha: float) -> Bounded:
     """What the drops of units say of the drop. Two-sided: the wider of two one-sided bounds (Schuirmann 1987)."""
     d, units = sample.d, sample.units
-    drop = replace(paired_drop(d, units), n=sample.rows, changed=sample.changed)
     lower, upper = lower_bound(d, units, alpha), upper_bound(d, units, alpha, sample.worst)
     if sample.two_sided:
         lower = max(lower, lower_bound(-d, units, alpha))
         upper = max(upper, upper_bound(-d, units, alpha, sample.worst))
-    return Bounded(drop, lower, upper, float(np.abs(d).max()), sample.two_sided)
+    return Bounded(drop_of(sample), lower, upper, float(np.abs(d).max()), sample.two_sided)
 
 
 def upper_bound(d: Floats, units: Units, alpha: float, worst: float | None) -> float:

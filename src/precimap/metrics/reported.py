@@ -14,7 +14,7 @@ from torch import Tensor
 
 from precimap.errors import TaskError
 from precimap.metrics.click import clicks, log_losses, platt, ratio_drops
-from precimap.metrics.metric import PairedDrops, UnitMean, check_paired, count_changed, refuse_units
+from precimap.metrics.metric import RELATIVE, PairedDrops, UnitMean, check_paired, count_changed, refuse_units
 from precimap.metrics.units import Floats, Units
 
 MOST_CANDIDATES = 1024  # pairs of them are compared: a million for each unit
@@ -30,7 +30,7 @@ class RecalibratedNE:
     """
 
     name: ClassVar[str] = "recalibrated NE"
-    unit: ClassVar[str] = "of the baseline's"
+    unit: ClassVar[str] = RELATIVE
     higher_is_better: ClassVar[bool] = False
     worst: ClassVar[float | None] = None
 

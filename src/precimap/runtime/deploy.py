@@ -73,12 +73,10 @@ def deploy(
 ) -> nn.Module:
     """A model that computes as the map says, on this machine; `model` itself is not modified and shares its tensors.
 
-    precision_map: a map, or its file.
-
-    target: `cpu-int8`, `torchrec` or `emulated`; by default the map's own. task: if given, the deployed model and the
-    emulation score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel
-    is compared with its emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what
-    the target cannot run or runs wrongly.
+    precision_map: a map, or its file. target: `cpu-int8`, `torchrec` or `emulated`; by default the map's own. task: if
+    given, the deployed model and the emulation score its first calibration batch, and `precimap.agreement` of the result
+    holds the difference. Each kernel is compared with its emulation in any case. Raises PremiseMismatch for a map of
+    other weights, DeployError for what the target cannot run or runs wrongly, MapError for a file that is no map.
     """
     if not isinstance(precision_map, PrecisionMap):
         precision_map = PrecisionMap.load(precision_map)

@@ -10,7 +10,7 @@ the base model does not give the parts the scores of the whole, they are not. Pa
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from precimap.errors import TaskError
 from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer, quantized
-from precimap.metrics.paired import Drop, paired_drop
+from precimap.metrics.paired import Drop, drop_of
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import prepare
@@ -232,7 +232,7 @@ def _compared(task: Task, base: tuple[_Scores, _Scores], quantised: tuple[_Score
 
     def change(one: _Scores, other: _Scores) -> Drop:
         sample = task.metric.paired(one.judged.values, other.judged.values, one.judged.units)
-        return replace(paired_drop(sample.d, sample.units), n=sample.rows, changed=sample.changed)
+        return drop_of(sample)
 
     return CutScores(quantised[1].parts, *relative(*quantised), *relative(*base), change(*quantised), change(*base))
 

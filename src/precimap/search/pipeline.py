@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -193,7 +194,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
     floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha)
     run.journal.conclude("floor", "all layers", asdict(floor))
     pairs = open_pairs(seen.allowed, search.schemes)
-    realigner = None if search.realigned_at is None else Realigner(run, search.realigned_at)
+    realigner = None if search.realigned_at is None else Realigner(task, search.realigned_at)
     evidence = gather(
         run,
         inventory,
@@ -217,7 +218,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         search.target.name,
         search.premise,
         alpha,
-        *(() if realigner is None else (realigner.of,)),
+        *(() if realigner is None else (partial(realigner.of, run.journal),)),
     )
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})

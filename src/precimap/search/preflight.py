@@ -21,6 +21,8 @@ from precimap.layers.refusals import refusal
 from precimap.layers.views import plain_name
 from precimap.metrics.auc import AUC, GAUC
 from precimap.metrics.click import NE, LogLoss
+from precimap.metrics.guard import Head
+from precimap.metrics.metric import RELATIVE
 from precimap.metrics.paired import bounded, detectable_drop
 from precimap.numerics.schemes import Scheme
 from precimap.search.batch_invariance import BatchDependence, along_units
@@ -164,15 +166,16 @@ def check_baseline(task: Task, baseline: Scored) -> None:
 def doubts(task: Task, baseline: Scored, margin: float) -> tuple[str, ...]:
     """What is possible and mostly a mistake: probabilities given as logits, a margin of several times the metric."""
     found = []
-    for name, value in _values(task, baseline).items():
-        if name.startswith(NE().name) and value > 1:
-            found.append(
-                f"{name} of the baseline is {value:.3f}; above 1 a model is worse than the mean label. Are the scores "
-                "logits (not probabilities) and the labels theirs?"
-            )
+    values = _values(task, baseline)
     asked = {task.metric.name: (task.metric, margin), **{g.label: (g.metric, g.margin) for g in task.guarded}}
     for name, (metric, accepted) in asked.items():
-        if metric.unit == NE.unit and accepted > LARGE_RELATIVE_MARGIN:
+        plain = metric.metric if isinstance(metric, Head) else metric
+        if isinstance(plain, NE) and values[name] > 1:
+            found.append(
+                f"{name} of the baseline is {values[name]:.3f}; above 1 a model is worse than the mean label. Are the "
+                "scores logits (not probabilities) and the labels theirs?"
+            )
+        if metric.unit == RELATIVE and accepted > LARGE_RELATIVE_MARGIN:
             found.append(f"a margin of {accepted:g} for {name} is {accepted:.0%} of the baseline's; is that meant?")
     return tuple(found)
 
@@ -188,18 +191,16 @@ def _values(task: Task, baseline: Scored) -> dict[str, float]:
     """The gate and the guards on the search split. Raises TaskError for a slice that cannot be judged."""
     found = {task.metric.name: task.metric.value(baseline.values, baseline.units)}
     for guard in task.guarded:
-        values, units = baseline.guards[guard.label], baseline.units
-        rows = baseline.slices.get(guard.label)
+        units, rows = baseline.units, baseline.slices.get(guard.label)
         if rows is not None:
             chosen = units.clusters if units.clusters is not None else np.arange(units.n)
-            if len(np.unique(chosen[rows])) < 2:
-                size = f"{int(rows.sum())} of {units.n} units, in {len(np.unique(chosen[rows]))} clusters"
+            clusters = len(np.unique(chosen[rows]))
+            if clusters < 2:
                 raise TaskError(
                     f"the slice of the guard {guard.label} needs at least two units (or clusters) in the search split, "
-                    f"it has {size}"
+                    f"it has {int(rows.sum())} of {units.n} units, in {clusters} clusters"
                 )
-            values, units = values[rows], units.only(rows)
-        found[guard.label] = guard.metric.value(values, units)
+        found[guard.label] = guard.metric.value(*baseline.of_guard(guard.label))
     return found
 
 

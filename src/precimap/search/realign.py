@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch import nn
 
+from precimap.journal import Journal
 from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
 from precimap.layers.views import parameter_names
 from precimap.metrics.click import platt
 from precimap.precision_map import PrecisionMap, Realignment
-from precimap.search.run import Run
-from precimap.task import to_device
+from precimap.task import Task, to_device
 
 Floats = NDArray[np.float64]
 
@@ -57,21 +57,21 @@ def by_output(scores: Floats, outputs: int) -> Floats:
 
 
 class Realigner:
-    """Realigns maps of one run at the layer that makes the score; the baseline is scored once."""
+    """Realigns a task's model at the layer that makes the score; the baseline is scored once."""
 
-    def __init__(self, run: Run, layer: str) -> None:
-        self._run = run
+    def __init__(self, task: Task, layer: str) -> None:
+        self._task = task
         self._layer = layer
-        self.outputs = len(parameter_names(run.task.model)[layer])
+        self.outputs = len(parameter_names(task.model)[layer])
 
-    def of(self, precision_map: PrecisionMap) -> PrecisionMap:
+    def of(self, journal: Journal, precision_map: PrecisionMap) -> PrecisionMap:
         """The map with its realignment, from the journal where that holds it; a map of nothing stays as it is."""
         if not precision_map.low:
             return precision_map
-        journal, subject = self._run.journal, precision_map.fingerprint
+        subject = precision_map.fingerprint
         row = journal.find("realignment", subject)
         if row is None:
-            found = self.fit(quantize_map(self._run.task.model, precision_map))
+            found = self.fit(quantize_map(self._task.model, precision_map))
             journal.record("realignment", subject, found.model_dump())
             row = journal.find("realignment", subject)
         assert row is not None
@@ -79,7 +79,7 @@ class Realigner:
 
     def fit(self, layers: Mapping[str, QuantizedLayer]) -> Realignment:
         """Of the model with these layers in low precision."""
-        model = self._run.task.model
+        model = self._task.model
         with quantized(model, layers):
             scores = self._scores(model)
         scale, shift = realigning(scores, self._baseline)
@@ -87,12 +87,12 @@ class Realigner:
 
     @cached_property
     def _baseline(self) -> Floats:
-        with quantized(self._run.task.model, {}):
-            return self._scores(self._run.task.model)
+        with quantized(self._task.model, {}):
+            return self._scores(self._task.model)
 
     def _scores(self, model: nn.Module) -> Floats:
         """All scores of the calibration split, [n, outputs of the layer]."""
-        task, found = self._run.task, []
+        task, found = self._task, []
         with torch.no_grad():
             for batch in task.splits.calibration:
                 scores = task.forward(model, to_device(batch, task.device))

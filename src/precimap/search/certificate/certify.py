@@ -7,7 +7,6 @@ gate and every guard do, each at the full alpha (intersection-union). Going from
 aggressive end down until something passes is not this: measured, 9 to 27 % false certificates at 5 %.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from precimap.layers.target import Target
 from precimap.metrics.guard import Guard
 from precimap.metrics.paired import Drop, units_needed
 from precimap.precision_map import PrecisionMap
-from precimap.search.evidence.probe import Comparison, compare
+from precimap.search.evidence.probe import Comparison, compare, finite
 from precimap.search.run import Run, scored
 from precimap.task import Scored, Task
 
@@ -127,18 +126,15 @@ def _guard_answer(guard: Guard, baseline: Scored, found: Comparison, alpha: floa
         raise TaskError(
             f"the certify split cannot judge the guard {guard.label}: it has no two units (or clusters) of it"
         )
-    judged, rows = found.guards[guard.label].found, baseline.slices.get(guard.label)
-    values, units = baseline.guards[guard.label], baseline.units
-    if rows is not None:
-        values, units = values[rows], units.only(rows)
+    judged = found.guards[guard.label].found
     return GuardAnswer(
         held=judged.upper <= guard.margin,
         drop=judged.drop.estimate,
         error=judged.drop.error,
-        upper=judged.upper if math.isfinite(judged.upper) else None,
+        upper=finite(judged.upper),
         margin=guard.margin,
         unit=guard.metric.unit,
-        baseline=guard.metric.value(values, units),
+        baseline=guard.metric.value(*baseline.of_guard(guard.label)),
         n=judged.drop.n,
         clusters=judged.drop.clusters,
         needed=_needed(judged.size, judged.upper, guard.margin, alpha, guard.metric.worst or judged.largest),

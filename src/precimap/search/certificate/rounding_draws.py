@@ -21,7 +21,7 @@ from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.realign import realigned
 from precimap.layers.target import EMULATED
 from precimap.metrics.metric import PairedDrops
-from precimap.metrics.paired import Drop, paired_drop
+from precimap.metrics.paired import Drop, drop_of, paired_drop
 from precimap.metrics.units import Units
 from precimap.numerics.grid_shift import GridShift
 from precimap.precision_map import PrecisionMap
@@ -118,11 +118,11 @@ def rounding_of(
         run.progress("rounding draws", seed, draws)
         shifted.append(drops(f"{fingerprint} on grid {seed}", GridShift(seed)).d)
     run.progress("rounding draws", draws, draws)
-    spread = rounding_spread(paired_drop(shipped.d, shipped.units), np.stack(shifted), shipped.units)
+    spread = rounding_spread(drop_of(shipped), np.stack(shifted), shipped.units)
     return Rounding(
         shipped=spread.shipped,
         error_over_units=spread.error_over_units,
-        n=shipped.rows,
+        n=spread.n,
         drops=spread.drops,
         mean=spread.mean,
         sd=spread.error_over_rounding,

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from precimap.layers.inventory import Inventory
-from precimap.metrics.paired import paired_drop
+from precimap.metrics.paired import drop_of
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.rules import Rule, cutoff_of
 from precimap.search.calibrate import Calibration
@@ -194,7 +194,7 @@ def _correction(predictor: Predictor, probed: Probe) -> tuple[float, float] | No
     on = predictor.on(probed.numbers)
     predicted = on.scored([(probed.layer, probed.scheme)])
     sample = predictor.task.metric.paired(predicted.values, probed.scored.values, on.reference.units)
-    found = paired_drop(sample.d, sample.units)
+    found = drop_of(sample)
     return found.estimate, found.error
 
 

@@ -17,7 +17,7 @@ from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.metrics.guard import Guard
-from precimap.metrics.paired import Bounded, Drop, bounded
+from precimap.metrics.paired import Bounded, Drop, bounded, drop_of
 from precimap.numerics.schemes import Scheme, scheme_key
 from precimap.precision_map import Evidence
 from precimap.search.calibrate import Calibration, codes
@@ -59,9 +59,7 @@ class Comparison:
 
     def strictest(self, margin: float) -> float:
         """The bound of the gate, or that of a guard which fills more of its own margin, in units of the gate's."""
-        return (
-            max(self.upper, *(margin * guard.filled for guard in self.guards.values())) if self.guards else self.upper
-        )
+        return max([self.upper, *(margin * guard.filled for guard in self.guards.values())])
 
     def tightest(self, margin: float) -> str:
         """Whose bound `strictest` is: of the gate, or of a guard by its label."""
@@ -72,8 +70,8 @@ class Comparison:
         return Evidence(
             drop=self.drop.estimate,
             error=self.drop.error,
-            lower=_finite(self.lower),
-            upper=_finite(self.upper),
+            lower=finite(self.lower),
+            upper=finite(self.upper),
             n=self.drop.n,
             clusters=self.drop.clusters,
             changed=self.drop.changed,
@@ -96,9 +94,7 @@ def compare(task: Task, baseline: Scored, other: Scored, alpha: float) -> Compar
     """The paired comparison of two scorings of one split."""
     gate = bounded(task.metric.paired(baseline.values, other.values, baseline.units), alpha)
     reported = {
-        metric.name: bounded(
-            metric.paired(baseline.reported[metric.name], other.reported[metric.name], baseline.units), alpha
-        ).drop
+        metric.name: drop_of(metric.paired(baseline.reported[metric.name], other.reported[metric.name], baseline.units))
         for metric in task.reported
         if metric.name in other.reported
     }
@@ -111,12 +107,9 @@ def compare(task: Task, baseline: Scored, other: Scored, alpha: float) -> Compar
 
 def _guarded(guard: Guard, baseline: Scored, other: Scored, alpha: float) -> Guarded | None:
     """None where these few units cannot tell: none of them in the slice, or one cluster. Whole splits are checked first."""
-    before, after, units = baseline.guards[guard.label], other.guards[guard.label], baseline.units
-    rows = baseline.slices.get(guard.label)
-    if rows is not None:
-        if not rows.any():
-            return None
-        before, after, units = before[rows], after[rows], units.only(rows)
+    if guard.label in baseline.slices and not baseline.slices[guard.label].any():
+        return None
+    (before, units), (after, _) = baseline.of_guard(guard.label), other.of_guard(guard.label)
     found = bounded(guard.metric.paired(before, after, units), alpha)
     return Guarded(found, guard.margin) if found.drop.clusters > 1 else None
 
@@ -205,5 +198,5 @@ def _joined(run: Run, baseline: Parts, pair: Pair, numbers: tuple[int, ...], alp
     return Probe(name, scheme.name, comparison, numbers, whole, sum(float(row.value["seconds"]) for row in found))
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     return value if abs(value) != float("inf") else None
