@@ -2,6 +2,7 @@
 
 from precimap import metrics
 from precimap.certificate import Certificate
+from precimap.end_to_end import EndToEnd
 from precimap.hardware_profile import HardwareProfile
 from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED
@@ -10,6 +11,7 @@ from precimap.precision_map import PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.compiled import compiled
 from precimap.runtime.cpu_int8 import CPU_INT8
+from precimap.runtime.cpu_int8_compiled import CPU_INT8_COMPILED
 from precimap.runtime.deploy import deploy
 from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.search.allocation.knapsack import Constraints
@@ -22,11 +24,13 @@ from precimap.task import Splits, Task
 
 __all__ = [
     "CPU_INT8",
+    "CPU_INT8_COMPILED",
     "EMULATED",
     "TORCHREC",
     "Certificate",
     "Constraints",
     "Effort",
+    "EndToEnd",
     "Guard",
     "HardwareProfile",
     "Knapsack",
