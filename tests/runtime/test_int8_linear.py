@@ -131,10 +131,10 @@ def test_other_scales_do_not_share() -> None:
 def test_codes_go_with_their_input() -> None:
     shared, x = SharedCodes(), torch.randn(4, 8)
     shared.codes(x, UINT8, 0.02, 100)
-    assert shared._last is not None
+    assert shared._kept
     del x
     gc.collect()
-    assert shared._last is None
+    assert not shared._kept
 
 
 def test_threads_share_a_model() -> None:

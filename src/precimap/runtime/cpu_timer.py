@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
-from precimap.layers.target import BASE
+from precimap.layers.target import BASE, Turns
+from precimap.runtime.int8_linear import Int8Linear
 from precimap.runtime.timing import interleaved
 
 ROUNDS, TURNS = 3, 5  # turns of each round
@@ -54,24 +55,34 @@ class CpuTimer:
             precimap=version("precimap"),
         )
 
-    def seconds(
-        self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int
-    ) -> dict[str, list[float]]:
-        """As `Timer.seconds`. Raises DeployError for a form that cannot take the module's place."""
-        found: dict[str, list[float]] = {name: [] for name in (BASE, *forms)}
+    def seconds(self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int) -> Turns:
+        """As `Timer.seconds`. Raises DeployError for a form that cannot take the module's place.
+
+        What a sibling leaves to do is timed as it runs, by calling a form again with the input that it has just had. The
+        other way, to time the quantising and take it off, leaves out what a layer does around it (docs/log.md).
+        """
+        found: dict[_Case, list[float]] = {}
         sizes, clock = random.Random(0), _clock()[1]
         for _ in range(self.rounds):
             blocks = [torch.empty(2 ** sizes.randrange(8, 20)) for _ in range(sizes.randrange(32))]
             inputs = _inputs(module, rows, each)
             modules = {BASE: module, **{name: self.place(module, layer) for name, layer in forms.items()}}
+            calls = {(name, False): (form, inputs) for name, form in modules.items()}
+            sharing = (name for name, form in modules.items() if isinstance(form, Int8Linear))
+            calls |= {(name, True): (modules[name], itertools.repeat(next(inputs))) for name in sharing}
             del blocks[::2]
             with torch.inference_mode():
-                repeats = {name: _repeats(form, inputs, clock) for name, form in modules.items()}
-                cases = {name: _repeated(form, inputs, repeats[name]) for name, form in modules.items()}
-                timed = interleaved(cases, self.turns, clock)
-            for name, values in timed.items():
-                found[name] += [value / repeats[name] for value in values]
-        return found
+                repeats = {case: _repeats(*call, clock) for case, call in calls.items()}
+                timed = interleaved(
+                    {case: _repeated(*call, repeats[case]) for case, call in calls.items()}, self.turns, clock
+                )
+            for case, values in timed.items():
+                found.setdefault(case, []).extend(value / repeats[case] for value in values)
+        alone, shared = ({name: found[name, again] for name, again in found if again is met} for met in (False, True))
+        return Turns(alone, shared)
+
+
+_Case = tuple[str, bool]  # the name of a form, and whether it meets an input that is quantised already
 
 
 def _clock() -> tuple[str, Callable[[], float]]:

@@ -205,7 +205,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         search.limits,
         search.effort,
         0 if realigner is None else realigner.outputs,
-        {} if timed is None else {key: saved.counted for key, saved in timed.saved.items()},
+        None if timed is None else timed.savings,
     )
     limit = cutoff_of(search.limits, inventory, evidence.known)
     findings = Findings(

@@ -13,8 +13,9 @@ from precimap.layers.inventory import Inventory
 from precimap.metrics.metric import Metric
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.knapsack import UNCONSTRAINED, Constraints, Step, bytes_at, chain
+from precimap.search.allocation.ladders import settled, total_gain
 from precimap.search.allocation.threshold import Candidate, default_cutoff, threshold
-from precimap.search.evidence.known import BYTES_WORTH, Known, bonuses, options, price
+from precimap.search.evidence.known import BYTES_WORTH, Known, options, price
 from precimap.search.limits import Limits
 
 
@@ -84,7 +85,7 @@ class Knapsack:
     ) -> tuple[Step, ...]:
         rows = options(inventory, known, schemes, price(metric, known, margin), self.bytes_worth)
         base = {layer.name: layer.bytes for layer in inventory.layers}
-        return chain(rows, base, self.limits(inventory), bonus=bonuses(inventory, rows)) if rows else ()
+        return chain(rows, base, self.limits(inventory)) if rows else ()
 
 
 KNAPSACK = Knapsack()
@@ -96,7 +97,7 @@ class Threshold:
 
     @property
     def bytes_worth(self) -> float:
-        """No choice rests on it: a tolerant layer is in, whatever it saves."""
+        """No choice rests on it: a tolerant layer is in, unless it only saves beside siblings that are not."""
         return BYTES_WORTH
 
     def accepts(self, inventory: Inventory, step: Step) -> bool:
@@ -114,15 +115,14 @@ class Threshold:
         found = options(inventory, known, schemes, price(metric, known, margin))
         rows = {(row.layer, row.scheme): row for row in found}
         sizes = {layer.name: layer.bytes for layer in inventory.layers}
-        return tuple(
-            Step(
-                step.choice,
-                sum(rows[pair].gain for pair in step.choice.items()),
-                sum(rows[pair].cost for pair in step.choice.items()),
-                sum((sizes | {name: rows[name, scheme].bytes for name, scheme in step.choice.items()}).values()),
-            )
-            for step in threshold(candidates(inventory, known, margin), list(schemes), cutoff)
-        )
+        made: list[Step] = []
+        for step in threshold(candidates(inventory, known, margin), list(schemes), cutoff):
+            choice = settled(found, step.choice)
+            low = [rows[pair] for pair in choice.items()]
+            size = sum((sizes | {row.layer: row.bytes for row in low}).values())
+            if choice and (not made or made[-1].choice != choice):
+                made.append(Step(choice, total_gain(low), sum(row.cost for row in low), size))
+        return tuple(made)
 
 
 def candidates(inventory: Inventory, known: Sequence[Known], margin: float) -> list[Candidate]:
