@@ -27,7 +27,7 @@ from precimap.numerics.schemes import Scheme
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap, Premise
 from precimap.search import preflight
-from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of
+from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of, kept_for_time
 from precimap.search.answer import alpha_note, answer_of
 from precimap.search.batch_invariance import batch_dependence
 from precimap.search.calibrate import Calibration, calibrated
@@ -220,6 +220,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         alpha,
         *(() if realigner is None else (partial(realigner.of, run.journal),)),
     )
+    findings = replace(findings, kept_for_time=_kept_for_time(search, inventory, evidence, timed))
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
     maps = [joint.map for joint in sequence(chosen) if joint.map is not None]
@@ -247,6 +248,13 @@ def _with_times(search: _Search, seen: _Seen, calibration: Calibration) -> _Seen
     run.journal.conclude("latency", "search", times.row())
     allowed = replace(seen.allowed, slower=times.slower)
     return replace(seen, allowed=allowed, latency=times, notes=(*seen.notes, *times.notes))
+
+
+def _kept_for_time(search: _Search, inventory: Inventory, evidence: Evidence, timed: Latency | None) -> dict[str, str]:
+    if timed is None:
+        return {}
+    schemes = {scheme.name: scheme for scheme in search.schemes}
+    return kept_for_time(search.rule, inventory, evidence.known, schemes, timed.savings)
 
 
 def _conclude(run: Run, final: PrecisionMap, answer: str) -> None:

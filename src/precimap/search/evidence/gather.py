@@ -5,6 +5,7 @@ or of a kind in which the audit caught it, is decided by its probe alone. With `
 literal one-at-a-time measurement.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -142,7 +143,12 @@ def _flipping(
         return ()
     counted = price(metric, evidence.known, limits.margin)
     costs = costs_of([row for row in evidence.known if row.trusted], counted)
-    gains = {key: gain(inventory, key[0], schemes[key[1]], rule.bytes_worth, known[key].saved) for key in costs}
+    readers = Counter((inventory.layer(layer).siblings, scheme) for layer, scheme in best.choice.items())
+    gains = {}
+    for key in costs:
+        others = readers[inventory.layer(key[0]).siblings, key[1]] - (best.choice.get(key[0]) == key[1])
+        own = gain(inventory, key[0], schemes[key[1]], rule.bytes_worth, known[key].saved)
+        gains[key] = own + (known[key].shared if others else 0.0)
     return ambiguous(costs, gains, best.choice, found.approximation, MOST_AMBIGUOUS)
 
 
