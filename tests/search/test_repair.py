@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from precimap.errors import InputError
 from precimap.search.allocation.knapsack import Step, chain
-from precimap.search.allocation.ladders import Option
+from precimap.search.allocation.ladders import Option, settled
 from precimap.search.allocation.repair import repair
 
 BASE = 8
@@ -137,6 +137,15 @@ def test_a_sibling_whose_partner_is_reverted_goes_too() -> None:
     start = Step({"k": "a", "q": "a", "z": "a"}, 4.0, 3.0, 12)
     repaired = repair(start, options, sizes(options), lambda choice: 9.0 if "q" in choice else 0.0, 1.0)
     assert repaired == Step({"z": "a"}, 1.0, 1.0, 20)
+
+
+def test_siblings_that_no_longer_pay_together_all_go() -> None:
+    """Three gain .2; of two each is worth .6 to the other, and together they lose .4."""
+    options = [Option(layer, "a", -1.0, 1.0, 4, None, "s", 1.6) for layer in "qkv"]
+    start = Step(dict.fromkeys("kqv", "a"), 0.2, 3.0, 12)
+    assert repair(start, options, sizes(options), lambda choice: 9.0 * ("q" in choice), 1.0).choice == {}
+    assert settled(options, {"k": "a", "v": "a"}) == {}
+    assert settled(options, start.choice) == start.choice
 
 
 def test_what_is_lost_with_a_sibling_counts_when_it_is_decided_who_goes() -> None:

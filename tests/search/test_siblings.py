@@ -24,11 +24,15 @@ from precimap.numerics.formats import IntegerFormat
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.runtime import int8_linear
 from precimap.runtime.cpu_int8 import CpuInt8, int8_scheme
+from precimap.search import pipeline
 from precimap.search.allocation.ladders import Option, total_gain
+from precimap.search.allocation.rules import KNAPSACK
 from precimap.search.latency.planned import planned
 from precimap.search.latency.savings import Quantising, Saved, Savings
 from precimap.search.latency.slower import too_slow
 from precimap.search.limits import Effort
+from precimap.search.whole import choosing
+from precimap.search.whole.assemble import Findings
 
 HERE = Device(name="a", capability="b", threads=1, allocator="default", clock="processor time", torch="2", precimap="0")
 FP8 = scheme("fp8")
@@ -127,6 +131,20 @@ def test_what_is_inside_its_spread_is_not_shared() -> None:
     assert found.savings.quantising == {}
     assert found.savings.total([("a", "fp8"), ("b", "fp8")])[0] == pytest.approx(0.5)
     assert plan(profile(spread=0.009, narrow=(1, 0.5, 0.48)), *of_x("a", "b")).savings.quantising
+
+
+def test_a_layer_that_gains_alone_stays_whatever_its_siblings_do() -> None:
+    """a alone is surely faster; with b, whose own quantising takes long and is told badly, nothing is sure."""
+    given = profile(spread=0.04, good=(1, 0.95, 0.6), poor=(1, 1.9, 0.95))
+    found = plan(given, *of_x("a", module="good"), *of_x("b", module="poor"))
+    assert found.savings.sharing(("a", "fp8")) is not None
+    assert found.slower == {}
+
+
+def test_a_sibling_counts_as_measured_where_a_lone_layer_inside_its_spread_counts_nothing() -> None:
+    given = profile(spread=0.03, narrow=(1, 0.98, 0.5))
+    assert plan(given, *of_x("a", "b")).savings.counted(("a", "fp8")) == pytest.approx(0.02 / 2)
+    assert plan(given, layer("a", "narrow"), layer("b", "narrow")).savings.counted(("a", "fp8")) == 0
 
 
 def test_a_fused_group_of_siblings_is_judged_with_what_it_shares() -> None:
@@ -320,13 +338,38 @@ def test_without_its_siblings_a_narrow_layer_is_refused(tmp_path: Path) -> None:
     assert "takes 1.20 [1.20, 1.20]" in found.map.layers["red.weight"].reason
 
 
-@pytest.mark.parametrize("pinned", [[], ["green", "blue"]])
-def test_the_threshold_takes_no_sibling_alone(pinned: list[str], tmp_path: Path) -> None:
-    """Whatever the cutoff lets in first."""
-    found = searched(TABLE, tmp_path, rule=Threshold(), pinned=pinned)
-    assert found.certified
+def test_the_threshold_takes_no_sibling_alone(tmp_path: Path) -> None:
+    """With a cutoff between the bounds of the first sibling and the second: the others are sensitive or come later."""
+    bounds = sorted(
+        row.decisive.upper for row in searched(TABLE, tmp_path, rule=Threshold()).evidence.known
+        if row.layer in NAMES and row.decisive is not None
+    )  # fmt: skip
+    found = searched(TABLE, tmp_path, rule=Threshold(), cutoff=(bounds[0] + bounds[1]) / 2, alpha_budget=0.2)
+    assert found.chain
     for joint in found.chain:
         assert len(joint.step.choice.keys() & NAMES) != 1
+
+
+def test_a_map_that_gives_siblings_back_keeps_none_that_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Findings] = []
+
+    def recorded(run: Any, findings: Findings, *rest: Any) -> Any:
+        kept.append(findings)
+        return choosing.chosen_maps(run, findings, *rest)
+
+    monkeypatch.setattr(pipeline, "chosen_maps", recorded)
+    searched(TABLE, tmp_path)
+    low = int8_scheme()
+    for names, left in (
+        (("red",), ()),
+        (("red", "wide"), ("wide",)),
+        (("red", "green", "blue"), ("red", "green", "blue")),
+    ):
+        choice = {f"{name}.weight": low for name in names}
+        step = choosing._priced(kept[0], KNAPSACK, Loss(), choice, 0.5)
+        assert step.choice == {f"{name}.weight": low for name in left}
+    bytes_saved = 1e-3 * 3 * (3 * 64 * 16) / (4 * (32 * 64 + 3 * 64 * 16 + 2 * 48 * 24 + 2 * 24 * 8))
+    assert step.gain == pytest.approx((3 * (10 - 12) + 2 * 6) / 110 + bytes_saved)
 
 
 def test_towers_share_though_they_read_inputs_of_their_own_between(
