@@ -153,6 +153,18 @@ def test_the_same_values_are_shared_through_any_view_and_after_other_inputs(call
     assert len(calls) == MOST_KEPT + 5
 
 
+def test_a_change_past_the_version_of_a_tensor_is_seen() -> None:
+    """Each `x.data` counts its versions anew."""
+    shared, x = SharedCodes(), torch.randn(4, 8)
+    shared.codes(x.data, UINT8, 0.02, 100)
+    x.data.mul_(2)
+    assert torch.equal(shared.codes(x.data, UINT8, 0.02, 100), unsigned_codes(x, UINT8, 0.02, 100))
+    held = x.data
+    shared.codes(held, UINT8, 0.02, 100)
+    held.mul_(2)
+    assert torch.equal(shared.codes(x.data, UINT8, 0.02, 100), unsigned_codes(x, UINT8, 0.02, 100))
+
+
 def test_memory_that_others_may_write_to_is_not_shared() -> None:
     """A buffer of NumPy that is filled again for each request, and a tensor whose memory NumPy was given."""
     shared, array = SharedCodes(), np.zeros((4, 8), np.float32)

@@ -1,4 +1,4 @@
-"""The time of single layers on this CPU, each against what takes its place when it is deployed.
+"""The time of single layers on this CPU, each against what takes its place when it is deployed, alone and as a sibling.
 
 Invariant: forms of one module are timed in turns, on the same random inputs, and a call is repeated until it takes long
 enough to be timed; so only their ratio within a turn is to be relied on. Not taken: timing whole models with and without

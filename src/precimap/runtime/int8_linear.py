@@ -24,15 +24,15 @@ from precimap.numerics.formats import INT8, IntegerFormat
 
 MOST_KEPT = 4  # inputs: towers that read one go on to inputs of their own before the next tower reads it again
 
-_Kept = tuple[weakref.ref[torch.UntypedStorage], tuple[object, ...], Tensor]
+_Kept = tuple[weakref.ref[Tensor], tuple[object, ...], Tensor]
 
 
 class SharedCodes:
     """The inputs that were quantised last: layers that read the same values under the same scale share their codes.
 
-    One for all layers of a model. A tensor's memory is held weakly and its codes go with it. What is the same is what
-    discovery calls siblings: the same part of that memory, also through two views. Threads may share it: what is kept is
-    replaced as a whole, and a thread that does not find its input quantises it.
+    One for all layers of a model. A tensor is held weakly and its codes go with it. The same values are the same part of one
+    tensor, through any views of it. Threads may share it: what is kept is replaced as a whole, and a thread that does not
+    find its input quantises it.
     """
 
     def __init__(self) -> None:
@@ -41,19 +41,19 @@ class SharedCodes:
     def codes(self, x: Tensor, format: IntegerFormat, scale: float, zero: int) -> Tensor:
         """As `unsigned_codes`. Not shared is what may change without a word: inference tensors, which have no version, and
         memory that is not torch's alone, such as an array of NumPy."""
-        memory = x.untyped_storage()
-        if x.is_inference() or not memory.resizable() or not x.is_contiguous():
+        if x.is_inference() or not x.is_contiguous() or not x.untyped_storage().resizable():
             return unsigned_codes(x, format, scale, zero)
+        owner = x if x._base is None else x._base  # views count versions with their base, `x.data` does not
         how = (format, scale, zero, x._version, x.dtype, x.storage_offset(), x.numel())
         for held, same, codes in self._kept:
-            if same == how and held() is memory:
+            if same == how and held() is owner:
                 return codes if codes.shape == x.shape else codes.view(x.shape)
         codes = unsigned_codes(x, format, scale, zero)
         kept = tuple(one for one in self._kept if one[0]() is not None)
-        self._kept = ((weakref.ref(memory, self._forget), how, codes), *kept[: MOST_KEPT - 1])
+        self._kept = ((weakref.ref(owner, self._forget), how, codes), *kept[: MOST_KEPT - 1])
         return codes
 
-    def _forget(self, gone: weakref.ref[torch.UntypedStorage]) -> None:
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
         self._kept = tuple(one for one in self._kept if one[0] is not gone)
 
 
