@@ -188,6 +188,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
     calibration = calibrated(run, inventory, search.schemes)
     seen = _with_times(search, seen, calibration)
     timed = seen.latency
+    savings = None if timed is None else timed.savings
     baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
     preflight.check_baseline(task, baseline.whole)
     checked = _preflight(search, seen, calibration, baseline, ledger)
@@ -205,7 +206,7 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         search.limits,
         search.effort,
         0 if realigner is None else realigner.outputs,
-        None if timed is None else timed.savings,
+        savings,
     )
     limit = cutoff_of(search.limits, inventory, evidence.known)
     findings = Findings(
@@ -220,7 +221,8 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
         alpha,
         *(() if realigner is None else (partial(realigner.of, run.journal),)),
     )
-    findings = replace(findings, kept_for_time=_kept_for_time(search, inventory, evidence, timed))
+    kept = kept_for_time(search.rule, inventory, evidence.known, search.schemes, savings)
+    findings = replace(findings, kept_for_time=kept)
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
     maps = [joint.map for joint in sequence(chosen) if joint.map is not None]
@@ -248,13 +250,6 @@ def _with_times(search: _Search, seen: _Seen, calibration: Calibration) -> _Seen
     run.journal.conclude("latency", "search", times.row())
     allowed = replace(seen.allowed, slower=times.slower)
     return replace(seen, allowed=allowed, latency=times, notes=(*seen.notes, *times.notes))
-
-
-def _kept_for_time(search: _Search, inventory: Inventory, evidence: Evidence, timed: Latency | None) -> dict[str, str]:
-    if timed is None:
-        return {}
-    schemes = {scheme.name: scheme for scheme in search.schemes}
-    return kept_for_time(search.rule, inventory, evidence.known, schemes, timed.savings)
 
 
 def _conclude(run: Run, final: PrecisionMap, answer: str) -> None:

@@ -151,13 +151,19 @@ def candidates(inventory: Inventory, known: Sequence[Known], margin: float) -> l
 
 
 def kept_for_time(
-    rule: Rule, inventory: Inventory, known: Sequence[Known], schemes: Mapping[str, Scheme], savings: Savings
+    rule: Rule, inventory: Inventory, known: Sequence[Known], schemes: Sequence[Scheme], savings: Savings | None
 ) -> dict[str, str]:
-    """Tables that take longer under each of their schemes than saving their bytes is worth to the rule, and the reason."""
+    """Tables that take longer under each of their schemes than saving their bytes is worth to the rule, and the reason.
+
+    None where nothing was timed.
+    """
+    if savings is None:
+        return {}
+    by_name = {scheme.name: scheme for scheme in schemes}
     unwanted: dict[str, list[Known]] = {}
     wanted: set[str] = set()
     for found in known:
-        scheme = schemes[found.scheme]
+        scheme = by_name[found.scheme]
         worth = gain(inventory, found.layer, scheme, rule.bytes_worth, found.saved)
         if scheme.computes_low or rule.wants(worth) or found.saved is None or found.saved >= 0:
             wanted.add(found.layer)
