@@ -6,11 +6,14 @@ sides of it.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+Case = TypeVar("Case", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +30,18 @@ class Spread:
 
 
 def interleaved(
-    cases: Mapping[str, Callable[[], object]],
+    cases: Mapping[Case, Callable[[], object]],
     turns: int,
     clock: Callable[[], float] = time.perf_counter,
     device: torch.device | None = None,
-) -> dict[str, list[float]]:
+) -> dict[Case, list[float]]:
     """Seconds by `clock` of each case in each turn; every turn starts with another case.
 
     A case runs once untimed just before it is timed, so that it finds caches and allocator as it leaves them itself and
     not as its neighbour did. `time.process_time` suits what runs on one thread: other work does not lengthen it.
     """
     names = list(cases)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Case, list[float]] = {name: [] for name in names}
     for turn in range(turns):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
