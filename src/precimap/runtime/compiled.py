@@ -60,11 +60,14 @@ class CompiledCalls:
     def _compiling(self, *args: Any, **kwargs: Any) -> Any:
         import torch._dynamo.config
         import torch._inductor.config
+        import torch.fx.experimental._config as shapes
 
         self._expected = self._found = 0
         with ExitStack() as settings:
             settings.enter_context(torch._inductor.config.patch(_SETTINGS))
             settings.enter_context(torch._dynamo.config.patch(_LIMITS))
+            # Or sizes that happen to be equal, as rows and a width, are taken for one size, which the weight then fixes.
+            settings.enter_context(shapes.patch(use_duck_shape=False))  # type: ignore[attr-defined]
             result = self._run(*args, **kwargs)
         if self._found < self._expected:
             raise DeployError(

@@ -1,0 +1,161 @@
+"""What a searched map saves as a whole: the sum of its layers against the deployed model, and against what it competes with.
+
+    python bench/end_to_end.py [--quick] [--json FILE]
+
+Whole searches on this machine for `cpu-int8` and `cpu-int8-compiled`: a DCNv2 whose layers are 1024 wide, with clicks drawn
+from itself, in float32 and BF16; and all-MiniLM-L6-v2 as semantic search over the Python documentation. Each is asked for
+a map that keeps the margin, deployed and timed by the search itself (`EndToEnd`): CPU time of one thread, interleaved
+turns, median [quartiles]. Foretold is what the layers, each timed alone, say together. Quick: one search, the ranker in
+float32, eager. Exits with 1 when a claim fails.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from click_model import Recipe
+from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
+from rich.console import Console
+from torch import nn
+
+from precimap import CPU_INT8, CPU_INT8_COMPILED, Effort, Serving, Splits, Task, metrics, search
+from precimap.demos.semantic_search import queries
+from precimap.layers.target import Target
+from precimap.report.end_to_end_table import end_to_end_page
+from precimap.runtime.cpu_int8 import has_bf16, int8_scheme
+
+FIELDS, VALUES = 64, 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One search. gain: the base model's time over the served map's; ends: quartiles. rival: the fastest thing that is no
+    map and no blanket INT8, and the map's speed over it. low, layers: how many."""
+
+    task: str
+    target: str
+    batches: tuple[int, ...]
+    certified: bool
+    low: int
+    layers: int
+    gain: float
+    ends: tuple[float, float]
+    foretold: float
+    n: int
+    rival: str
+    over_rival: float
+    answer: str
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
+    parser.add_argument("--quick", action="store_true", help="one search")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print_machine()
+    asked: list[tuple[Callable[[], Task], Target, tuple[int, ...], float]] = [
+        (lambda: _ranker(torch.float32), CPU_INT8, (256,), 0.01)
+    ]
+    if not arguments.quick:
+        sizes = (64, 1024)
+        asked = [(lambda: _ranker(torch.float32), target, sizes, 0.01) for target in (CPU_INT8, CPU_INT8_COMPILED)]
+        if has_bf16():
+            asked += [
+                (lambda: _ranker(torch.bfloat16), target, sizes, 0.01) for target in (CPU_INT8, CPU_INT8_COMPILED)
+            ]
+        asked += [(queries, target, (32,), 0.02) for target in (CPU_INT8, CPU_INT8_COMPILED)]
+    rows = [_searched(make(), target, sizes, margin, quick=arguments.quick) for make, target, sizes, margin in asked]
+    claims = _claims(rows)
+    print_claims(claims)
+    if arguments.json:
+        write_json(arguments.json, [asdict(row) for row in rows], claims)
+    return 0 if all(claim.holds for claim in claims) else 1
+
+
+def _ranker(dtype: torch.dtype) -> Task:
+    """Untrained, and its own clicks: weights of other values take the same time, and its NE is what it can be."""
+    torch.manual_seed(0)
+    model = Recipe(width=1024 // FIELDS, deep=(1024, 1024, 1024)).build(VALUES, FIELDS).eval()
+    nn.init.normal_(model.embedding.weight)
+
+    def split(batches: int, seed: int) -> list[dict[str, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for _ in range(batches):
+            ids = torch.randint(0, VALUES, (256, FIELDS), generator=generator)
+            with torch.no_grad():
+                clicks = torch.bernoulli(torch.sigmoid(model(ids).float().reshape(-1)), generator=generator)
+            found.append({"ids": ids, "labels": clicks})
+        return found
+
+    splits = Splits(split(2, 1), split(8, 2), split(16, 3))
+    return Task(
+        model.to(dtype),
+        splits=splits,
+        forward=lambda m, batch: m(batch["ids"]).float().reshape(-1),
+        loss=lambda scores, batch: nn.functional.binary_cross_entropy_with_logits(
+            scores, batch["labels"], reduction="none"
+        ),
+        metric=metrics.NE(),
+        labels=lambda batch: batch["labels"],
+        name=f"ranker, 1024 wide, {str(dtype).removeprefix('torch.')}",
+    )
+
+
+def _searched(task: Task, target: Target, sizes: tuple[int, ...], margin: float, quick: bool) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        found = search(
+            task,
+            schemes=[int8_scheme()],
+            margin=margin,
+            target=target,
+            serving=Serving(sizes),
+            effort=Effort(rounding_draws=0, timing_seconds=4.0 if quick else 15.0),
+            ledger=folder,
+        )
+    print(f"\n{task.name}, {target.name}, margin {margin}\n{found.answer}", flush=True)
+    times = found.end_to_end
+    assert times is not None, "no map got as far as being timed: nothing to compare"
+    Console(width=100, file=sys.stdout).print(end_to_end_page(times))
+    assert times.foretold is not None
+    others = dict.fromkeys((f.precision, f.form) for f in times.sizes[0].forms if f.precision not in ("map", "blanket"))
+    speeds = {", ".join(other): speed for other in others if (speed := times.speedup(*other)) is not None}
+    rival = min(speeds, key=lambda name: speeds[name].median)
+    return Row(
+        task.name,
+        target.name,
+        sizes,
+        found.certified,
+        len(found.map.low),
+        len(found.map.layers),
+        times.gain.median,
+        (times.gain.lower, times.gain.upper),
+        times.foretold.median,
+        times.gain.n,
+        rival,
+        speeds[rival].median,
+        found.answer,
+    )
+
+
+def _claims(rows: list[Row]) -> list[Claim]:
+    """Of maps that are certified: what is not is no promise."""
+    certified = [row for row in rows if row.certified]
+    slowest = min(row.ends[0] for row in certified)
+    return [
+        at_least("certified maps: as fast as the base model in the same form, worst lower quartile", slowest, 1.0),
+        at_most(
+            "the sum of single layers, off the measured time by, as a share of the base model's, worst",
+            max(abs(1 / row.gain - 1 / row.foretold) for row in rows),
+            0.1,
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
