@@ -17,15 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from precimap.errors import DeployError
-from precimap.layers.copying import shared_copy
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
-from precimap.layers.views import plain_name
 from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.runtime.cpu_tables import packed_table, table_refusal
 from precimap.runtime.cpu_timer import CpuTimer
 from precimap.runtime.int8_linear import Int8Linear, SharedCodes
+from precimap.runtime.swapping import with_modules
 
 
 class CpuInt8:
@@ -54,21 +53,12 @@ class CpuInt8:
 
         Raises DeployError for a layer that is not the weight of an nn.Linear, nn.Embedding or nn.EmbeddingBag.
         """
-        copied = shared_copy(model)
-        owners = {plain_name(f"{name}.weight".lstrip(".")): (name, module) for name, module in copied.named_modules()}
         shared = SharedCodes()
-        for name, layer in layers.items():
-            path, module = owners.get(name, ("", None))
-            replacement = _linear(layer, module, shared) if layer.scheme.rows is None else packed_table(layer, module)
-            parent, _, attribute = path.rpartition(".")
-            if not path:
-                return replacement
-            setattr(copied.get_submodule(parent), attribute, replacement)
-        for module in copied.modules():
-            if isinstance(module, nn.TransformerEncoderLayer):
-                # Its fused path reads weights past their modules; this attribute is how the layer itself rules it out.
-                module.activation_relu_or_gelu = 0
-        return copied
+
+        def place(layer: QuantizedLayer, module: nn.Module | None) -> nn.Module:
+            return _linear(layer, module, shared) if layer.scheme.rows is None else packed_table(layer, module)
+
+        return with_modules(model, layers, place)
 
 
 CPU_INT8 = CpuInt8()
