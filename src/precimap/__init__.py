@@ -10,6 +10,8 @@ from precimap.precision_map import PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.compiled import compiled
 from precimap.runtime.cpu_int8 import CPU_INT8
+from precimap.runtime.cuda_fp8 import CUDA_FP8
+from precimap.runtime.cuda_graphs import graphed
 from precimap.runtime.deploy import deploy
 from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.search.allocation.knapsack import Constraints
@@ -22,6 +24,7 @@ from precimap.task import Splits, Task
 
 __all__ = [
     "CPU_INT8",
+    "CUDA_FP8",
     "EMULATED",
     "TORCHREC",
     "Certificate",
@@ -40,6 +43,7 @@ __all__ = [
     "compiled",
     "deploy",
     "discover",
+    "graphed",
     "load_deployed",
     "metrics",
     "save_deployed",

@@ -56,6 +56,7 @@ from precimap.report.proof import certificate_text
 from precimap.report.run_record import read_run
 from precimap.report.tables import preflight_text, run_page
 from precimap.runtime.checkpoint import save_deployed
+from precimap.runtime.cuda_fp8 import EXPERIMENTAL
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
 from precimap.search.allocation.knapsack import Constraints
@@ -209,7 +210,9 @@ def deploy(
     task: TaskArgument,
     precision_map: MapArgument,
     output: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    target: Annotated[TargetName | None, typer.Option(help="Default: the map's own target.")] = None,
+    target: Annotated[
+        TargetName | None, typer.Option(help=f"Default: the map's own; cuda-fp8 is {EXPERIMENTAL}.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Deploy a map, compare it with its emulation on one batch, and save it."""

@@ -15,6 +15,7 @@ from precimap.metrics.click import NE_MARGINS
 from precimap.metrics.metric import RELATIVE, Metric
 from precimap.numerics.schemes import SCHEMES
 from precimap.runtime.cpu_int8 import CPU_INT8
+from precimap.runtime.cuda_fp8 import CUDA_FP8, EXPERIMENTAL
 from precimap.runtime.torchrec_tables import TORCHREC
 
 
@@ -23,6 +24,7 @@ class TargetName(StrEnum):
 
     EMULATED = "emulated"
     CPU_INT8 = "cpu-int8"
+    CUDA_FP8 = "cuda-fp8"
     TORCHREC = "torchrec"
 
 
@@ -43,6 +45,7 @@ class RuleName(StrEnum):
 TARGETS: dict[TargetName, Target] = {
     TargetName.EMULATED: EMULATED,
     TargetName.CPU_INT8: CPU_INT8,
+    TargetName.CUDA_FP8: CUDA_FP8,
     TargetName.TORCHREC: TORCHREC,
 }
 
@@ -51,7 +54,7 @@ TaskArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="A map.json that a search wrote.")]
-TargetOption = Annotated[TargetName, typer.Option(help="What the map is for.")]
+TargetOption = Annotated[TargetName, typer.Option(help=f"What the map is for; cuda-fp8 is {EXPERIMENTAL}.")]
 
 
 class Percentage(float):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import BASE
-from precimap.runtime.timing import interleaved
+from precimap.runtime.timing import interleaved, random_input
 
 ROUNDS, TURNS = 3, 5  # turns of each round
 SHORTEST = 1e-3  # seconds that a timed stretch takes at least
@@ -84,15 +84,7 @@ def _clock() -> tuple[str, Callable[[], float]]:
 def _inputs(module: nn.Module, rows: int, each: int) -> Iterator[Tensor]:
     """Two inputs in turns without end, so that nothing which is kept of the last one is met again."""
     generator = torch.Generator().manual_seed(0)
-
-    def drawn() -> Tensor:
-        if isinstance(module, nn.Linear):
-            return torch.randn(rows, module.in_features, generator=generator).to(module.weight.dtype)
-        assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        shape = (rows, each) if isinstance(module, nn.EmbeddingBag) else (rows,)
-        return torch.randint(module.num_embeddings, shape, generator=generator)
-
-    return itertools.cycle((drawn(), drawn()))
+    return itertools.cycle([random_input(module, rows, each, generator) for _ in range(2)])
 
 
 def _repeats(module: nn.Module, inputs: Iterator[Tensor], clock: Callable[[], float]) -> int:

@@ -4,23 +4,25 @@ Invariant: the deployed weights are the codes and scales that were measured (`qu
 compared with the emulation before it is handed out.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from precimap.errors import DeployError
 from precimap.fingerprints import of_weights
 from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
 from precimap.layers.realign import realigned
-from precimap.numerics.fast import fake_quantize
 from precimap.numerics.quantize import Affine
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.cpu_tables import PackedTable, tables
+from precimap.runtime.cuda_fp8 import CUDA_FP8
+from precimap.runtime.fp8_linear import Fp8Linear
 from precimap.runtime.int8_linear import Int8Linear
 from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.task import Task, first_batch
@@ -29,12 +31,13 @@ Build = Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module]
 TARGETS: dict[str, Build] = {
     "emulated": emulated.deployed,
     CPU_INT8.name: CPU_INT8.deployed,
+    CUDA_FP8.name: CUDA_FP8.deployed,
     TORCHREC.name: TORCHREC.deployed,
 }
 
-# Float32 sums of exact integer products differ in their order only; a BF16 result is rounded once more.
+# Float32 sums of products of codes differ in their order only; a shorter result is rounded once more.
 CHECKED_ROWS = 4096  # of each packed table
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,11 @@ def deploy(
 ) -> nn.Module:
     """A model that computes as the map says, on this machine; `model` itself is not modified and shares its tensors.
 
-    precision_map: a map, or its file. target: `cpu-int8`, `torchrec` or `emulated`; by default the map's own. task: if
-    given, the deployed model and the emulation score its first calibration batch, and `precimap.agreement` of the result
-    holds the difference. Each kernel is compared with its emulation in any case. Raises PremiseMismatch for a map of
-    other weights, DeployError for what the target cannot run or runs wrongly, MapError for a file that is no map.
+    precision_map: a map, or its file. target: `cpu-int8`, `cuda-fp8` (experimental: not yet measured on a GPU), `torchrec`
+    or `emulated`; by default the map's own. task: if given, the deployed model and the emulation score its first
+    calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel is compared with its
+    emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what the target cannot run
+    or runs wrongly, MapError for a file that is no map.
     """
     if not isinstance(precision_map, PrecisionMap):
         precision_map = PrecisionMap.load(precision_map)
@@ -98,8 +102,8 @@ def build(model: nn.Module, precision_map: PrecisionMap, layers: dict[str, Quant
     deployed.eval()
     packed = set()
     for name, module in deployed.named_modules():
-        if isinstance(module, Int8Linear):
-            _check_layer(name, module, layers)
+        if isinstance(module, Int8Linear | Fp8Linear):
+            _check_layer(name, module)
         elif isinstance(module, PackedTable):
             _check_table(module, layers)
             packed.add(module.layer_name)
@@ -126,25 +130,44 @@ def deployment_of(deployed: nn.Module) -> Deployment:
     return carried
 
 
-def _check_layer(name: str, module: Int8Linear, layers: Mapping[str, QuantizedLayer]) -> None:
-    """Compare one kernel with the emulation on inputs spread over its range and beyond."""
-    layer = next(layer for layer in layers.values() if layer.codes is module.codes)
-    assert layer.scheme.input is not None and layer.input_range is not None
+def _check_layer(name: str, module: Int8Linear | Fp8Linear) -> None:
+    """Compare one kernel with the emulation of the layer it stands for, on inputs spread over its range and beyond.
+
+    A result may differ by its own rounding; and, in proportion to the sum of the magnitudes, by a float32 sum in another
+    order and by the kernel's own way to add.
+    """
+    device, scale = module.codes.device, module.layer.weight_affine.scale
+    layer = replace(module.layer, name="weight", codes=module.codes, weight_affine=Affine(scale.to(device), None))
+    outputs, inputs = layer.codes.shape
+    plain = nn.Linear(inputs, outputs, device=device)
+    x = _spread_inputs(layer).to(device)
+    with torch.no_grad():
+        plain.bias.copy_(torch.zeros(outputs) if module.bias is None else module.bias)
+        with quantized(plain, {"weight": layer}):  # of `plain` only the bias is read
+            expected = plain(x)
+        found = module(x)
+        magnitudes = nn.functional.linear(x.abs(), layer.weight().abs(), plain.bias.abs())
+    summed = TOLERANCE[torch.float32] + module.accumulation_error
+    allowed = TOLERANCE[found.dtype] * expected.abs() + summed * magnitudes
+    difference = (found.float() - expected).abs()
+    if not bool((difference <= allowed).all()):
+        worst = (difference - allowed).nan_to_num(nan=math.inf).argmax()
+        raise DeployError(
+            f"{name or 'the model'}: the kernel of {layer.scheme.name} differs from its emulation by "
+            f"{float(difference.flatten()[worst]):.3g}, allowed are {float(allowed.flatten()[worst]):.3g}; this machine or "
+            "torch build multiplies wrongly. Deploy with target='emulated' and report it."
+        )
+
+
+def _spread_inputs(layer: QuantizedLayer) -> Tensor:
+    """Float32 [16, K]: over a static range and a tenth beyond it, or rows of very different size."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (16, layer.codes.shape[1])
+    if layer.input_range is None or layer.scheme.input is None:
+        return torch.randn(shape, generator=generator) * 4.0 ** torch.linspace(-4, 4, 16)[:, None]
     scale, zero, format = layer.input_range.scale, layer.input_range.zero, layer.scheme.input.format
     low, high = (format.minimum - zero) * scale, (format.maximum - zero) * scale
-    generator = torch.Generator().manual_seed(0)
-    inputs = low + (high - low) * (1.2 * torch.rand(16, layer.codes.shape[1], generator=generator) - 0.1)
-    rounded = fake_quantize(inputs, format, Affine(torch.tensor(scale), torch.tensor(float(zero))))
-    expected = nn.functional.linear(rounded, layer.weight(), None if module.bias is None else module.bias.float())
-    with torch.no_grad():
-        found = module(inputs)
-    allowed = TOLERANCE[found.dtype] * float((rounded.abs() @ layer.weight().abs().T).max())
-    difference = float((found.float() - expected).abs().max())
-    if not difference <= allowed:
-        raise DeployError(
-            f"{name or 'the model'}: the INT8 kernel differs from its emulation by {difference:.3g}, allowed are "
-            f"{allowed:.3g}; this CPU or torch build multiplies INT8 wrongly. Deploy with target='emulated' and report it."
-        )
+    return low + (high - low) * (1.2 * torch.rand(shape, generator=generator) - 0.1)
 
 
 def _check_table(module: PackedTable, layers: Mapping[str, QuantizedLayer]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,16 @@ def spread(values: Sequence[float]) -> Spread:
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
     """How many times longer `slow` took, taken within each turn."""
     return spread([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+def random_input(module: nn.Module, rows: int, each: int, generator: torch.Generator) -> Tensor:
+    """What a timer calls a module with, on the CPU: float [rows, K] of an nn.Linear's dtype, ids [rows] of an nn.Embedding,
+    [rows, each] of an nn.EmbeddingBag."""
+    if isinstance(module, nn.Linear):
+        return torch.randn(rows, module.in_features, generator=generator).to(module.weight.dtype)
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    shape = (rows, each) if isinstance(module, nn.EmbeddingBag) else (rows,)
+    return torch.randint(module.num_embeddings, shape, generator=generator)
 
 
 def _wait_for(device: torch.device | None) -> None:
