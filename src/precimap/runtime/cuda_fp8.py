@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from precimap.errors import DeployError
 from precimap.layers.inventory import Layer
@@ -64,8 +64,8 @@ def _place(layer: QuantizedLayer, module: nn.Module | None) -> Fp8Linear:
             f"{layer.name}: expected the weight of an nn.Linear, got {type(module).__name__}; keep it in the map"
         )
     _check_hardware(module.weight.device)
-    bias = None if module.bias is None else module.bias.detach()
-    return Fp8Linear(layer, bias, module.weight.dtype, module.weight.device)
+    bias: Tensor | None = module.bias
+    return Fp8Linear(layer, None if bias is None else bias.detach(), module.weight.dtype, module.weight.device)
 
 
 def _layer_refusal(layer: Layer) -> str | None:

@@ -62,34 +62,34 @@ class CudaTimer:
         for _ in range(self.rounds):
             example = (random_input(module, rows, each, generator).to(device),)
             modules = {BASE: module, **{name: self.place(module, layer) for name, layer in forms.items()}}
-            with torch.cuda.device(device):
-                graphs = {name: capture(form, example)[0] for name, form in modules.items()}
-                replays = {name: graph.replay for name, graph in graphs.items()}
-                for name, seconds in event_seconds(replays, self.turns).items():
-                    found[name] += seconds
+            graphs = {name: capture(form, example)[0] for name, form in modules.items()}
+            replays = {name: graph.replay for name, graph in graphs.items()}
+            for name, seconds in event_seconds(replays, self.turns, device).items():
+                found[name] += seconds
         return found
 
 
-def event_seconds(replays: Mapping[str, Replay], turns: int) -> dict[str, list[float]]:
-    """Seconds of each replay in each turn, on the device's own clock; every turn starts with another one.
+def event_seconds(replays: Mapping[str, Replay], turns: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each replay in each turn, by the device's own clock; every turn starts with another one.
 
     Each runs once untimed, then finds an L2 cache full of something else. What is written there also keeps the device busy
     until the host has handed over the events and the replay.
     """
     names = list(replays)
-    written = torch.empty(2 * _l2_bytes(), dtype=torch.int8, device="cuda")
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(turns):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            replays[name]()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            written.zero_()
-            start.record()
-            replays[name]()
-            end.record()
-            end.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3)
+    with torch.cuda.device(device):
+        written = torch.empty(2 * _l2_bytes(), dtype=torch.int8, device=device)
+        for turn in range(turns):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                replays[name]()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                written.zero_()
+                start.record()
+                replays[name]()
+                end.record()
+                end.synchronize()
+                seconds[name].append(start.elapsed_time(end) / 1e3)
     return seconds
 
 
