@@ -79,7 +79,7 @@ def graphed(model: nn.Module, *examples: Arguments) -> GraphedModel:
     return GraphedModel(model, graphs)
 
 
-def capture(model: nn.Module, example: Arguments, pool: Any = None) -> tuple[Captured, Any]:
+def capture(model: Callable[..., Any], example: Arguments, pool: Any = None) -> tuple[Captured, Any]:
     """One call as a graph, and the pool of its memory; `pool` is that of a graph that is never replayed at the same time.
 
     Raises DeployError without CUDA.

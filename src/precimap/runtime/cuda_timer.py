@@ -50,7 +50,7 @@ class CudaTimer:
             clock="CUDA events around a graph, L2 cache flushed",
             torch=torch.__version__,
             precimap=version("precimap"),
-            driver=f"{_driver()}, CUDA {torch.version.cuda}",
+            driver=f"{driver()}, CUDA {torch.version.cuda}",
         )
 
     def seconds(
@@ -97,7 +97,7 @@ def _l2_bytes() -> int:
     return int(torch.cuda.get_device_properties().L2_cache_size)
 
 
-def _driver() -> str:
+def driver() -> str:
     """The kernel module's version, as the system tells it."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
