@@ -293,6 +293,7 @@ def test_compiled_code_quantises_a_shared_input_once(name: str, device: str) -> 
     made = [line for line in code.splitlines() if "empty_strided" in line and "float8_e4m3fn" in line]
     assert len(made) == 2
     assert len(sources) == 1
+    assert code.count("torch.float8_e4m3fn (32, 48) (1, 32)") == 3, "frozen weights are column-major still"
     assert code.count("extern_kernels._scaled_mm(") + code.count("aten._scaled_mm.default(") == 4
     with torch.no_grad():
         expected = model(x).float()

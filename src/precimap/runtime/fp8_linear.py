@@ -69,6 +69,8 @@ class Fp8Linear(nn.Module):
     codes: Tensor
     scales: Tensor
     bias: Tensor | None
+    _input_scale: Tensor
+    _one: Tensor
 
     # Of the sum of |input * weight|: what 14 bits in the matrix unit may add to a float32 sum. An allowance, not a bound;
     # 2 % of a result of K = 4096 (as in the report above) is a quarter of it.
@@ -94,8 +96,12 @@ class Fp8Linear(nn.Module):
         self.register_buffer("codes", layer.codes.to(device))
         self.register_buffer("scales", scales if self._tensorwise else scales.expand(1, outputs).contiguous())
         self.register_buffer("bias", bias)
-        self._output_dtype = output_dtype
+        # Kept, so that no call has to fill them: of a static input, its scale; and a scale that does nothing.
         self._static = None if layer.input_range is None else StaticScale(layer.input_range.scale)
+        fixed = 1.0 if layer.input_range is None else layer.input_range.scale
+        self.register_buffer("_input_scale", torch.full((1, 1), fixed, device=device), persistent=False)
+        self.register_buffer("_one", torch.ones((1, 1), device=device), persistent=False)
+        self._output_dtype = output_dtype
         self._phase = layer.input_phase
 
     def forward(self, input: Tensor) -> Tensor:
@@ -104,7 +110,7 @@ class Fp8Linear(nn.Module):
         if self._static is None:
             codes, scales = dynamic_codes(rows, self._rounding, self._phase)
         else:
-            codes, scales = self._static.codes(rows), self._static.tensor(rows)
+            codes, scales = self._static.codes(rows), self._input_scale
         output = self._product(codes, scales)
         return output.reshape(*input.shape[:-1], output.shape[-1])
 
@@ -119,8 +125,7 @@ class Fp8Linear(nn.Module):
         return output if inside is self.bias or self.bias is None else output + self.bias
 
     def _scaled_after(self, codes: Tensor, scales: Tensor) -> Tensor:
-        one = torch.ones((1, 1), dtype=torch.float32, device=codes.device)
-        output = scaled_mm(codes, self.codes, one, one, None, torch.float32) * scales * self.scales
+        output = scaled_mm(codes, self.codes, self._one, self._one, None, torch.float32) * scales * self.scales
         return (output if self.bias is None else output + self.bias).to(self._output_dtype)
 
     def extra_repr(self) -> str:
@@ -129,7 +134,7 @@ class Fp8Linear(nn.Module):
 
 
 class StaticScale:
-    """A calibrated scale, as a plain number: equal scales of two layers are equal constants of one graph."""
+    """A calibrated scale, as a plain number: equal scales of two layers are one to a compiler, two buffers are not."""
 
     def __init__(self, scale: float) -> None:
         self._scale = scale
@@ -139,9 +144,6 @@ class StaticScale:
         """The codes of `numerics.quantize` under this scale, E4M3 of the shape of `x`."""
         scaled = x.detach().to(torch.float32) * self._reciprocal
         return scaled.clamp(E4M3.minimum, E4M3.maximum).to(torch.float8_e4m3fn)
-
-    def tensor(self, x: Tensor) -> Tensor:
-        return torch.full((1, 1), self._scale, dtype=torch.float32, device=x.device)
 
 
 def dynamic_codes(rows: Tensor, rounding: Rounding, phase: float) -> tuple[Tensor, Tensor]:
