@@ -53,7 +53,7 @@ class Eager(nn.Module):
 @pytest.fixture
 def cpu_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.compile
-    monkeypatch.setattr(cuda_fp8, "missing_hardware", lambda _: None)
+    monkeypatch.setattr(cuda_fp8, "missing_hardware", lambda *_: None)
     monkeypatch.setattr(gpu, "compiled", lambda model, *_: Eager(model))
     monkeypatch.setattr(gpu_models, "compiled", lambda model, *_: Eager(model))
     monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, **{"backend": "aot_eager", **how}))

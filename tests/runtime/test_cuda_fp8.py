@@ -47,7 +47,7 @@ class CountedFp8(CudaFp8):
 def hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU pass for a GPU where there is none."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(cuda_fp8, "missing_hardware", lambda _: None)
+        monkeypatch.setattr(cuda_fp8, "missing_hardware", lambda *_: None)
 
 
 def task_here() -> Task:
@@ -75,7 +75,7 @@ def result(task: Task, tmp_path_factory: pytest.TempPathFactory) -> SearchResult
     """A whole search on the deployed model, three schemes at once."""
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
-            patch.setattr(cuda_fp8, "missing_hardware", lambda _: None)
+            patch.setattr(cuda_fp8, "missing_hardware", lambda *_: None)
         return search(task, schemes=SERVED, target=CountedFp8(), margin=0.2, ledger=tmp_path_factory.mktemp("fp8"))
 
 

@@ -4,8 +4,9 @@ The layers themselves are in `fp8_linear`. Ada (capability 8.9), Hopper (9.0) an
 must be on such a device. Search and certificate run the deployed model, so the certificate holds what the kernels add to
 the rounding. Without a GPU one plans with the target `emulated` and a profile that `bench-device` recorded on one.
 
-Not served: experts in stacked parameters (`grouped_mm`), see `refusal`; `fp8_experts` has the product for them. Not
-taken: AMD's MI300, whose E4M3 is the FNUZ form, with other codes; kernels of other libraries, each a heavy dependency.
+Experts in stacked parameters that `grouped_mm` reads are deployed (`fp8_experts`) but not searched for here: they have no
+module that could be timed alone. The target `emulated` finds maps with them. Not taken: AMD's MI300, whose E4M3 is the
+FNUZ form, with other codes; kernels of other libraries, each a heavy dependency.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,11 +20,13 @@ from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.schemes import Scheme
 from precimap.runtime.cuda_timer import CudaTimer
+from precimap.runtime.fp8_experts import GROUPED_OPS, experts_refusal, fp8_experts
 from precimap.runtime.fp8_linear import RESULTS, Fp8Linear, scheme_refusal, width_refusal
-from precimap.runtime.swapping import with_modules
+from precimap.runtime.swapping import parameter_owner, with_modules
 
 EXPERIMENTAL = "experimental: not yet measured on a GPU"
 CAPABILITY = (8, 9)  # the first with FP8 arithmetic
+GROUPED = ((9, 0), (10, 0))  # those that torch has grouped FP8 products for
 
 
 class CudaFp8:
@@ -40,19 +43,23 @@ class CudaFp8:
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this GPU cannot run the layer in the scheme, or None. Raises DeployError where there is none with FP8."""
         _check_hardware(None)
-        return scheme_refusal(scheme) or _layer_refusal(layer)
+        return scheme_refusal(scheme) or _layer_refusal(layer, scheme)
 
     @contextmanager
     def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:
         yield self.deployed(model, layers) if layers else model
 
     def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
-        """A copy of the model's tree, over the same tensors, with Fp8Linear in place of the given layers.
+        """A copy of the model's tree, over the same tensors, with `Fp8Linear` and `Fp8Experts` in place of the layers.
 
-        Raises DeployError for a layer that is not the weight of an nn.Linear on a device with FP8, or that `fp8_linear`
-        cannot multiply.
+        Raises DeployError for a layer that is neither the weight of an nn.Linear nor a stack of experts, or not on a device
+        with FP8, or that they cannot multiply.
         """
-        return with_modules(model, layers, _place)
+        stacked = {name: layer for name, layer in layers.items() if layer.codes.dim() == 3}
+        copied = with_modules(model, {name: layer for name, layer in layers.items() if name not in stacked}, _place)
+        for layer in stacked.values():
+            _place_experts(copied, layer)
+        return copied
 
 
 CUDA_FP8 = CudaFp8()
@@ -68,7 +75,22 @@ def _place(layer: QuantizedLayer, module: nn.Module | None) -> Fp8Linear:
     return Fp8Linear(layer, None if bias is None else bias.detach(), module.weight.dtype, module.weight.device)
 
 
-def _layer_refusal(layer: Layer) -> str | None:
+def _place_experts(copied: nn.Module, layer: QuantizedLayer) -> None:
+    owner = parameter_owner(copied, layer.name)
+    if owner is None:
+        raise DeployError(f"{layer.name}: the model has no such parameter")
+    module, attribute = owner
+    parameter = getattr(module, attribute)
+    _check_hardware(parameter.device, grouped=True)
+    experts = fp8_experts(layer, parameter.dtype, parameter.device)
+    setattr(module, attribute, nn.Parameter(experts, requires_grad=False))
+
+
+def _layer_refusal(layer: Layer, scheme: Scheme) -> str | None:
+    if layer.ops and set(layer.ops) <= set(GROUPED_OPS) and layer.inputs is not None and layer.outputs is not None:
+        return experts_refusal(scheme, layer.dtype, (layer.inputs, layer.outputs)) or (
+            "experts cannot be timed alone; search with the target emulated, by FLOPs, and deploy the map for cuda-fp8"
+        )
     if not layer.in_linear_module:
         return f"read by {', '.join(layer.ops)} outside an nn.Linear; the FP8 path of GPUs serves nn.Linear modules"
     if layer.tied:
@@ -78,9 +100,9 @@ def _layer_refusal(layer: Layer) -> str | None:
     return None if layer.inputs is None or layer.outputs is None else width_refusal(layer.inputs, layer.outputs)
 
 
-def _check_hardware(device: torch.device | None) -> None:
-    """Raises DeployError for a device, by default the current one, without FP8 products."""
-    reason = missing_hardware(device)
+def _check_hardware(device: torch.device | None, grouped: bool = False) -> None:
+    """Raises DeployError for a device, by default the current one, without FP8 products, or without grouped ones."""
+    reason = missing_hardware(device, grouped)
     if reason is not None:
         raise DeployError(
             f"cuda-fp8 ({EXPERIMENTAL}): expected a CUDA device of capability {CAPABILITY[0]}.{CAPABILITY[1]} or higher "
@@ -89,8 +111,8 @@ def _check_hardware(device: torch.device | None) -> None:
         )
 
 
-def missing_hardware(device: torch.device | None) -> str | None:
-    """What there is instead of a device with FP8 products, or None."""
+def missing_hardware(device: torch.device | None, grouped: bool = False) -> str | None:
+    """What there is instead of a device with FP8 products, `grouped` ones if asked for, or None."""
     if device is not None and device.type != "cuda":
         return f"a model on {device.type}; move it, and what its forward is given, to the GPU"
     if getattr(torch.version, "hip", None) is not None:
@@ -98,6 +120,9 @@ def missing_hardware(device: torch.device | None) -> str | None:
     if not torch.cuda.is_available():
         return f"a machine where torch {torch.__version__} finds no CUDA device"
     found = torch.cuda.get_device_capability(device)
+    here = f"{torch.cuda.get_device_name(device)} of capability {found[0]}.{found[1]}"
     if found < CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} of capability {found[0]}.{found[1]}"
+        return here
+    if grouped and found not in GROUPED:
+        return f"{here}, for which torch has no grouped FP8 products (it has for 9.0 and 10.0)"
     return None

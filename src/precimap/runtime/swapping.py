@@ -35,3 +35,12 @@ def with_modules(model: nn.Module, layers: Mapping[str, QuantizedLayer], place: 
             # Its fused path reads weights past their modules; this attribute is how the layer itself rules it out.
             module.activation_relu_or_gelu = 0
     return copied
+
+
+def parameter_owner(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """The module that holds a parameter of that name, and what it calls it; None where there is none."""
+    for path, module in model.named_modules():
+        for attribute in module._parameters:
+            if plain_name(f"{path}.{attribute}".lstrip(".")) == name:
+                return module, attribute
+    return None
