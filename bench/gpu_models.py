@@ -111,7 +111,7 @@ def in_fp8(model: nn.Module, inputs: Inputs, name: str, target: Target) -> nn.Mo
         model,
         splits=Splits([inputs], [inputs], [inputs]),
         forward=lambda m, batch: m(*batch),
-        loss=lambda scores, batch: scores.float().square().flatten(1).mean(1),
+        loss=lambda scores, batch: scores.float().square().reshape(len(scores), -1).mean(1),
         metric=Loss(),
     )
     chosen = scheme(name)

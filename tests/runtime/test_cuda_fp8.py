@@ -14,7 +14,20 @@ import pytest
 import torch
 from torch import nn
 
-from precimap import CUDA_FP8, Splits, deploy, discover, load_deployed, save_deployed, search
+from precimap import (
+    CUDA_FP8,
+    HardwareProfile,
+    Serving,
+    Splits,
+    bench_device,
+    compiled,
+    deploy,
+    discover,
+    graphed,
+    load_deployed,
+    save_deployed,
+    search,
+)
 from precimap.errors import DeployError
 from precimap.hardware_profile import Device
 from precimap.layers.inventory import Layer
@@ -158,7 +171,7 @@ def test_refusals_name_their_reason() -> None:
     for name in SCHEMES:
         assert (CUDA_FP8.refusal(linear_layer(), SCHEMES[name]) is None) == (name in SERVED), name
     for changes, reason in (
-        ({"in_linear_module": False, "ops": ("grouped_mm",)}, "grouped_mm"),
+        ({"in_linear_module": False, "ops": ("addmm",)}, "addmm"),
         ({"tied": ("table.weight",)}, "table.weight"),
         ({"dtype": "float64"}, "float64"),
         ({"inputs": 40}, "multiples of 16, not 40"),
@@ -226,6 +239,45 @@ def test_the_timer_asks_each_form_in_each_round(monkeypatch: pytest.MonkeyPatch)
     assert min(found["fp8"]) >= 0.002
     assert {shape for _, shape in seen} == {(5, 32)}
     assert {name for name, _ in seen} == {"Linear", "Fp8Linear"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the real timer runs here")
+def test_a_profile_of_a_gpu_plans_for_it_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Planted times: the widest layer takes half as long in FP8, the others twice; so it alone is in the map."""
+
+    def planted(self: CudaTimer, module: nn.Linear, forms: Mapping[str, Any], *_: int) -> dict[str, list[float]]:
+        faster = module.out_features == 128
+        return {BASE: [1e-5] * 3, **{name: [5e-6 if faster else 2e-5] * 3 for name in forms}}
+
+    device = Device(
+        name="NVIDIA H100", capability="9.0", threads=1, allocator="default", clock="CUDA events", torch="2.11.0",
+        precimap="0.1.0", driver="driver 580.65.06, CUDA 13.0",
+    )  # fmt: skip
+    monkeypatch.setattr(CudaTimer, "seconds", planted)
+    monkeypatch.setattr(CudaTimer, "device", lambda _: device)
+    profile = bench_device(planted_task(), target=CUDA_FP8, batch_sizes=(64,))
+    profile.save(tmp_path / "h100.json")
+    assert set(profile.schemes) == set(SERVED)
+    monkeypatch.setattr(cuda_fp8, "missing_hardware", missing_hardware)
+    serving = Serving(profile=HardwareProfile.load(tmp_path / "h100.json"))
+    found = search(planted_task(), schemes=["fp8"], margin=0.2, serving=serving, ledger=tmp_path / "ledger")
+    assert found.certified
+    assert set(found.map.low) == {"first.weight"}
+
+
+@needs_gpu
+@pytest.mark.filterwarnings("ignore")
+def test_a_deployed_model_runs_compiled_and_as_graphs(task: Task, result: SearchResult) -> None:
+    """Compiled, a code moves now and then; as graphs of the eager model, to the bit."""
+    fast, batch = deploy(task.model, result.map), task.splits.search[0]["x"]
+    both = compiled(fast, (batch,))
+    eager_graphs, compiled_graphs = graphed(fast, (batch[:16],), (batch,)), graphed(both, (batch,))
+    with torch.no_grad():
+        expected = fast(batch)
+        assert torch.equal(eager_graphs(batch), expected)
+        for found in (both(batch), compiled_graphs(batch), eager_graphs(batch[:7])):
+            wanted = expected[: len(found)]
+            assert float((found - wanted).square().mean()) < 1e-3 * float(wanted.square().mean())
 
 
 @needs_gpu

@@ -18,6 +18,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from precimap.errors import DeployError
 from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer, quantized
@@ -26,6 +28,7 @@ from precimap.numerics.quantize import Affine, dequantize, quantize
 from precimap.numerics.schemes import SCHEMES, Granularity, Rounding, Scheme
 from precimap.runtime import fp8_linear
 from precimap.runtime.compiled import compiled
+from precimap.runtime.fp8_experts import scaled_experts
 from precimap.runtime.fp8_linear import RESULTS, Fp8Linear, StaticScale, dynamic_codes
 from precimap.runtime.swapping import with_modules
 
@@ -206,6 +209,42 @@ def test_cuda_would_take_the_operands(
     # ScaledBlas.cpp: no bias of a float32 result, otherwise one of the result's dtype; row-wise scales with BF16.
     assert bias is None if result == torch.float32 else bias is not None and bias.dtype == result
     assert scales.numel() == weight_scales.numel() == 1 or result == torch.bfloat16
+
+
+class OnDevice(TorchDispatchMode):
+    """Counts ops; fails for one that reads or makes a tensor on the host, which no graph could capture."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, result)):
+            assert not isinstance(value, Tensor) or value.device.type == "cuda", func
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        self.calls += 1
+        return result
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(SERVED) - {"channel-static"})
+)  # torch copies that scale on CUDA builds only
+@pytest.mark.parametrize("dtype", RESULTS)
+def test_nothing_waits_for_the_host(name: str, dtype: torch.dtype) -> None:
+    """On fake CUDA tensors; experts too."""
+    module = fp8(linear_of(32, 48, dtype), SERVED[name])
+    with FakeTensorMode(), torch.no_grad():
+        for key, buffer in module.named_buffers():
+            setattr(module, key, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
+        x, mode = torch.empty(5, 32, device="cuda", dtype=dtype), OnDevice()
+        codes, scales = (
+            torch.empty(2, 48, 32, dtype=torch.float8_e4m3fn, device="cuda"),
+            torch.empty(2, 48, device="cuda"),
+        )
+        ends = torch.empty(2, device="cuda", dtype=torch.int32)
+        with mode:
+            assert module(x).dtype == dtype
+            assert scaled_experts(x, codes, scales, ends).shape == (5, 48)
+    assert mode.calls > 10
 
 
 def test_what_cannot_be_multiplied_is_refused() -> None:

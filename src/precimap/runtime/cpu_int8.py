@@ -2,7 +2,7 @@
 
 The layers themselves are in `int8_linear`. `torch.ops.onednn.qlinear_pointwise` takes a static per-tensor input scale and
 per-channel weight scales; per-token scales are refused by the op, so they are refused here. FP8 is no alternative on
-these CPUs: oneDNN has no FP8 kernel for them, and torch's `_scaled_mm` is a reference loop of seconds per call.
+these CPUs: oneDNN has no fast FP8 kernel for them; torch's `_scaled_mm` takes 7 times as long as BF16 (docs/log.md).
 
 Without VNNI or AMX, x86 adds pairs of 8-bit products in 16 bits and saturates: 255 * 127 * 2 does not fit. Whether this CPU
 does is measured, not looked up; where it does, inputs must be 7 bits wide (scheme `int8-static-u7`). Embedding tables

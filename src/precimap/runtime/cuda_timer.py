@@ -94,7 +94,7 @@ def event_seconds(replays: Mapping[str, Replay], turns: int, device: torch.devic
 
 
 def _l2_bytes() -> int:
-    return int(torch.cuda.get_device_properties().L2_cache_size)
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
 
 
 def driver() -> str:

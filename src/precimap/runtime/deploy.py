@@ -210,7 +210,7 @@ def _spread_inputs(layer: QuantizedLayer, inputs: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (16, inputs)
     if layer.input_range is None or layer.scheme.input is None:
-        x = torch.randn(shape, generator=generator) * 4.0 ** torch.linspace(-4, 4, 16)[:, None]
+        x = torch.randn(shape, generator=generator) * 4.0 ** torch.linspace(-3, 2, 16)[:, None]
     else:
         scale, zero, format = layer.input_range.scale, layer.input_range.zero, layer.scheme.input.format
         low, high = (format.minimum - zero) * scale, (format.maximum - zero) * scale
