@@ -1,5 +1,6 @@
 """The benchmark of GPUs, at sizes that a CPU can run: every part runs, and what it reports is right."""
 
+import json
 import os
 import subprocess
 import sys
@@ -116,6 +117,21 @@ def test_the_ways_that_need_a_gpu_are_called_as_they_are_made(monkeypatch: pytes
         with torch.no_grad():
             assert torch.equal(call(), results[name])
         assert torch.equal(results[name], results[name.removesuffix(", graph")])
+
+
+@pytest.mark.parametrize("row", [{"times_as_fast": {"fp8": {"median": 1.25}}}, {"failed": "RuntimeError: x"}])
+def test_one_command_prints_and_writes_what_was_measured(
+    row: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With planted rows; 1 when a part failed or a claim does."""
+    monkeypatch.setattr(gpu, "missing_hardware", lambda *_: None)
+    monkeypatch.setattr(gpu, "measured", lambda sizes, device: iter([{"part": "product (4096, 4096, 4096)", **row}]))
+    assert gpu.main(["--quick", "--json", str(tmp_path / "gpu.json")]) == ("failed" in row)
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert [each["part"] for each in written["rows"]] == ["device", "product (4096, 4096, 4096)"]
+    assert [claim["value"] for claim in written["claims"]] == ([] if "failed" in row else [1.25])
+    printed = capsys.readouterr().out
+    assert ("RuntimeError: x" if "failed" in row else "holds: 4096 x 4096 -> 4096: fp8") in printed
 
 
 def test_claims_are_of_the_figures_that_were_measured() -> None:

@@ -80,7 +80,7 @@ def test_each_batch_runs_on_the_smallest_that_holds_it() -> None:
         model.sizes.clear()
         found = fast(*given_batch)
         assert model.sizes == [size]
-        assert_same(found, expected, rtol=1e-6, atol=1e-6)
+        assert_same(found, expected, rtol=1e-5, atol=1e-3)
         assert not found[0].requires_grad
 
 
@@ -106,7 +106,7 @@ def test_any_sizes(sizes: set[int], units: int, seed: int) -> None:
         return
     with torch.no_grad():
         expected = model(*example(units, seed + 1))
-    assert_same(fast(*example(units, seed + 1)), expected, rtol=1e-6, atol=1e-6)
+    assert_same(fast(*example(units, seed + 1)), expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.usefixtures("host")

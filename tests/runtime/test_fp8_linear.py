@@ -306,7 +306,10 @@ def test_a_compiler_sees_one_graph_and_quantises_a_shared_input_once(name: str, 
         assert torch.equal(found, model(x))
     (graph,) = graphs
     assert _count(graph.graph, torch.ops.aten._scaled_mm.default) == 4
-    assert _quantised(graph.graph) == 4
+    casts = [node for node in graph.graph.nodes if _is_cast(node)]
+    assert len(casts) == 4
+    # torch 2.13 saturates in the cast; older ones, and other devices, make NaN of what is beyond 448.
+    assert {node.args[0].target for node in casts} == {torch.ops.aten.clamp.default}
     assert _quantised(fx_graph_cse(graph.graph)) == 2
 
 
@@ -315,8 +318,11 @@ def _count(graph: torch.fx.Graph, op: Any) -> int:
 
 
 def _quantised(graph: torch.fx.Graph) -> int:
-    casts = [node for node in graph.nodes if node.target is torch.ops.aten._to_copy.default]
-    return sum(node.kwargs.get("dtype") == torch.float8_e4m3fn for node in casts)
+    return sum(_is_cast(node) for node in graph.nodes)
+
+
+def _is_cast(node: torch.fx.Node) -> bool:
+    return node.target is torch.ops.aten._to_copy.default and node.kwargs.get("dtype") == torch.float8_e4m3fn
 
 
 @needs_compiler
