@@ -234,8 +234,13 @@ def test_experts_are_refused_where_they_cannot_be_served() -> None:
     assert "bfloat16 alone" in str(CUDA_FP8.refusal(replace(layer, dtype="float32"), SCHEMES["fp8"]))
     wide = Mixture().eval().to(DEVICE)
     odd = nn.ParameterDict({"up": torch.ones(2, 24, 32, dtype=torch.bfloat16, device=DEVICE)})
-    for wrong, reason in ((wide, "bfloat16 alone, not float32"), (odd, "multiples of 16, not 24")):
-        layers = {"up": quantize_layer("up", dict(wrong.named_parameters())["up"], (2,), SCHEMES["fp8"], None)}
+    kernels = nn.ParameterDict({"up": torch.ones(32, 16, 3, dtype=torch.bfloat16, device=DEVICE)})
+    for wrong, contracted, reason in (
+        (wide, (2,), "bfloat16 alone, not float32"),
+        (odd, (2,), "multiples of 16, not 24"),
+        (kernels, (1, 2), "with a scale for each output"),  # a convolution's
+    ):
+        layers = {"up": quantize_layer("up", dict(wrong.named_parameters())["up"], contracted, SCHEMES["fp8"], None)}
         with pytest.raises(DeployError, match=reason):
             CUDA_FP8.deployed(wrong, layers)
 

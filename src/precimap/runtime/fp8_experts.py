@@ -124,9 +124,10 @@ class Experts:
 def fp8_experts(layer: QuantizedLayer, dtype: torch.dtype, device: torch.device) -> Fp8Experts:
     """What stands for a stacked parameter. Raises DeployError for what the grouped product does not take."""
     scales, shape = layer.weight_affine.scale, layer.codes.shape
-    if len(shape) != 3 or 1 not in scales.shape[1:]:
+    outputs_along = [dim for dim in range(1, scales.dim()) if scales.shape[dim] > 1]
+    if len(shape) != 3 or len(outputs_along) != 1:
         raise DeployError(f"{layer.name}: expected experts [E, N, K] or [E, K, N] with a scale for each output")
-    inputs_first = scales.shape[1] == 1
+    inputs_first = outputs_along == [2]
     codes = layer.codes.transpose(1, 2).contiguous() if inputs_first else layer.codes
     reason = experts_refusal(layer.scheme, str(dtype).removeprefix("torch."), (codes.shape[2], codes.shape[1]))
     if reason is not None:
