@@ -17,6 +17,7 @@ class CountedInt8(CpuInt8):
     """This CPU, whose layers are chosen by FLOPs: the INT8 products of layers as small as these take longer here."""
 
     timer = None  # type: ignore[assignment]
+    whole_timer = None  # type: ignore[assignment]
 
 
 COUNTED_INT8 = CountedInt8()

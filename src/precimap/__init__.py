@@ -2,6 +2,7 @@
 
 from precimap import metrics
 from precimap.certificate import Certificate
+from precimap.end_to_end import EndToEnd
 from precimap.hardware_profile import HardwareProfile
 from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED
@@ -10,6 +11,7 @@ from precimap.precision_map import PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.compiled import compiled
 from precimap.runtime.cpu_int8 import CPU_INT8
+from precimap.runtime.cpu_int8_compiled import CPU_INT8_COMPILED
 from precimap.runtime.cuda_fp8 import CUDA_FP8
 from precimap.runtime.cuda_graphs import graphed
 from precimap.runtime.deploy import deploy
@@ -24,12 +26,14 @@ from precimap.task import Splits, Task
 
 __all__ = [
     "CPU_INT8",
+    "CPU_INT8_COMPILED",
     "CUDA_FP8",
     "EMULATED",
     "TORCHREC",
     "Certificate",
     "Constraints",
     "Effort",
+    "EndToEnd",
     "Guard",
     "HardwareProfile",
     "Knapsack",

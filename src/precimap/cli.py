@@ -28,6 +28,7 @@ from precimap.cli_options import (
     JsonOption,
     MapArgument,
     MarginOption,
+    PeakOption,
     Probes,
     ProfileOption,
     RangeOption,
@@ -39,6 +40,7 @@ from precimap.cli_options import (
     TargetName,
     TargetOption,
     TaskArgument,
+    TimingOption,
     check_margin,
     sizes_of,
 )
@@ -65,7 +67,7 @@ from precimap.search.certificate.recertify import recertify
 from precimap.search.evidence.known import BYTES_WORTH
 from precimap.search.latency.serving import Serving
 from precimap.search.latency.timed import bench_device as time_layers
-from precimap.search.limits import Effort
+from precimap.search.limits import USUAL_EFFORT, Effort
 from precimap.search.pipeline import search as search_task
 from precimap.search.preflight import check_weights
 from precimap.task import first_batch
@@ -114,6 +116,8 @@ def search(
     realign: RealignOption = False,
     profile: ProfileOption = None,
     batch_sizes: BatchSizesOption = "",
+    timing_seconds: TimingOption = USUAL_EFFORT.timing_seconds,
+    peak_tflops: PeakOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""
@@ -133,14 +137,8 @@ def search(
             pinned=pin or (),
             allowed=_allowed(allow or ()),
             alpha_budget=alpha_budget,
-            effort=Effort(
-                probe_all=probe is Probes.ALL,
-                screen_memory=screen_memory << 20,
-                replay_memory=replay_memory << 20,
-                rounding_draws=rounding_draws,
-                minutes=max_minutes,
-            ),
-            serving=Serving(sizes_of(batch_sizes), None if profile is None else HardwareProfile.load(profile)),
+            effort=_effort(probe, screen_memory, replay_memory, rounding_draws, timing_seconds, max_minutes),
+            serving=_serving(batch_sizes, profile, peak_tflops),
             run=run,
             realign=realign,
             progress=progress,
@@ -160,6 +158,24 @@ def _rule(name: RuleName, knapsack: Knapsack) -> Rule:
             "the threshold has no budget"
         )
     return Threshold()
+
+
+def _effort(
+    probe: Probes, screen_mb: int, replay_mb: int, rounding_draws: int, timing_seconds: float, minutes: float | None
+) -> Effort:
+    return Effort(
+        probe_all=probe is Probes.ALL,
+        screen_memory=screen_mb << 20,
+        replay_memory=replay_mb << 20,
+        rounding_draws=rounding_draws,
+        timing_seconds=timing_seconds,
+        minutes=minutes,
+    )
+
+
+def _serving(batch_sizes: str, profile: Path | None, peak_tflops: float | None) -> Serving:
+    planned_for = None if profile is None else HardwareProfile.load(profile)
+    return Serving(sizes_of(batch_sizes), planned_for, None if peak_tflops is None else 1e12 * peak_tflops)
 
 
 def _allowed(rules: Sequence[str]) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ from precimap.metrics.click import NE_MARGINS
 from precimap.metrics.metric import RELATIVE, Metric
 from precimap.numerics.schemes import SCHEMES
 from precimap.runtime.cpu_int8 import CPU_INT8
+from precimap.runtime.cpu_int8_compiled import CPU_INT8_COMPILED
 from precimap.runtime.cuda_fp8 import CUDA_FP8, EXPERIMENTAL
 from precimap.runtime.torchrec_tables import TORCHREC
 
@@ -24,6 +25,7 @@ class TargetName(StrEnum):
 
     EMULATED = "emulated"
     CPU_INT8 = "cpu-int8"
+    CPU_INT8_COMPILED = "cpu-int8-compiled"
     CUDA_FP8 = "cuda-fp8"
     TORCHREC = "torchrec"
 
@@ -45,6 +47,7 @@ class RuleName(StrEnum):
 TARGETS: dict[TargetName, Target] = {
     TargetName.EMULATED: EMULATED,
     TargetName.CPU_INT8: CPU_INT8,
+    TargetName.CPU_INT8_COMPILED: CPU_INT8_COMPILED,
     TargetName.CUDA_FP8: CUDA_FP8,
     TargetName.TORCHREC: TORCHREC,
 }
@@ -123,6 +126,12 @@ def sizes_of(text: str) -> tuple[int, ...]:
 BatchSizesOption = Annotated[
     str,
     typer.Option(help="Units of a batch when it is served, such as 64,1024; default the profile's, or as in the data."),
+]
+TimingOption = Annotated[
+    float, typer.Option(help="Of timing a map end to end, at each batch size, about; 0: none is timed as a whole.")
+]
+PeakOption = Annotated[
+    float | None, typer.Option(help="10^12 FLOPs per second that utilisation is counted against; default measured.")
 ]
 ProfileOption = Annotated[
     Path | None, typer.Option(help="Plan with the times of this file, made by bench-device, instead of timing here.")

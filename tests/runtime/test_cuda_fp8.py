@@ -34,7 +34,7 @@ from precimap.layers.inventory import Layer
 from precimap.layers.quantized import InputRange, quantize_layer, quantize_map, quantized
 from precimap.layers.target import BASE
 from precimap.numerics.schemes import SCHEMES, scheme
-from precimap.runtime import cuda_fp8, cuda_timer
+from precimap.runtime import cuda_fp8, cuda_timer, timing
 from precimap.runtime.cuda_fp8 import CudaFp8, missing_hardware
 from precimap.runtime.cuda_graphs import Captured
 from precimap.runtime.cuda_timer import CudaTimer
@@ -54,6 +54,7 @@ class CountedFp8(CudaFp8):
     """Whose layers are chosen by FLOPs: there is nothing to time on a CPU."""
 
     timer = None  # type: ignore[assignment]
+    whole_timer = None  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)
@@ -239,6 +240,41 @@ def test_the_timer_asks_each_form_in_each_round(monkeypatch: pytest.MonkeyPatch)
     assert min(found["fp8"]) >= 0.002
     assert {shape for _, shape in seen} == {(5, 32)}
     assert {name for name, _ in seen} == {"Linear", "Fp8Linear"}
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor and dynamo warn about parts of their own
+def test_whole_models_are_timed_eager_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without waiting for a device. Every form is a tree of its own."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setattr(timing, "_wait_for", lambda _: None)
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(32, 48), nn.ReLU()).eval().to(device), torch.randn(8, 32).to(device)
+    layers = {"0.weight": quantize_layer("0.weight", model[0].weight, (1,), SCHEMES["fp8"], None)}
+    timer = CUDA_FP8.whole_timer
+    made = {name: make() for name, make in timer.forms(model, layers).items()}
+    assert set(made) == {"eager", "compiled"}
+    assert timer.served == "eager"
+    base = timer.forms(model, {})["eager"]()
+    with torch.no_grad():
+        expected = made["eager"](x)
+        torch.testing.assert_close(made["compiled"](x), expected, rtol=1e-2, atol=1e-2)
+        assert torch.equal(base(x), model(x))
+        assert not torch.equal(base(x), expected)
+        seconds = timer.turns({name: (lambda form=form: form(x)) for name, form in made.items()}, 0.01)
+    assert base is not model
+    assert type(model[0]) is nn.Linear
+    assert {name: 15 <= len(values) <= 200 for name, values in seconds.items()} == {"eager": True, "compiled": True}
+
+
+@needs_gpu
+def test_the_memory_and_the_peak_of_this_gpu() -> None:
+    """A result of 64 MB is seen; a product in BF16 is faster than one in float32, which is faster than a CPU's."""
+    timer, x = CUDA_FP8.whole_timer, torch.randn(4096, 4096, device="cuda")
+    memory = timer.peak_memory(lambda: x + 1)
+    assert memory is not None
+    assert 64 << 20 <= memory < 80 << 20
+    assert timer.peak_flops(torch.bfloat16) > timer.peak_flops(torch.float32) > 5e12
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the real timer runs here")

@@ -137,7 +137,7 @@ def dlrm_task(torchrec: Any) -> Task:
 def test_a_dlrm_is_searched_and_deployed(target: Any, name: str, torchrec: Any, tmp_path: Path) -> None:
     """From its inventory to a checkpoint: the tables are layers of their own, and the model that runs is certified."""
     task = dlrm_task(torchrec)
-    rule, effort = Knapsack(bytes_worth=1.0), Effort(rounding_draws=0)
+    rule, effort = Knapsack(bytes_worth=1.0), Effort(rounding_draws=0, timing_seconds=0)
     found = search(task, schemes=[name], target=target, margin=0.1, rule=rule, effort=effort, ledger=tmp_path)
     tables = {f"sparse_arch.embedding_bag_collection.embedding_bags.table_{k}.weight" for k in range(2)}
     assert found.certified

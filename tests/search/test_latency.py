@@ -352,7 +352,7 @@ def test_a_profile_that_does_not_fit_is_refused_by_name() -> None:
     found = foreseen(inventory, pairs, here, Serving((100,), given))
     assert found is not None
     assert found.notes == (
-        "the profile is of another machine than this: torch 2, not 3",
+        "the profile is of another machine than this: torch 2, not 3; no map is timed end to end",
         "times of 1 layers are interpolated between measured batch sizes",
     )
     with pytest.raises(ProfileError, match="no times for a: m was measured at 10 to 1,000 rows, not at 5"):

@@ -1,14 +1,15 @@
 """The seam between choosing and running: what a search asks of the hardware that a map is for.
 
 `refusal` says why a layer cannot run there in a scheme; `running` gives a model that computes a map as it will be served;
-`timer` takes the time of a layer there, where there is any to take. The default target, `EMULATED`, runs
-anything the quantiser can do, slowly; the real ones are in `runtime`.
+`timer` takes the time of a layer there, where there is any to take, and `whole_timer` that of the whole model. The
+default target, `EMULATED`, runs anything the quantiser can do, slowly; the real ones are in `runtime`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from precimap.hardware_profile import Device
@@ -35,6 +36,36 @@ class Timer(Protocol):
         """
 
 
+class WholeTimer(Protocol):
+    """Takes the times of whole models on one target, in every form that a model can be served in there."""
+
+    @property
+    def served(self) -> str:
+        """The form that the target's `running` gives, out of those of `forms`."""
+
+    @property
+    def casts(self) -> tuple[torch.dtype, ...]:
+        """The dtypes that are fast here and that a model may be cast to as a whole instead of getting a map."""
+
+    def device(self) -> Device:
+        """Where it takes the times, as things stand."""
+
+    def forms(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Mapping[str, Callable[[], nn.Module]]:
+        """By name, what makes `model` with `layers` in low precision (none: as it is) in a form, in a tree of its own.
+
+        What makes a form raises DeployError where this machine cannot.
+        """
+
+    def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+        """Seconds of each case by turn, interleaved; as many turns as fit into about `seconds`, within limits."""
+
+    def peak_memory(self, call: Callable[[], object]) -> int | None:
+        """Bytes that a call holds at most beside what was there before; None where that is not to be seen."""
+
+    def peak_flops(self, dtype: torch.dtype) -> float:
+        """Of a large product in this precision, operations per second: the best of a few."""
+
+
 class Target(Protocol):
     """Hardware, or its emulation, that a map is made for."""
 
@@ -50,6 +81,10 @@ class Target(Protocol):
     def timer(self) -> Timer | None:
         """None where time means nothing: gains are then counted in FLOPs."""
 
+    @property
+    def whole_timer(self) -> WholeTimer | None:
+        """None where a whole model cannot be timed as it will be served."""
+
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this target cannot run the layer in the scheme, or None. Rules of all hardware are in `refusals`."""
 
@@ -63,6 +98,7 @@ class Emulated:
     name = "emulated"
     claim = "Exact codes and scales, emulated outputs: a GPU's sums differ in last bits."
     timer = None
+    whole_timer = None
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         return None

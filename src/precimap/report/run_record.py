@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from precimap.certificate import Certificate
+from precimap.end_to_end import EndToEnd
 from precimap.journal import Journal, open_journal
 from precimap.precision_map import PrecisionMap
 
@@ -20,7 +21,7 @@ class RunRecord:
     """Everything a run found. `map` and `answer` are None for a run that did not finish.
 
     evidence: what was predicted and probed of single layers, and the audit. chain: the maps as wholes, safest first.
-    latency: what layers take and save, None where time is counted in FLOPs.
+    latency: what layers take and save, None where time is counted in FLOPs. end_to_end: of the last map that was timed.
     batches: how many were scored so far, by stage.
     """
 
@@ -34,6 +35,7 @@ class RunRecord:
     certificates: tuple[Certificate, ...]
     deployment: dict[str, Any] | None
     latency: dict[str, Any] | None
+    end_to_end: EndToEnd | None
     map: PrecisionMap | None
     answer: str | None
     batches: dict[str, int]
@@ -52,6 +54,7 @@ class RunRecord:
             "whole_maps": list(self.chain),
             "deployment": self.deployment,
             "latency": self.latency,
+            "end_to_end": None if self.end_to_end is None else self.end_to_end.model_dump(mode="json"),
             "batches_scored": self.batches,
         }
 
@@ -60,7 +63,7 @@ def read_run(directory: str | Path) -> RunRecord:
     """Read the journal in `directory`. Raises JournalError when there is none."""
     directory = Path(directory)
     with open_journal(directory) as journal:
-        summary = _only(journal, "summary")
+        summary, whole = _only(journal, "summary"), _only(journal, "whole model")
         return RunRecord(
             directory=directory,
             premise=journal.premise(),
@@ -75,6 +78,7 @@ def read_run(directory: str | Path) -> RunRecord:
             ),
             deployment=_only(journal, "deployment"),
             latency=_only(journal, "latency"),
+            end_to_end=None if whole is None else EndToEnd.model_validate_json(json.dumps(whole)),
             map=None if summary is None else PrecisionMap.parse(json.dumps(summary["map"]), str(directory)),
             answer=None if summary is None else str(summary["answer"]),
             batches={kind: count for kind in STAGES if (count := journal.count(kind))},

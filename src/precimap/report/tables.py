@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from precimap.precision_map import Decision, Evidence, PrecisionMap, Verdict
+from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.proof import certificate_text, rounding_text
 from precimap.report.run_record import RunRecord
 
@@ -187,6 +188,8 @@ def run_page(run: RunRecord) -> RenderableType:
         parts += [audit_text(run.evidence), Text()]
     if run.chain:
         parts += [chain_table(run), Text()]
+    if run.end_to_end is not None:
+        parts += [end_to_end_page(run.end_to_end), Text()]
     if run.map is not None and run.map.certificate is not None:
         parts += [certificate_text(run.map.certificate)]
     elif run.certificates:

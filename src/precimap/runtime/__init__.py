@@ -13,5 +13,6 @@ deploy.py     a map into a running model, checked against the emulation
 checkpoint.py the deployed model in safetensors
 swapping.py   a model with other modules in place of the layers' owners
 cpu_timer.py, cuda_timer.py the time of single layers
+cuda_whole.py the time of whole models on a GPU
 timing.py     speed as a ratio, interleaved
 """

@@ -1,77 +1,148 @@
-"""A deployed model through torch.compile, with its INT8 products in the generated code.
+"""A model's calls through torch.compile, with its INT8 products in the generated code.
 
-Invariant: every INT8 layer that an example reaches is multiplied by oneDNN's INT8 product in the code for it, counted and
-not assumed: Inductor finds the product only with its weights frozen, and computes in base precision without a word
-where it does not. Frozen weights cannot be changed afterwards; a deployed model's never are. Setting
-`torch._inductor.config.freezing` for the process was not taken: it would freeze the user's other models too.
+Invariant: every INT8 layer in a compiled graph is multiplied by oneDNN's INT8 product in the code for it, counted and not
+assumed: Inductor finds the product only with its weights frozen, and computes in base precision without a word where it
+does not. Frozen weights cannot be changed afterwards; a deployed model's never are. Setting
+`torch._inductor.config.freezing` for the process was not taken: it would freeze the user's other models too, so it is set
+while a call of new shapes compiles, and the shapes that were met are remembered.
 """
 
+import copy
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from precimap.errors import DeployError
-from precimap.runtime.int8_linear import Int8Linear
 
 # Inductor computes what two products read in each of them again, if it reads only four tensors or fewer; where one of these
 # is a gather, as after an embedding, that is done element by element and takes longer than the product.
 _SETTINGS = {"freezing": True, "realize_reads_threshold": 1}
+# Dynamo keeps code by class: forms of one model, and its shapes, are kept beside each other. At the usual 8 it stops
+# compiling and runs eagerly without a word.
+_LIMITS = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
 _LOWERED = "qlinear_weight_prepack_matcher_count"
 
 
+class CompiledCalls:
+    """What a call of `model` is, compiled by Inductor without gradients.
+
+    dynamic: as of `torch.compile`. True makes one code for all sizes. None makes one for the sizes of the first call, in
+    which an activation is part of an INT8 product, and variable ones from the second on.
+    """
+
+    def __init__(self, model: nn.Module, dynamic: bool | None) -> None:
+        # Over the same parts, because the model's own __call__ may lead here. Compiling its `_call_impl`, as
+        # nn.Module.compile does, keeps activations out of the products.
+        self._run: Callable[..., Any] = torch.compile(copy.copy(model), backend=self._generate, dynamic=dynamic)
+        self._model, self._met = model, set[object]()
+        self.before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None
+        self._expected = self._found = self.graphs = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises DeployError when an INT8 layer is not in INT8 in the generated code."""
+        if torch.compiler.is_compiling():
+            raise DeployError("this model is compiled already; give torch.compile and torch.export the deployed one")
+        if self.before is not None:
+            self.before(self._model, args, kwargs)
+        with torch.no_grad():
+            shapes = _shapes(args, kwargs)
+            if shapes in self._met:
+                return self._run(*args, **kwargs)
+            result = self._compiling(*args, **kwargs)
+        self._met.add(shapes)
+        return result
+
+    def _compiling(self, *args: Any, **kwargs: Any) -> Any:
+        import torch._dynamo.config
+        import torch._inductor.config
+
+        self._expected = self._found = 0
+        with ExitStack() as settings:
+            settings.enter_context(torch._inductor.config.patch(_SETTINGS))
+            settings.enter_context(torch._dynamo.config.patch(_LIMITS))
+            result = self._run(*args, **kwargs)
+        if self._found < self._expected:
+            raise DeployError(
+                f"expected {self._expected} INT8 products in the generated code, found {self._found}: this torch build "
+                "does not lower them; use the deployed model as it is"
+            )
+        return result
+
+    def _generate(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        """Inductor, with its INT8 products counted against the layers of the graph."""
+        from torch._dynamo.utils import counters
+        from torch._inductor.compile_fx import compile_fx
+
+        dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
+        before = counters["inductor"][_LOWERED]
+        code: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
+        self.graphs += 1
+        self._expected += sum(node.target in (dequantize, dequantize.default) for node in graph.graph.nodes)
+        self._found += counters["inductor"][_LOWERED] - before
+        return code
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """What code is compiled for: shapes, strides and dtypes of all tensors, other values as they are."""
+    known = [
+        (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf))
+        for leaf in tree_leaves((args, kwargs))
+    ]
+    return (torch.is_inference_mode_enabled(), *known)
+
+
 class CompiledModel(nn.Module):
-    """Calls of this module run the compiled code, without gradients. Other methods of the model are not reached."""
+    """Calls of this module are compiled calls of `model`. Its other methods and attributes are not reached."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._run = torch.compile(model)
+        self._calls = CompiledCalls(model, dynamic=None)
+        if "precimap" in vars(model):  # what a deployed model carries
+            object.__setattr__(self, "precimap", vars(model)["precimap"])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return self._run(*args, **kwargs)
+        return self._calls(*args, **kwargs)
+
+
+def compile_calls(model: nn.Module) -> CompiledCalls:
+    """Let calls of `model` itself, and not of its parts, be compiled for all sizes; everything else stays as it is.
+
+    All sizes in one code, because batches vary, and because Inductor takes MKL's float32 product for fixed ones: on an
+    AMD CPU that takes twice the time of oneDNN's (docs/log.md), and is no base to be measured against.
+    """
+    calls = CompiledCalls(model, dynamic=True)
+    model._compiled_call_impl = calls
+    return calls
 
 
 def compiled(deployed: nn.Module, *examples: tuple[Any, ...]) -> nn.Module:
     """`deployed` compiled by Inductor for the shapes of the examples, each the positional arguments of one call.
 
-    Compiles now, with a C++ compiler of this machine. A call with other shapes later is right but compiles again and
-    runs the INT8 layers one by one, as the deployed model itself does; so do calls in inference mode. An activation
+    Compiles now, with a C++ compiler of this machine; a call with other shapes later compiles when it comes. An activation
     that follows a layer and the codes of the next are computed inside the product, whose sums may round to another code
-    now and then. Raises DeployError when a layer is not in INT8 in the generated code.
+    now and then: search with the target `cpu-int8-compiled` to have this form certified. The result carries the
+    deployed model's `precimap`. Raises DeployError when a layer is not in INT8 in the generated code.
     """
-    import torch._inductor.config
-    from torch._dynamo.utils import counters
-
     model = CompiledModel(deployed)
     for example in examples:
-        expected = _int8_calls(deployed, example)
-        before = counters["inductor"][_LOWERED]
-        with torch._inductor.config.patch(_SETTINGS):
-            model(*example)
-        found = counters["inductor"][_LOWERED] - before
-        if found < expected:
-            raise DeployError(
-                f"expected {expected} INT8 products in the generated code, found {found}: this torch build does not "
-                "lower them; use the deployed model as it is"
-            )
+        model(*example)
     return model
 
 
-def _int8_calls(deployed: nn.Module, example: tuple[Any, ...]) -> int:
-    """How many times a call reaches an INT8 layer."""
-    calls = 0
+@functools.cache
+def no_compiler() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    hooks = [m.register_forward_hook(count) for m in deployed.modules() if isinstance(m, Int8Linear)]
     try:
-        with torch.no_grad():
-            deployed(*example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "torch.compile finds no C++ compiler on this machine; install g++, or serve without compiling"
+    return None

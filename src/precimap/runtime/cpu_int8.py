@@ -23,6 +23,7 @@ from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.runtime.cpu_tables import packed_table, table_refusal
 from precimap.runtime.cpu_timer import CpuTimer
+from precimap.runtime.cpu_whole import EAGER, CpuWholeTimer
 from precimap.runtime.int8_linear import Int8Linear, SharedCodes
 from precimap.runtime.swapping import with_modules
 
@@ -37,6 +38,10 @@ class CpuInt8:
     def timer(self) -> CpuTimer:
         """Times a module against what takes its place here."""
         return CpuTimer(lambda module, layer: self.deployed(module, {"weight": layer}))
+
+    @property
+    def whole_timer(self) -> CpuWholeTimer:
+        return CpuWholeTimer(self.deployed, EAGER, (torch.bfloat16,) if has_bf16() else ())
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this CPU cannot run the layer in the scheme, or None."""

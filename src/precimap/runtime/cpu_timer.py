@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from precimap.hardware_profile import Device
+from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import BASE
 from precimap.runtime.timing import interleaved, random_input
@@ -35,35 +36,36 @@ ROUNDS, TURNS = 3, 5  # turns of each round
 SHORTEST = 1e-3  # seconds that a timed stretch takes at least
 
 
+def as_it_is(module: nn.Module) -> None:
+    """Served eagerly."""
+
+
 @dataclass(frozen=True, slots=True)
 class CpuTimer:
-    """place: the module that computes a layer in the stead of the one that is given."""
+    """place: the module that computes a layer in the stead of the one that is given. serve: what is done to a module,
+    in a tree of its own, before it is served."""
 
     place: Callable[[nn.Module, QuantizedLayer], nn.Module]
+    serve: Callable[[nn.Module], object] = as_it_is
     rounds: int = ROUNDS
     turns: int = TURNS
 
     def device(self) -> Device:
-        return Device(
-            name=_cpu_name(),
-            capability=str(torch.backends.cpu.get_cpu_capability()),
-            threads=torch.get_num_threads(),
-            allocator=_allocator(),
-            clock=_clock()[0],
-            torch=torch.__version__,
-            precimap=version("precimap"),
-        )
+        return device_here()
 
     def seconds(
         self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int
     ) -> dict[str, list[float]]:
         """As `Timer.seconds`. Raises DeployError for a form that cannot take the module's place."""
         found: dict[str, list[float]] = {name: [] for name in (BASE, *forms)}
-        sizes, clock = random.Random(0), _clock()[1]
+        sizes, clock = random.Random(0), clock_here()[1]
         for _ in range(self.rounds):
             blocks = [torch.empty(2 ** sizes.randrange(8, 20)) for _ in range(sizes.randrange(32))]
             inputs = _inputs(module, rows, each)
-            modules = {BASE: module, **{name: self.place(module, layer) for name, layer in forms.items()}}
+            modules = {BASE: shared_copy(module)}
+            modules |= {name: self.place(module, layer) for name, layer in forms.items()}
+            for served in modules.values():
+                self.serve(served)
             del blocks[::2]
             with torch.inference_mode():
                 repeats = {name: _repeats(form, inputs, clock) for name, form in modules.items()}
@@ -74,7 +76,20 @@ class CpuTimer:
         return found
 
 
-def _clock() -> tuple[str, Callable[[], float]]:
+def device_here() -> Device:
+    """This machine as torch uses it now."""
+    return Device(
+        name=_cpu_name(),
+        capability=str(torch.backends.cpu.get_cpu_capability()),
+        threads=torch.get_num_threads(),
+        allocator=_allocator(),
+        clock=clock_here()[0],
+        torch=torch.__version__,
+        precimap=version("precimap"),
+    )
+
+
+def clock_here() -> tuple[str, Callable[[], float]]:
     """Of one thread the processor's own time, which other work on the machine does not lengthen; of more, that of a wall."""
     if torch.get_num_threads() == 1:
         return "processor time", time.process_time

@@ -20,6 +20,7 @@ from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.schemes import Scheme
 from precimap.runtime.cuda_timer import CudaTimer
+from precimap.runtime.cuda_whole import CudaWholeTimer
 from precimap.runtime.fp8_experts import GROUPED_OPS, experts_refusal, fp8_experts
 from precimap.runtime.fp8_linear import RESULTS, Fp8Linear, scheme_refusal, width_refusal
 from precimap.runtime.swapping import parameter_owner, with_modules
@@ -39,6 +40,10 @@ class CudaFp8:
     def timer(self) -> CudaTimer:
         """Times a module against what takes its place here."""
         return CudaTimer(lambda module, layer: self.deployed(module, {"weight": layer}))
+
+    @property
+    def whole_timer(self) -> CudaWholeTimer:
+        return CudaWholeTimer(self.deployed)
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this GPU cannot run the layer in the scheme, or None. Raises DeployError where there is none with FP8."""

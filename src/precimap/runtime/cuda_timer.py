@@ -39,19 +39,7 @@ class CudaTimer:
     turns: int = TURNS
 
     def device(self) -> Device:
-        """Raises DeployError without CUDA."""
-        if not torch.cuda.is_available():
-            raise DeployError(f"expected a CUDA device to time on; torch {torch.__version__} finds none here")
-        return Device(
-            name=torch.cuda.get_device_name(),
-            capability="{}.{}".format(*torch.cuda.get_device_capability()),
-            threads=1,
-            allocator=os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "default",
-            clock="CUDA events around a graph, L2 cache flushed",
-            torch=torch.__version__,
-            precimap=version("precimap"),
-            driver=f"{driver()}, CUDA {torch.version.cuda}",
-        )
+        return device_here()
 
     def seconds(
         self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int
@@ -67,6 +55,22 @@ class CudaTimer:
             for name, seconds in event_seconds(replays, self.turns, device).items():
                 found[name] += seconds
         return found
+
+
+def device_here() -> Device:
+    """This GPU as torch uses it now. Raises DeployError without CUDA."""
+    if not torch.cuda.is_available():
+        raise DeployError(f"expected a CUDA device to time on; torch {torch.__version__} finds none here")
+    return Device(
+        name=torch.cuda.get_device_name(),
+        capability="{}.{}".format(*torch.cuda.get_device_capability()),
+        threads=1,
+        allocator=os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or "default",
+        clock="CUDA events around a graph, L2 cache flushed",
+        torch=torch.__version__,
+        precimap=version("precimap"),
+        driver=f"{driver()}, CUDA {torch.version.cuda}",
+    )
 
 
 def event_seconds(replays: Mapping[str, Replay], turns: int, device: torch.device) -> dict[str, list[float]]:

@@ -19,7 +19,9 @@ from precimap.layers.realign import realigned
 from precimap.numerics.quantize import Affine
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
+from precimap.runtime.batch_watch import watch
 from precimap.runtime.cpu_int8 import CPU_INT8
+from precimap.runtime.cpu_int8_compiled import CPU_INT8_COMPILED
 from precimap.runtime.cpu_tables import PackedTable, tables
 from precimap.runtime.cuda_fp8 import CUDA_FP8
 from precimap.runtime.fp8_experts import Fp8Experts
@@ -32,6 +34,7 @@ Build = Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module]
 TARGETS: dict[str, Build] = {
     "emulated": emulated.deployed,
     CPU_INT8.name: CPU_INT8.deployed,
+    CPU_INT8_COMPILED.name: CPU_INT8_COMPILED.deployed,
     CUDA_FP8.name: CUDA_FP8.deployed,
     TORCHREC.name: TORCHREC.deployed,
 }
@@ -77,11 +80,12 @@ def deploy(
 ) -> nn.Module:
     """A model that computes as the map says, on this machine; `model` itself is not modified and shares its tensors.
 
-    precision_map: a map, or its file. target: `cpu-int8`, `cuda-fp8` (experimental: not yet measured on a GPU), `torchrec`
-    or `emulated`; by default the map's own. task: if given, the deployed model and the emulation score its first
-    calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel is compared with its
-    emulation in any case. Raises PremiseMismatch for a map of other weights, DeployError for what the target cannot run
-    or runs wrongly, MapError for a file that is no map.
+    precision_map: a map, or its file. target: `cpu-int8`, `cpu-int8-compiled`, `cuda-fp8` (experimental: not yet measured
+    on a GPU), `torchrec` or `emulated`; by default the map's own. task: if given, the deployed model and the emulation
+    score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel is
+    compared with its emulation in any case. A batch outside the sizes that the map was timed with on this target is
+    answered with a BatchSizeWarning, once. Raises PremiseMismatch for a map of other weights, DeployError for what the
+    target cannot run or runs wrongly, MapError for a file that is no map.
     """
     if not isinstance(precision_map, PrecisionMap):
         precision_map = PrecisionMap.load(precision_map)
@@ -92,7 +96,16 @@ def deploy(
     if task is not None:
         found = agreement(task, model, deployed, layers)
         _carry(deployed, replace(deployment_of(deployed), agreement=found))
+    _watch(deployed, precision_map)
     return deployed
+
+
+def _watch(deployed: nn.Module, precision_map: PrecisionMap) -> None:
+    """Let calls outside the batch sizes of the map's times be told, where they are times of what runs here."""
+    times = precision_map.end_to_end
+    measured = None if times is None else times.rows_measured()
+    if measured is not None and deployment_of(deployed).target == precision_map.target:
+        watch(deployed, *measured)
 
 
 def build(model: nn.Module, precision_map: PrecisionMap, layers: dict[str, QuantizedLayer], target: str) -> nn.Module:

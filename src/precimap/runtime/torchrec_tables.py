@@ -41,6 +41,7 @@ class TorchrecTables:
     name = "torchrec"
     claim = "Measured on torchrec's quantised collections, run by FBGEMM on this CPU."
     timer = None  # a table of a collection runs with its neighbours; alone it would not be what is served
+    whole_timer = None  # collections are sharded and fed by a pipeline of their own, which is not here
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why torchrec cannot hold the layer in the scheme, or None. Raises DeployError without torchrec."""

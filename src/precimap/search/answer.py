@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from precimap.certificate import Certificate
+from precimap.end_to_end import EndToEnd
 from precimap.precision_map import PrecisionMap
 from precimap.search.certificate.ledger import Ledger
 from precimap.search.latency.planned import Latency
@@ -46,6 +47,25 @@ def answer_of(
     certificate = certificates[0] if certificates else None
     why = _why_not(findings, chosen, certificate, margin, latency)
     return assemble(findings, {}), certificate, f"keep the baseline: {why}"
+
+
+def gain_said(times: EndToEnd) -> str:
+    """The measured gain of a map that pays, with what is faster still."""
+    said = (
+        f"end to end {times.gain} times as fast as the base model ({times.served}, {times.batches}, n = {times.gain.n})"
+    )
+    other = next(times.faster(), None)
+    return said if other is None else f"{said}; {other[0]} is faster still, {1 / other[1].median:.2f} times"
+
+
+def no_gain(times: EndToEnd) -> str:
+    """Why a map that may well be tolerable is none."""
+    foretold = "" if times.foretold is None else f", where the sum of single layers foretold {times.foretold}"
+    return (
+        f"keep the baseline: not worth it on this hardware ({times.device}): deployed as a whole ({times.served}, "
+        f"{times.batches}), the fastest map is {times.gain} times as fast as the base model, no gain beyond its spread "
+        f"(n = {times.gain.n} turns){foretold}"
+    )
 
 
 def _saving(final: PrecisionMap, latency: Latency | None) -> str:

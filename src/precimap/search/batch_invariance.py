@@ -7,9 +7,7 @@ reader to guess whether it matters. A batch has no description: its units are fo
 the base model does not give the parts the scores of the whole, they are not. Parts keep the padding of the whole.
 """
 
-import itertools
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer, quantized
 from precimap.metrics.paired import Drop, drop_of
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
+from precimap.search.batches import cut
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import prepare
 from precimap.task import Scored, Task, first_batch, join_parts, judge_scores
@@ -128,44 +127,6 @@ def alternatives(scheme: Scheme) -> tuple[str, ...]:
         and (type(other.input.format), other.input.format.bits) == (type(format), format.bits)
         and other.weight.format == scheme.weight.format
     )
-
-
-def cut(batch: Any, units: int, count: int) -> list[Any] | None:
-    """The batch in `count` parts of nearly equal size, in order; None where nothing in it has one row per unit."""
-    edges = [units * part // count for part in range(count + 1)]
-    pieces = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-    parts = [along_units(batch, units, operator.itemgetter(piece)) for piece in pieces]
-    return None if any(part is None for part in parts) else parts
-
-
-def along_units(batch: Any, units: int, change: Callable[[Any], Any]) -> Any:
-    """The batch with `change` made to everything that has one row per unit; None where nothing has.
-
-    Tensors whose first dim is `units` and lists of `units` texts are given to `change`; mappings, tuples and lists are
-    made anew, all else stays as it is.
-    """
-    found = False
-
-    def visit(value: Any) -> Any:
-        nonlocal found
-        if isinstance(value, Tensor):
-            if value.dim() and value.shape[0] == units:
-                found = True
-                return change(value)
-            return value
-        if isinstance(value, Mapping):
-            return {key: visit(item) for key, item in value.items()}
-        if isinstance(value, list) and len(value) == units and all(isinstance(item, str) for item in value):
-            found = True
-            return change(value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(visit(item) for item in value))
-        if isinstance(value, tuple | list):
-            return type(value)(visit(item) for item in value)
-        return value
-
-    changed = visit(batch)
-    return changed if found else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -50,6 +50,7 @@ class Effort:
     probe_all: measure every layer on its own instead of screening. Of the search split, screen_units are screened where
     losses are, audit_units are probed to check the screen, check_units see the noise floor and the rounding draws.
     screen_memory, replay_memory: bytes. rounding_draws: shifted grids for the final map, 0 for none.
+    timing_seconds: of timing a whole map at each batch size, about; 0: none is timed end to end.
     minutes: after these no new look at the search split is begun; the best answer so far is certified.
     """
 
@@ -60,6 +61,7 @@ class Effort:
     screen_memory: int = 4 * 2**30
     replay_memory: int = 4 * 2**30
     rounding_draws: int = 8
+    timing_seconds: float = 10.0
     minutes: float | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class Effort:
                 raise InputError(f"expected {name} in bytes, 0 or more, got {getattr(self, name)}")
         if self.rounding_draws < 0 or self.rounding_draws == 1:
             raise InputError(f"expected 0 or at least 2 rounding draws (a spread needs two), got {self.rounding_draws}")
+        if not 0 <= self.timing_seconds < float("inf"):
+            raise InputError(f"expected timing_seconds of 0 or more, got {self.timing_seconds}")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"expected a number of minutes above zero, got {self.minutes}")
 

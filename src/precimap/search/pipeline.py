@@ -5,7 +5,6 @@ value for the next, and nothing that the certify split says flows back into a ch
 measurement is in the journal before it is used: the same call takes up a run that was killed.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from precimap.certificate import Certificate, Rounding
-from precimap.errors import AlphaSpent, InputError
+from precimap.end_to_end import EndToEnd
+from precimap.errors import InputError
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
@@ -25,14 +25,13 @@ from precimap.layers.target import EMULATED, Target
 from precimap.numerics import NUMERICS_VERSION
 from precimap.numerics.schemes import Scheme
 from precimap.numerics.schemes import scheme as scheme_by_name
-from precimap.precision_map import PrecisionMap, Premise
+from precimap.precision_map import PrecisionMap
 from precimap.search import preflight
 from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of
-from precimap.search.answer import alpha_note, answer_of
+from precimap.search.answer import alpha_note
+from precimap.search.asked import Asked
 from precimap.search.batch_invariance import batch_dependence
 from precimap.search.calibrate import Calibration, calibrated
-from precimap.search.certificate.certify import Question, certify
-from precimap.search.certificate.ledger import Ledger
 from precimap.search.certificate.rounding_draws import rounding_of
 from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility, open_pairs
 from precimap.search.evidence.floor import rounding_floor
@@ -40,13 +39,14 @@ from precimap.search.evidence.gather import Evidence, gather
 from precimap.search.evidence.probe import Comparison
 from precimap.search.latency.planned import Latency
 from precimap.search.latency.serving import HERE, Serving, foreseen, timed_here
-from precimap.search.limits import USUAL_EFFORT, Effort, Limits, chain_fingerprint, state_directory
+from precimap.search.limits import USUAL_EFFORT, Effort, Limits, state_directory
 from precimap.search.progress import Progress, silent
+from precimap.search.proof import conclude, proved, stand_of
 from precimap.search.realign import Realigner
 from precimap.search.run import Parts, Run, scored
-from precimap.search.whole.assemble import Findings, assemble, premise_of
+from precimap.search.whole.assemble import Findings, premise_of
 from precimap.search.whole.choosing import chosen_maps, to_certify
-from precimap.search.whole.whole_maps import Joint, sequence
+from precimap.search.whole.whole_maps import Joint
 from precimap.task import Task, first_batch
 
 
@@ -55,7 +55,8 @@ class SearchResult:
     """The answer, and everything it rests on.
 
     map: the certified one, or all base precision when none passed. certificate: of that map, or of the first map that
-    failed; None when no map got as far as the certify split. `answer` says it in a sentence.
+    failed; None when no map got as far as the certify split. end_to_end: the times of the last map that was timed as a
+    whole, or None. `answer` says it in a sentence.
     """
 
     map: PrecisionMap
@@ -68,6 +69,7 @@ class SearchResult:
     chain: tuple[Joint, ...]
     certificates: tuple[Certificate, ...]
     latency: Latency | None
+    end_to_end: EndToEnd | None
 
     @property
     def certified(self) -> bool:
@@ -131,7 +133,7 @@ def search(
     with ExitStack() as stack:
         journal = stack.enter_context(run_journal(None if run is None else Path(run), written))
         made = Run(task, journal, progress, ends_at)
-        asked = _Search(made, chosen, limits, rule, target, effort, premise, on_preflight, serving, last)
+        asked = Asked(made, chosen, limits, rule, target, effort, premise, on_preflight, serving, last)
         result = _searched(asked, seen, Path(ledger) if ledger else state_directory())
         if run is not None:
             _save(result.map, Path(run))
@@ -157,22 +159,6 @@ def _save(precision_map: PrecisionMap, run: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Search:
-    """What every step of one search needs."""
-
-    run: Run
-    schemes: tuple[Scheme, ...]
-    limits: Limits
-    rule: Rule
-    target: Target
-    effort: Effort
-    premise: Premise
-    on_preflight: Callable[[preflight.Preflight], None] | None
-    serving: Serving
-    realigned_at: str | None = None  # the layer that makes the scores, if maps are to be realigned there
-
-
-@dataclass(frozen=True, slots=True)
 class _Seen:
     """What is known before a run directory is made: wrong input leaves none behind."""
 
@@ -183,7 +169,7 @@ class _Seen:
     latency: Latency | None
 
 
-def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
+def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
     run, task, alpha, inventory = search.run, search.run.task, search.limits.alpha, seen.inventory
     calibration = calibrated(run, inventory, search.schemes)
     seen = _with_times(search, seen, calibration)
@@ -222,23 +208,26 @@ def _searched(search: _Search, seen: _Seen, ledger: Path) -> SearchResult:
     )
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
-    maps = [joint.map for joint in sequence(chosen) if joint.map is not None]
-    try:
-        certificates = _certified(search, maps, seen.prints, ledger)
-    except AlphaSpent:
-        said = "not certified: the alpha of the certify split is spent; what was found on the search split stays"
-        run.journal.conclude("certificates", "certify", {"certificates": []})
-        _conclude(run, assemble(findings, {}), said)
-        raise
-    final, certificate, answer = answer_of(findings, chosen, certificates, search.limits.margin, timed)
-    final = final.model_copy(update={"rounding": _rounding(search, final, baseline, realigner)})
-    _conclude(run, final, answer)
+    stand = stand_of(search, inventory, calibration, seen.allowed, timed)
+    proof = proved(search, findings, chosen, stand, timed, seen.prints, ledger)
+    final = proof.map.model_copy(update={"rounding": _rounding(search, proof.map, baseline, realigner)})
+    conclude(run, final, proof.answer)
     return SearchResult(
-        final, certificate, answer, checked, inventory, floor, evidence, chosen.joints, certificates, timed
+        final,
+        proof.certificate,
+        proof.answer,
+        checked,
+        inventory,
+        floor,
+        evidence,
+        chosen.joints,
+        proof.certificates,
+        timed,
+        proof.end_to_end,
     )
 
 
-def _with_times(search: _Search, seen: _Seen, calibration: Calibration) -> _Seen:
+def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
     """With the times of a profile, or of this machine, and without the pairs that save none."""
     run, pairs = search.run, open_pairs(seen.allowed, search.schemes)
     times = seen.latency or timed_here(run, seen.inventory, calibration, pairs, search.target, search.serving)
@@ -249,12 +238,8 @@ def _with_times(search: _Search, seen: _Seen, calibration: Calibration) -> _Seen
     return replace(seen, allowed=allowed, latency=times, notes=(*seen.notes, *times.notes))
 
 
-def _conclude(run: Run, final: PrecisionMap, answer: str) -> None:
-    run.journal.conclude("summary", "answer", {"answer": answer, "map": json.loads(final.model_dump_json())})
-
-
 def _preflight(
-    search: _Search, seen: _Seen, calibration: Calibration, baseline: Parts, ledger: Path
+    search: Asked, seen: _Seen, calibration: Calibration, baseline: Parts, ledger: Path
 ) -> preflight.Preflight:
     inventory, task = seen.inventory, search.run.task
     n = sum(baseline.sizes)
@@ -275,25 +260,7 @@ def _preflight(
     return checked
 
 
-def _certified(
-    search: _Search, chain: Sequence[PrecisionMap], prints: preflight.SplitPrints, ledger: Path
-) -> tuple[Certificate, ...]:
-    certificates: tuple[Certificate, ...] = ()
-    if chain:
-        limits, run = search.limits, search.run
-        spent = Ledger.open(ledger, prints.certify.whole, limits.budget).spend(
-            chain_fingerprint(chain, run.task.guarded),
-            limits.alpha,
-            f"{run.task.name}: {len(chain)} maps for {search.target.name}",
-        )
-        question = Question(limits.margin, limits.alpha, spent, prints.certify.whole)
-        certificates = certify(run, search.target, chain, question)
-    rows = [certificate.model_dump() for certificate in certificates]
-    search.run.journal.conclude("certificates", "certify", {"certificates": rows})
-    return certificates
-
-
-def _rounding(search: _Search, final: PrecisionMap, baseline: Parts, realigner: Realigner | None) -> Rounding | None:
+def _rounding(search: Asked, final: PrecisionMap, baseline: Parts, realigner: Realigner | None) -> Rounding | None:
     draws, effort = search.effort.rounding_draws, search.effort
     if not final.low or not draws:
         return None

@@ -25,7 +25,8 @@ from precimap.metrics.guard import Head
 from precimap.metrics.metric import RELATIVE
 from precimap.metrics.paired import bounded, detectable_drop
 from precimap.numerics.schemes import Scheme
-from precimap.search.batch_invariance import BatchDependence, along_units
+from precimap.search.batch_invariance import BatchDependence
+from precimap.search.batches import along_units
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import prepare
 from precimap.task import Scored, Task, first_batch, labels_of, score

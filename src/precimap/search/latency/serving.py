@@ -20,16 +20,24 @@ from precimap.search.run import Run
 @dataclass(frozen=True, slots=True)
 class Serving:
     """How the model will be served. batch_sizes: units of a batch, all of them counting alike; none: those of the
-    profile, or the batch that discovery sees. profile: of the machine it is for, instead of timing here.
+    profile, or the batch that discovery sees. profile: of the machine it is for, instead of timing here. peak_flops: per
+    second in base precision, what utilisation is counted against; None: a large product is timed.
 
-    Raises InputError for a size that is not at least 1, or stands twice.
+    Raises InputError for a size that is not at least 1, or stands twice, and for a peak that is not above zero.
     """
 
     batch_sizes: tuple[int, ...] = ()
     profile: HardwareProfile | None = None
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
         checked_sizes(self.batch_sizes)
+        if self.peak_flops is not None and not 0 < self.peak_flops < float("inf"):
+            raise InputError(f"expected peak FLOPs per second above zero, got {self.peak_flops}")
+
+    def is_of(self, here: Device) -> bool:
+        """Whether what is timed here is what is planned for."""
+        return self.profile is None or self.profile.device == here
 
 
 HERE = Serving()
@@ -89,5 +97,6 @@ def _said_of(profile: HardwareProfile, pairs: Iterable[tuple[str, Scheme]], targ
     said = [f"times of layers by a profile of {profile.target}: {profile.device}"]
     if target.timer is not None:
         differing = profile.device.differences(target.timer.device())
-        said = [f"the profile is of another machine than this: {'; '.join(differing)}"] if differing else said
+        elsewhere = f"the profile is of another machine than this: {'; '.join(differing)}; no map is timed end to end"
+        said = [elsewhere] if differing else said
     return tuple(said)

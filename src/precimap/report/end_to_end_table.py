@@ -1,0 +1,70 @@
+"""A map timed end to end as a table that fits 80 columns: every form it was served in, its rivals, and what pays."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from precimap.end_to_end import BASE, MAP, EndToEnd, FormTimes, SizeTimes
+
+FEW = 100  # turns below which a 99th percentile is little else than the longest
+
+
+def end_to_end_page(found: EndToEnd) -> RenderableType:
+    """A table for each batch size, and what it comes to."""
+    tables = [part for size in found.sizes for part in (_table(found, size), Text())]
+    gain = found.gain
+    n = min(form.seconds.n for size in found.sizes for form in size.forms)
+    lines = [
+        str(found.device),
+        f"n = {n} interleaved turns{'; p99 of so few is about the longest' if n < FEW else ''}; memory: peak of a call, "
+        "beside the weights; times as long as the map in the form that is served, within a turn, median [quartiles]",
+        f"utilisation of {found.peak_flops / 1e12:.3g} TFLOP/s in base precision "
+        f"({'given' if found.peak_given else 'measured'}), {found.flops / 1e6:,.3g} MFLOP a unit",
+        f"the map, {found.served}, is {gain} times as fast as the base model"
+        + ("" if found.foretold is None else f"; the sum of single layers foretold {found.foretold}"),
+    ]
+    if not found.pays:
+        lines.append("no gain that can be told from the spread of the turns: not worth it on this hardware")
+    lines += [
+        f"faster than the map: {name}, {1 / speed.median:.2f} times as fast; its {_quality(name)}"
+        for name, speed in found.faster()
+    ]
+    lines += [f"not timed: {name}: {why}" for name, why in found.refused.items()]
+    return Group(*tables, Text("\n".join(lines)))
+
+
+def _quality(name: str) -> str:
+    precision = name.split(",")[0]
+    if precision == BASE:
+        return "answers are the baseline's"
+    return (
+        "codes are the map's, its sums round otherwise: not certified"
+        if precision == MAP
+        else "quality is not certified"
+    )
+
+
+def _table(found: EndToEnd, size: SizeTimes) -> Table:
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 1, 0, 0), title=f"batch of {size.units:,}", title_justify="left"
+    )
+    table.add_column("form", no_wrap=True)
+    for heading in ("ms", "p99", "units/s", "times as long", "MB", "use"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for form in size.forms:
+        own = (form.precision, form.form) == (MAP, found.served)
+        table.add_row(*_cells(found, size, form), style="bold" if own else "")
+    return table
+
+
+def _cells(found: EndToEnd, size: SizeTimes, form: FormTimes) -> tuple[str, ...]:
+    each = size.units / form.seconds.median
+    return (
+        form.name,
+        f"{1e3 * form.seconds.median:.4g}",
+        f"{1e3 * form.p99:.4g}",
+        f"{each:,.0f}",
+        str(form.ratio),
+        "" if form.memory is None else f"{form.memory / 1e6:.1f}",
+        f"{each * found.flops / found.peak_flops:.0%}",
+    )

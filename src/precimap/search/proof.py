@@ -1,0 +1,121 @@
+"""The end of a search: the chosen maps are timed as they will be served, and certified.
+
+Invariant: a map that saves no time end to end is no answer, whatever its layers save one by one, unless the user asked for
+bytes; and the certify split is not asked about it. Time is asked first, for it costs no certainty.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from precimap.certificate import Certificate
+from precimap.end_to_end import EndToEnd
+from precimap.errors import AlphaSpent
+from precimap.layers.inventory import Inventory
+from precimap.precision_map import PrecisionMap
+from precimap.search.allocation.knapsack import Step
+from precimap.search.answer import answer_of, gain_said, no_gain
+from precimap.search.asked import Asked
+from precimap.search.calibrate import Calibration
+from precimap.search.certificate.certify import Question, certify
+from precimap.search.certificate.ledger import Ledger
+from precimap.search.eligibility import Eligibility
+from precimap.search.evidence.known import BYTES_WORTH
+from precimap.search.latency.planned import Latency
+from precimap.search.latency.whole import Stand
+from precimap.search.limits import chain_fingerprint
+from precimap.search.preflight import SplitPrints
+from precimap.search.run import Run
+from precimap.search.whole.assemble import Findings, assemble
+from precimap.search.whole.whole_maps import Chosen, sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The final map, the certificate that decided, if any, the sentence, and all that was tested and timed."""
+
+    map: PrecisionMap
+    certificate: Certificate | None
+    answer: str
+    certificates: tuple[Certificate, ...]
+    end_to_end: EndToEnd | None
+
+
+def stand_of(
+    search: Asked, inventory: Inventory, calibration: Calibration, allowed: Eligibility, latency: Latency | None
+) -> Stand | None:
+    """Where whole maps are timed; None where the target's times are not to be had here, or nobody asked for them."""
+    timer, seconds = search.target.whole_timer, search.effort.timing_seconds
+    if timer is None or not seconds or not search.serving.is_of(timer.device()):
+        return None
+    return Stand(search.run, timer, inventory, calibration, allowed, search.schemes, latency, search.serving, seconds)
+
+
+def proved(
+    search: Asked,
+    findings: Findings,
+    chosen: Chosen,
+    stand: Stand | None,
+    latency: Latency | None,
+    prints: SplitPrints,
+    ledger: Path,
+) -> Proof:
+    """Time the fastest map that is to be certified, certify the sequence, time the map that passed.
+
+    Raises AlphaSpent, with what was found on the search split written down.
+    """
+    maps = [joint.map for joint in sequence(chosen) if joint.map is not None]
+    times = stand.times(maps[-1]) if stand is not None and maps else None
+    if times is not None and not _worthwhile(search, findings.inventory, maps[-1], times):
+        maps = []
+    try:
+        certificates = _certified(search, maps, prints, ledger)
+    except AlphaSpent:
+        said = "not certified: the alpha of the certify split is spent; what was found on the search split stays"
+        search.run.journal.conclude("certificates", "certify", {"certificates": []})
+        conclude(search.run, assemble(findings, {}), said)
+        raise
+    final, certificate, answer = answer_of(findings, chosen, certificates, search.limits.margin, latency)
+    if stand is not None and final.low:
+        times = stand.times(final)
+    if times is not None:
+        search.run.journal.conclude("whole model", "end to end", times.model_dump(mode="json"))
+        if not maps or (final.low and not _worthwhile(search, findings.inventory, final, times)):
+            return Proof(assemble(findings, {}), None, no_gain(times), certificates, times)
+        if final.low:
+            final, answer = final.model_copy(update={"end_to_end": times}), f"{answer}; {gain_said(times)}"
+    return Proof(final, certificate, answer, certificates, times)
+
+
+def _worthwhile(search: Asked, inventory: Inventory, precision_map: PrecisionMap, times: EndToEnd) -> bool:
+    """Time saved beyond its spread, or bytes, where they are asked for and worth the time that they cost."""
+    kept = Step({}, 0.0, 0.0, precision_map.bytes_before)
+    if times.pays or not search.rule.accepts(inventory, kept):
+        return True
+    bytes_saved = 1 - precision_map.bytes_after / precision_map.bytes_before
+    return (
+        search.rule.bytes_worth > BYTES_WORTH and 1 - 1 / times.gain.lower + search.rule.bytes_worth * bytes_saved > 0
+    )
+
+
+def conclude(run: Run, final: PrecisionMap, answer: str) -> None:
+    run.journal.conclude("summary", "answer", {"answer": answer, "map": json.loads(final.model_dump_json())})
+
+
+def _certified(
+    search: Asked, chain: Sequence[PrecisionMap], prints: SplitPrints, ledger: Path
+) -> tuple[Certificate, ...]:
+    certificates: tuple[Certificate, ...] = ()
+    if chain:
+        limits, run = search.limits, search.run
+        spent = Ledger.open(ledger, prints.certify.whole, limits.budget).spend(
+            chain_fingerprint(chain, run.task.guarded),
+            limits.alpha,
+            f"{run.task.name}: {len(chain)} maps for {search.target.name}",
+        )
+        question = Question(limits.margin, limits.alpha, spent, prints.certify.whole)
+        certificates = certify(run, search.target, chain, question)
+    rows = [certificate.model_dump() for certificate in certificates]
+    search.run.journal.conclude("certificates", "certify", {"certificates": rows})
+    return certificates

@@ -1,0 +1,154 @@
+"""Compiled calls: INT8 for every size, checked where code is made; and what is told of batches that nobody timed."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from precimap import CPU_INT8, CPU_INT8_COMPILED, EndToEnd, compiled, deploy, load_deployed, save_deployed, search
+from precimap.end_to_end import FormTimes, SizeTimes
+from precimap.errors import BatchSizeWarning, DeployError
+from precimap.hardware_profile import Times
+from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
+from precimap.numerics.schemes import scheme
+from precimap.precision_map import PrecisionMap
+from precimap.runtime.compiled import CompiledCalls, no_compiler
+from precimap.runtime.cpu_int8 import has_qlinear, int8_scheme
+from precimap.runtime.deploy import deployment_of
+from small_tasks import COUNTED_INT8, planted_task
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Inductor and dynamo warn about parts of their own
+    pytest.mark.skipif(no_compiler() is not None or not has_qlinear(), reason="no C++ compiler, or no INT8 products"),
+]
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def layers_of(model: nn.Module) -> dict[str, QuantizedLayer]:
+    found = InputRange(0.03, 100)
+    return {
+        name: quantize_layer(name, parameter, (1,), scheme(int8_scheme()), found)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 2
+    }
+
+
+def test_every_size_is_int8_in_one_code() -> None:
+    torch._dynamo.reset()
+    model = Tower().eval()
+    with CPU_INT8_COMPILED.running(model, layers_of(model)) as fast, torch.no_grad():
+        calls = fast._compiled_call_impl
+        assert isinstance(calls, CompiledCalls)
+        eager = CPU_INT8.deployed(model, layers_of(model))
+        fast(torch.randn(8, 64))
+        assert (calls._found, calls._expected) == (2, 2)
+        for rows in (8, 5, 300):
+            x = torch.randn(rows, 64)
+            torch.testing.assert_close(fast(x), eager(x), atol=0.03, rtol=0)
+        assert calls.graphs == 1
+        with torch.inference_mode():
+            fast(torch.randn(8, 64))
+        assert (calls.graphs, calls._found, calls._expected) == (2, 2, 2)
+
+
+def test_a_forward_that_passes_the_model_by_is_refused() -> None:
+    """Its certificate would speak of compiled code, and none ran."""
+    model = Tower().eval()
+    with (
+        pytest.raises(DeployError, match="called parts of it only"),
+        CPU_INT8_COMPILED.running(model, layers_of(model)) as fast,
+    ):
+        fast.encode(torch.randn(8, 64))
+    with CPU_INT8_COMPILED.running(model, {}) as same:
+        assert same is model, "the baseline is the model as given"
+
+
+def test_many_forms_of_one_class_are_all_compiled() -> None:
+    """Dynamo keeps 8 codes for a class and then runs eagerly without a word."""
+    torch._dynamo.reset()
+    x = torch.randn(8, 64)
+    for _ in range(12):
+        model = Tower().eval()
+        fast = compiled(CPU_INT8.deployed(model, layers_of(model)), (x,))
+        assert fast._calls.graphs == 1
+
+
+@pytest.fixture(scope="module")
+def precision_map(tmp_path_factory: pytest.TempPathFactory) -> PrecisionMap:
+    folder = tmp_path_factory.mktemp("compiled")
+    return search(
+        planted_task(), schemes=[int8_scheme()], target=COUNTED_INT8, margin=0.2, ledger=folder
+    ).map.model_copy(update={"end_to_end": None})
+
+
+def timed(precision_map: PrecisionMap, *rows: int) -> PrecisionMap:
+    """The same map with times at batches of so many rows."""
+    one = Times(lower=1, median=1, upper=1, n=15)
+    forms = tuple(
+        FormTimes(precision=name, form="eager", seconds=one, p99=1, ratio=one, memory=None) for name in ("base", "map")
+    )
+    times = EndToEnd(
+        map=precision_map.fingerprint,
+        device=CPU_INT8.whole_timer.device(),
+        served="eager",
+        sizes=tuple(SizeTimes(units=n, rows=n, forms=forms) for n in rows),
+        refused={},
+        foretold=None,
+        flops=1,
+        peak_flops=1.0,
+        peak_given=True,
+    )
+    return precision_map.model_copy(update={"end_to_end": times})
+
+
+@pytest.mark.parametrize("target", ["cpu-int8", "cpu-int8-compiled"])
+def test_batches_outside_the_timed_sizes_are_told_once(target: str, precision_map: PrecisionMap) -> None:
+    task = planted_task()
+    made = timed(precision_map, 16, 64).model_copy(update={"target": target})
+    fast = deploy(task.model, made, task=task)  # scores 125 units itself, and says nothing of it
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", BatchSizeWarning)
+        for rows in (16, 40, 64):
+            fast(torch.randn(rows, 64))
+    with pytest.warns(BatchSizeWarning, match="timed with batches of 16 to 64 rows and now gets 65"), torch.no_grad():
+        fast(torch.randn(65, 64))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", BatchSizeWarning)
+        fast(torch.randn(3, 64))
+
+
+def test_times_of_another_target_tell_nothing(precision_map: PrecisionMap) -> None:
+    task = planted_task()
+    for fast in (
+        deploy(task.model, timed(precision_map, 16), target="emulated"),
+        deploy(task.model, precision_map),
+    ):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("error", BatchSizeWarning)
+            fast(torch.randn(65, 64))
+
+
+def test_a_compiled_model_is_saved_and_read(precision_map: PrecisionMap, tmp_path: Path) -> None:
+    task, x = planted_task(), torch.randn(9, 64)
+    made = precision_map.model_copy(update={"target": "cpu-int8-compiled"})
+    fast = deploy(task.model, made)
+    save_deployed(fast, task.model, tmp_path / "model.safetensors")
+    loaded = load_deployed(planted_task().model, tmp_path / "model.safetensors")
+    assert deployment_of(loaded).target == "cpu-int8-compiled"
+    with torch.no_grad():
+        assert torch.equal(loaded(x), fast(x))
+    again = compiled(deploy(task.model, precision_map), (x,))
+    assert deployment_of(again).map == precision_map
