@@ -1,6 +1,6 @@
 """Does FP8 pay on this GPU? All that is measured on one, in one command, with the core's dependencies alone.
 
-    python bench/gpu.py [--quick] [--json FILE]
+    python bench/gpu.py [--quick] [--json FILE]      (with PYTHONPATH=src where precimap is not installed)
 
 Parity: codes that this GPU makes, eagerly and compiled, against the CPU's; and what fast accumulation adds to a product.
 Products M x K -> N, each a CUDA graph of one call between two floods of the L2 cache: BF16; FP8 on codes that are given,

@@ -148,6 +148,7 @@ def test_the_target_is_called_experimental_until_its_figures_are_committed() -> 
     """Wherever people meet its name; with `bench/gpu.json` the mark has to go, and this test with it."""
     root = BENCH.parent
     said = {
+        "name in reports": cuda_fp8.marked("cuda-fp8"),
         "claim": cuda_fp8.CUDA_FP8.claim,
         "help": str(TargetOption.__metadata__[0].help),  # type: ignore[attr-defined]
         "docstring": str(cuda_fp8.__doc__),

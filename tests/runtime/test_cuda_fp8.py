@@ -3,6 +3,7 @@
 Only the check of the hardware is turned off there; with a GPU the same tests run on it, and those of time besides.
 """
 
+import io
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from precimap import (
@@ -34,6 +36,7 @@ from precimap.layers.inventory import Layer
 from precimap.layers.quantized import InputRange, quantize_layer, quantize_map, quantized
 from precimap.layers.target import BASE
 from precimap.numerics.schemes import SCHEMES, scheme
+from precimap.report.profile_table import profile_page
 from precimap.runtime import cuda_fp8, cuda_timer, timing
 from precimap.runtime.cuda_fp8 import CudaFp8, missing_hardware
 from precimap.runtime.cuda_graphs import Captured
@@ -294,6 +297,9 @@ def test_a_profile_of_a_gpu_plans_for_it_elsewhere(monkeypatch: pytest.MonkeyPat
     profile = bench_device(planted_task(), target=CUDA_FP8, batch_sizes=(64,))
     profile.save(tmp_path / "h100.json")
     assert set(profile.schemes) == set(SERVED)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(profile_page(profile, tmp_path / "h100.json"))
+    assert "cuda-fp8 (experimental: not yet measured on a GPU) on NVIDIA H100, 9.0" in console.export_text()
     monkeypatch.setattr(cuda_fp8, "missing_hardware", missing_hardware)
     serving = Serving(profile=HardwareProfile.load(tmp_path / "h100.json"))
     found = search(planted_task(), schemes=["fp8"], margin=0.2, serving=serving, ledger=tmp_path / "ledger")

@@ -70,6 +70,11 @@ class CudaFp8:
 CUDA_FP8 = CudaFp8()
 
 
+def marked(target: str) -> str:
+    """A target's name as people read it, with what they have to know of it."""
+    return f"{target} ({EXPERIMENTAL})" if target == CUDA_FP8.name else target
+
+
 def _place(layer: QuantizedLayer, module: nn.Module | None) -> Fp8Linear:
     if type(module) is not nn.Linear:
         raise DeployError(
