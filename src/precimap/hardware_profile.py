@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from precimap.certificate import Record
 from precimap.durable import write_text
 from precimap.errors import ProfileError
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2  # 1 had no times of layers that share an input
 
 
 class Device(Record):
@@ -69,10 +69,14 @@ class Times(Record):
 
 
 class LowTimes(Record):
-    """A module's form under a scheme: seconds, and the ratio to the base form within each turn."""
+    """A module's form under a scheme: seconds, and the ratio to the base form within each turn.
+
+    shared: the ratio of the form whose input a sibling has quantised before; None for forms that share nothing.
+    """
 
     seconds: Times
     ratio: Times
+    shared: Times | None
 
 
 class Row(Record):
@@ -92,11 +96,12 @@ class Row(Record):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What a profile says of a module at some rows. ratios: low over base, by scheme. between: the measured rows that
-    it was interpolated from, or None where it was measured itself."""
+    """What a profile says of a module at some rows. ratios: low over base, by scheme; shared: the same of forms whose input
+    a sibling has quantised. between: the measured rows that it was interpolated from, or None where it was measured."""
 
     base: Times
     ratios: Mapping[str, Times]
+    shared: Mapping[str, Times]
     between: tuple[int, int] | None
 
 
@@ -113,10 +118,17 @@ class HardwareProfile(Record):
     schemes: dict[str, dict[str, Any]]
     rows: tuple[Row, ...]
 
+    @field_validator("version")
+    @classmethod
+    def _version_fits(cls, version: int) -> int:
+        if version != PROFILE_VERSION:
+            raise ValueError(
+                f"expected version {PROFILE_VERSION}, got {version}; measure again with precimap bench-device"
+            )
+        return version
+
     @model_validator(mode="after")
     def _rows_fit(self) -> Self:
-        if self.version != PROFILE_VERSION:
-            raise ValueError(f"expected version {PROFILE_VERSION}, got {self.version}")
         keys = [(row.module, row.dtype, row.each, row.rows) for row in self.rows]
         if len(set(keys)) != len(keys):
             raise ValueError("a module stands twice with the same number of rows")
@@ -143,12 +155,13 @@ class HardwareProfile(Record):
             raise ProfileError(f"{module} was measured at {measured} rows, not at {rows:,}")
         upper = holding[bisect_left(holding, rows)]
         if upper == rows:
-            return Point(found[rows].base, {name: found[rows].low[name].ratio for name in schemes}, None)
+            return _point(found[rows], schemes)
         lower = holding[bisect_left(holding, rows) - 1]
-        a, b = found[lower], found[upper]
+        a, b = _point(found[lower], schemes), _point(found[upper], schemes)
         share = (math.log(rows) - math.log(lower)) / (math.log(upper) - math.log(lower))
-        ratios = {name: _between(a.low[name].ratio, b.low[name].ratio, share) for name in schemes}
-        return Point(_between(a.base, b.base, share), ratios, (lower, upper))
+        ratios = {name: _between(a.ratios[name], b.ratios[name], share) for name in schemes}
+        shared = {name: _between(a.shared[name], b.shared[name], share) for name in a.shared if name in b.shared}
+        return Point(_between(a.base, b.base, share), ratios, shared, (lower, upper))
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; on any failure what was there before survives. Raises SaveError."""
@@ -167,6 +180,12 @@ class HardwareProfile(Record):
             raise ProfileError(
                 f"{path}: not a hardware profile of version {PROFILE_VERSION}: {where}: {first['msg']}"
             ) from error
+
+
+def _point(row: Row, schemes: Sequence[str]) -> Point:
+    low = {name: row.low[name] for name in schemes}
+    shared = {name: times.shared for name, times in low.items() if times.shared is not None}
+    return Point(row.base, {name: times.ratio for name, times in low.items()}, shared, None)
 
 
 def _between(a: Times, b: Times, share: float) -> Times:

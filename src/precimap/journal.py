@@ -26,7 +26,7 @@ import numpy as np
 
 from precimap.errors import JournalError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "measurements.sqlite"
 LOCK_NAME = "run.lock"
 

@@ -34,7 +34,7 @@ from precimap.errors import DeployError
 from precimap.hardware_profile import Device
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import InputRange, quantize_layer, quantize_map, quantized
-from precimap.layers.target import BASE
+from precimap.layers.target import BASE, Turns
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.report.profile_table import profile_page
 from precimap.runtime import cuda_fp8, cuda_timer, timing
@@ -239,8 +239,9 @@ def test_the_timer_asks_each_form_in_each_round(monkeypatch: pytest.MonkeyPatch)
     forms = {"fp8": quantize_layer("weight", module.weight, (1,), scheme("fp8"), None)}
     timer = CUDA_FP8.timer
     found = CudaTimer(timer.place, rounds=2, turns=3).seconds(module, forms, rows=5, each=1)
-    assert {name: len(seconds) for name, seconds in found.items()} == {BASE: 6, "fp8": 6}
-    assert min(found["fp8"]) >= 0.002
+    assert {name: len(seconds) for name, seconds in found.alone.items()} == {BASE: 6, "fp8": 6}
+    assert not found.shared
+    assert min(found.alone["fp8"]) >= 0.002
     assert {shape for _, shape in seen} == {(5, 32)}
     assert {name for name, _ in seen} == {"Linear", "Fp8Linear"}
 
@@ -284,9 +285,9 @@ def test_the_memory_and_the_peak_of_this_gpu() -> None:
 def test_a_profile_of_a_gpu_plans_for_it_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Planted times: the widest layer takes half as long in FP8, the others twice; so it alone is in the map."""
 
-    def planted(self: CudaTimer, module: nn.Linear, forms: Mapping[str, Any], *_: int) -> dict[str, list[float]]:
+    def planted(self: CudaTimer, module: nn.Linear, forms: Mapping[str, Any], *_: int) -> Turns:
         faster = module.out_features == 128
-        return {BASE: [1e-5] * 3, **{name: [5e-6 if faster else 2e-5] * 3 for name in forms}}
+        return Turns({BASE: [1e-5] * 3, **{name: [5e-6 if faster else 2e-5] * 3 for name in forms}}, {})
 
     device = Device(
         name="NVIDIA H100", capability="9.0", threads=1, allocator="default", clock="CUDA events", torch="2.11.0",
@@ -331,7 +332,7 @@ def test_the_timer_takes_the_times_of_this_gpu() -> None:
     for width in (512, 4096):
         module = nn.Linear(width, width, device="cuda", dtype=torch.bfloat16).eval()
         forms = {"fp8": quantize_layer("weight", module.weight, (1,), scheme("fp8"), None)}
-        found = timer.seconds(module, forms, rows=4096, each=1)
+        found = timer.seconds(module, forms, rows=4096, each=1).alone
         assert all(1e-6 < value < 1e-1 for values in found.values() for value in values)
         medians.append(sorted(found[BASE])[2])
     assert medians[1] > 4 * medians[0]

@@ -4,6 +4,7 @@ import gc
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from precimap.runtime import compiled as compiled_module
 from precimap.runtime import int8_linear
 from precimap.runtime.compiled import compiled
 from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.runtime.int8_linear import Int8Linear, SharedCodes
+from precimap.runtime.int8_linear import MOST_KEPT, Int8Linear, SharedCodes
 
 needs_compiler = pytest.mark.filterwarnings("ignore")  # Inductor and dynamo warn about parts of their own
 
@@ -131,10 +132,47 @@ def test_other_scales_do_not_share() -> None:
 def test_codes_go_with_their_input() -> None:
     shared, x = SharedCodes(), torch.randn(4, 8)
     shared.codes(x, UINT8, 0.02, 100)
-    assert shared._last is not None
+    assert shared._kept
     del x
     gc.collect()
-    assert shared._last is None
+    assert not shared._kept
+
+
+def test_the_same_values_are_shared_through_any_view_and_after_other_inputs(calls: list[Tensor]) -> None:
+    """As discovery sees siblings; against codes made anew."""
+    shared, x = SharedCodes(), torch.randn(4, 3, 8)
+    others = [torch.randn(4, 8) for _ in range(MOST_KEPT - 1)]
+    for values in (x, *others, x.view(12, 8), x.reshape(-1)):
+        found = shared.codes(values, UINT8, 0.02, 100)
+        assert found.shape == values.shape
+        assert torch.equal(found, unsigned_codes(values, UINT8, 0.02, 100))
+    assert len(calls) == MOST_KEPT
+    # Other parts and other orders of the same memory are other inputs; so is one that was pushed out.
+    for values in (x[:2], x[2:], x.transpose(0, 1), torch.randn(4, 8), x):
+        assert torch.equal(shared.codes(values, UINT8, 0.02, 100), unsigned_codes(values, UINT8, 0.02, 100))
+    assert len(calls) == MOST_KEPT + 5
+
+
+def test_a_change_past_the_version_of_a_tensor_is_seen() -> None:
+    """Each `x.data` counts its versions anew."""
+    shared, x = SharedCodes(), torch.randn(4, 8)
+    shared.codes(x.data, UINT8, 0.02, 100)
+    x.data.mul_(2)
+    assert torch.equal(shared.codes(x.data, UINT8, 0.02, 100), unsigned_codes(x, UINT8, 0.02, 100))
+    held = x.data
+    shared.codes(held, UINT8, 0.02, 100)
+    held.mul_(2)
+    assert torch.equal(shared.codes(x.data, UINT8, 0.02, 100), unsigned_codes(x, UINT8, 0.02, 100))
+
+
+def test_memory_that_others_may_write_to_is_not_shared() -> None:
+    """A buffer of NumPy that is filled again for each request, and a tensor whose memory NumPy was given."""
+    shared, array = SharedCodes(), np.zeros((4, 8), np.float32)
+    lent = torch.zeros(4, 8)
+    for x, written in ((torch.from_numpy(array), array), (lent, lent.numpy())):
+        shared.codes(x, UINT8, 0.02, 100)
+        written[:] = 1
+        assert torch.equal(shared.codes(x, UINT8, 0.02, 100), unsigned_codes(x, UINT8, 0.02, 100))
 
 
 def test_threads_share_a_model() -> None:

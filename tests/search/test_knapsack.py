@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy.optimize import linprog
 
 from precimap.errors import InputError
 from precimap.search.allocation.knapsack import Constraints, Step, bytes_at, chain
-from precimap.search.allocation.ladders import Option
+from precimap.search.allocation.ladders import Option, settled, total_gain
 
 SCHEMES = ("a", "b", "c")
 BASE = 8
@@ -27,21 +28,26 @@ def sizes(options: Sequence[Option], extra: int = 0) -> dict[str, int]:
 
 
 @st.composite
-def tables(draw: st.DrawFn, layers: int = 6, grouped: bool = False) -> list[Option]:
+def tables(draw: st.DrawFn, layers: int = 6, grouped: bool = False, schemes: Sequence[str] = SCHEMES) -> list[Option]:
     options = []
-    groups = st.sampled_from([(None, None), ("g", None), ("g2", "s"), (None, "s"), (None, "t")])
+    # g3 reads two inputs, each of them with layers outside of it.
+    groups = st.sampled_from(
+        [(None, None), ("g", None), ("g2", "s"), ("g3", "s"), ("g3", "t"), (None, "s"), (None, "t")]
+    )
+    shared = {(input, scheme): draw(quarters) for input in "st" for scheme in schemes} if grouped else {}
     for number in range(draw(st.integers(1, layers))):
         fused, siblings = draw(groups) if grouped else (None, None)
-        for scheme in draw(st.lists(st.sampled_from(SCHEMES), min_size=1, unique=True)):
+        for scheme in draw(st.lists(st.sampled_from(schemes), min_size=1, unique=True)):
             gain = draw(st.integers(-8, 40)) / 4
             cost = draw(st.one_of(quarters, quarters, st.just(math.inf)))
             size = draw(st.integers(1, BASE))
-            options.append(Option(f"l{number}", scheme, gain, cost, size, fused, siblings))
+            saved = shared.get((siblings or "", scheme), 0.0)
+            options.append(Option(f"l{number}", scheme, gain, cost, size, fused, siblings, saved))
     return options
 
 
 def every_map(options: Sequence[Option]) -> list[tuple[dict[str, str], float, float, int]]:
-    """Brute force over lone layers: (choice, gain, cost, bytes) of every map, never an infinite cost."""
+    """Brute force: (choice, gain, cost, bytes) of every map with whole groups, never an infinite cost."""
     rows: dict[str, list[Option | None]] = {}
     for option in options:
         rows.setdefault(option.layer, [None])
@@ -50,32 +56,32 @@ def every_map(options: Sequence[Option]) -> list[tuple[dict[str, str], float, fl
     maps = []
     for picked in itertools.product(*rows.values()):
         low = [option for option in picked if option is not None]
+        choice = {o.layer: o.scheme for o in low}
+        if any(o.fused is not None and choice.get(p.layer) != choice.get(o.layer) for o, p in whole(options)):
+            continue
         size = sum(o.bytes for o in low) + BASE * (len(picked) - len(low))
-        maps.append(({o.layer: o.scheme for o in low}, sum(o.gain for o in low), sum(o.cost for o in low), size))
+        gain = sum(o.gain for o in low) + shared_of(choice, options)
+        maps.append((choice, gain, sum(o.cost for o in low), size))
     return maps
 
 
-def bonus_of(choice: Mapping[str, str], options: Sequence[Option], bonus: Mapping[str, float]) -> float:
-    """The definition, read from the table: all siblings that can be low (and at least two) have one scheme."""
+def whole(options: Sequence[Option]) -> list[tuple[Option, Option]]:
+    """Pairs of rows whose layers have to go together."""
+    return [(o, p) for o, p in itertools.combinations(options, 2) if o.fused is not None and o.fused == p.fused]
+
+
+def shared_of(choice: Mapping[str, str], options: Sequence[Option]) -> float:
+    """The definition, read from the table: of all that read one input under one scheme, each but one saves `shared`."""
     total = 0.0
-    for group, extra in bonus.items():
-        able = set()
-        for option in options:
-            fused = {o.layer for o in options if option.fused is not None and o.fused == option.fused} or {option.layer}
-            taken = {o.layer for o in options if o.layer in fused and o.scheme == option.scheme and o.cost < math.inf}
-            if option.siblings == group and taken == fused:
-                able.add(option.layer)
-        schemes = {choice.get(layer) for layer in able}
-        if len(able) > 1 and len(schemes) == 1 and None not in schemes:
-            total += extra
+    for group, scheme in {(o.siblings, o.scheme) for o in options if o.siblings is not None}:
+        reads = [o for o in options if (o.siblings, o.scheme) == (group, scheme) and choice.get(o.layer) == scheme]
+        total += sum(o.shared for o in reads[1:])
     return total
 
 
-@given(tables(grouped=True), st.dictionaries(st.sampled_from(["s", "t"]), quarters), st.integers(1, 6), st.data())
-def test_a_chain_is_nested_and_adds_up(
-    options: list[Option], bonus: dict[str, float], longest: int, data: st.DataObject
-) -> None:
-    maps = chain(options, sizes(options, 2), longest=longest, bonus=bonus)
+@given(tables(grouped=True), st.integers(1, 6), st.data())
+def test_a_chain_is_nested_and_adds_up(options: list[Option], longest: int, data: st.DataObject) -> None:
+    maps = chain(options, sizes(options, 2), longest=longest)
     table = {(o.layer, o.scheme): o for o in options}
     joint: dict[str, dict[str, list[Option]]] = {}
     for option in options:
@@ -85,9 +91,9 @@ def test_a_chain_is_nested_and_adds_up(
         low = [table[pair] for pair in step.choice.items()]
         assert step.choice
         assert step.cost == sum(o.cost for o in low) < math.inf
-        assert step.gain == sum(o.gain for o in low) + bonus_of(step.choice, options, bonus)
+        assert step.gain == sum(o.gain for o in low) + shared_of(step.choice, options) == total_gain(low)
         assert step.bytes == BASE * (len(sizes(options, 2)) - len(low)) + sum(o.bytes for o in low)
-        for group in ("g", "g2"):
+        for group in ("g", "g2", "g3"):
             members = {o.layer for o in options if o.fused == group}
             assert len({step.choice.get(layer) for layer in members}) <= 1
     for before, after in itertools.pairwise(maps):
@@ -98,11 +104,12 @@ def test_a_chain_is_nested_and_adds_up(
             key = table[layer, scheme].fused or layer
             assert sum(o.cost for o in joint[key][scheme]) <= sum(o.cost for o in joint[key][after.choice[layer]])
     shuffled = data.draw(st.permutations(options))
-    assert chain(shuffled, sizes(options, 2), longest=longest, bonus=bonus) == maps
+    assert chain(shuffled, sizes(options, 2), longest=longest) == maps
 
 
-@given(tables(layers=5))
+@given(st.one_of(tables(layers=5), tables(layers=7, grouped=True, schemes=["a"])))
 def test_every_prefix_is_the_optimum_for_its_own_cost(options: list[Option]) -> None:
+    """Of several schemes where no input is shared, and of one scheme where inputs are."""
     maps = every_map(options)
     steps = chain(options, sizes(options), longest=MANY)
     for step in steps:
@@ -177,49 +184,91 @@ def test_two_steps_that_fit_alone_are_not_both_taken() -> None:
     assert [step.bytes for step in steps] == [4, 8]
 
 
+def read(layers: str, scheme: str, gain: float, cost: float, shared: float) -> list[Option]:
+    """Siblings of one input."""
+    return [Option(layer, scheme, gain, cost, 4, siblings="x", shared=shared) for layer in layers]
+
+
 def test_siblings_that_only_pay_together_go_together() -> None:
-    narrow = [Option(layer, "fp8", -1.0, 1.0, 4, siblings="x") for layer in "qkv"]
-    other = Option("wide", "fp8", 1.0, 1.0, 4)
-    assert [step.choice for step in chain([*narrow, other], sizes([*narrow, other]))] == [{"wide": "fp8"}]
-    steps = chain([*narrow, other], sizes([*narrow, other]), bonus={"x": 9.0})
+    narrow, other = read("qkv", "fp8", -1.0, 1.0, 4.0), Option("wide", "fp8", 1.0, 1.0, 4)
+    unshared = [*read("qkv", "fp8", -1.0, 1.0, 0.0), other]
+    assert [step.choice for step in chain(unshared, sizes(unshared))] == [{"wide": "fp8"}]
+    steps = chain([*narrow, other], sizes([*narrow, other]))
     assert [step.choice for step in steps] == [dict.fromkeys("qkv", "fp8"), dict.fromkeys([*"qkv", "wide"], "fp8")]
-    assert [step.gain for step in steps] == [6.0, 7.0]
+    assert [step.gain for step in steps] == [5.0, 6.0]
+    lone = [*read("q", "fp8", -1.0, 1.0, 4.0), *read("kv", "fp8", -1.0, math.inf, 4.0), other]
+    assert [step.choice for step in chain(lone, sizes(lone))] == [{"wide": "fp8"}], "alone it never pays"
 
 
-def test_a_sibling_that_leaves_gives_the_bonus_back() -> None:
-    options = [Option(layer, "a", 1.0, 1.0, 4, siblings="x") for layer in "pq"]
-    options += [Option("p", "b", 3.0, 2.0, 4, siblings="x"), Option("z", "a", 1.0, 9.0, 4)]
-    last = chain(options, sizes(options), bonus={"x": 3.0})[-1]
+def test_the_first_siblings_are_those_that_pay_best_together() -> None:
+    """a and b: 2 for 2; c alone with the sharing 1 for 4, so that it comes after d, which gains .5 a unit of cost."""
+    options = [*read("ab", "fp8", -0.5, 1.0, 3.0), *read("c", "fp8", -2.0, 4.0, 3.0), Option("d", "fp8", 1.0, 2.0, 4)]
+    steps = chain(options, sizes(options))
+    assert [sorted(step.choice) for step in steps] == [["a", "b"], ["a", "b", "d"], ["a", "b", "c", "d"]]
+    assert [step.gain for step in steps] == [2.0, 3.0, 4.0]
+
+
+def test_siblings_share_within_each_scheme() -> None:
+    options = [*read("pq", "a", 1.0, 1.0, 3.0), *read("rs", "b", 1.0, 1.0, 5.0)]
+    assert chain(options, sizes(options))[-1].gain == 4 + 3 + 5
+
+
+def test_a_sibling_that_leaves_gives_the_sharing_back() -> None:
+    options = [*read("pq", "a", 1.0, 1.0, 3.0), *read("p", "b", 3.0, 2.0, 0.0), Option("z", "a", 1.0, 9.0, 4)]
+    last = chain(options, sizes(options))[-1]
     assert last == Step({"p": "a", "q": "a", "z": "a"}, 6.0, 11.0, 12)
-    last = chain(options, sizes(options), bonus={"x": 1.0})[-1]
+    options = [*read("pq", "a", 1.0, 1.0, 1.0), *read("p", "b", 3.0, 2.0, 0.0), Option("z", "a", 1.0, 9.0, 4)]
+    last = chain(options, sizes(options))[-1]
     assert last == Step({"p": "b", "q": "a", "z": "a"}, 5.0, 12.0, 12)
 
 
 def test_siblings_that_only_pay_to_leave_together_do() -> None:
-    # The first to leave pays the bonus (2 per cost), the second does not (5): together (3.5) they come before z (3).
-    options = [Option(layer, "a", 10.0, 1.0, 4, siblings="x") for layer in "pq"]
-    options += [Option("p", "b", 15.0, 2.0, 4, siblings="x"), Option("q", "c", 15.0, 2.0, 4, siblings="x")]
+    # The first to leave pays the sharing (2 per cost), the second does not (5): together (3.5) they come before z (3).
+    options = [*read("pq", "a", 10.0, 1.0, 3.0), *read("p", "b", 15.0, 2.0, 0.0), *read("q", "c", 15.0, 2.0, 0.0)]
     options.append(Option("z", "a", 3.0, 1.0, 4))
-    steps = chain(options, sizes(options), bonus={"x": 3.0})
+    steps = chain(options, sizes(options))
     assert [step.choice for step in steps[:2]] == [{"p": "a", "q": "a"}, {"p": "b", "q": "c"}]
     assert [step.gain for step in steps] == [23.0, 30.0, 33.0]
 
 
 def test_what_leaving_costs_is_seen_before_the_layer_leaves() -> None:
-    # p alone to c looks better per cost (2) than both to b (1.5), but it pays the bonus and can never come back.
-    options = [Option(layer, "a", 10.0, 1.0, 4, siblings="x") for layer in "pq"]
-    options += [Option(layer, "b", 11.5, 2.0, 4, siblings="x") for layer in "pq"]
-    options.append(Option("p", "c", 14.0, 3.0, 4, siblings="x"))
-    steps = chain(options, sizes(options), bonus={"x": 3.0})
+    # p alone to c looks better per cost (2) than both to b (1.5), but it pays the sharing and can never come back.
+    options = [*read("pq", "a", 10.0, 1.0, 3.0), *read("pq", "b", 11.5, 2.0, 3.0), *read("p", "c", 14.0, 3.0, 0.0)]
+    steps = chain(options, sizes(options))
     assert [step.choice for step in steps] == [{"p": "a", "q": "a"}, {"p": "b", "q": "b"}]
     assert [step.gain for step in steps] == [23.0, 26.0]
 
 
-def test_one_layer_earns_no_bonus_and_a_fused_group_always_does() -> None:
-    alone = [Option("q", "a", 1.0, 1.0, 4, siblings="x"), Option("k", "a", 1.0, math.inf, 4, siblings="x")]
-    assert chain(alone, sizes(alone), bonus={"x": 5.0})[-1].gain == 1.0
-    fused = [Option(layer, "a", 1.0, 1.0, 4, "qk", "x") for layer in "qk"]
-    assert chain(fused, sizes(fused), bonus={"x": 5.0})[-1].gain == 7.0
+def test_a_fused_group_shares_within_itself_and_with_others() -> None:
+    """Experts that read two inputs: each layer after the first of its input saves, whoever it is fused with."""
+    fused = [Option(layer, "a", 1.0, 1.0, 4, "qk", "x", 5.0) for layer in "qk"]
+    assert chain(fused, sizes(fused))[-1].gain == 7.0
+    fused.append(Option("d", "a", 1.0, 1.0, 4, "qk", "y", 2.0))
+    fused += [Option("v", "a", -1.0, 1.0, 4, None, "x", 5.0), Option("e", "a", -1.0, 1.0, 4, None, "y", 2.0)]
+    assert chain(fused, sizes(fused))[-1].gain == 3.0 - 2.0 + 2 * 5.0 + 2.0
+
+
+@given(tables(layers=7, grouped=True, schemes=["a", "b"]), st.data())
+def test_no_sibling_is_left_that_loses(options: list[Option], data: st.DataObject) -> None:
+    """Against every map within the given one: none gains more where only readers of shared inputs are taken out.
+
+    Of groups that read one input; for those that read two it is no promise.
+    """
+    options = [o for o in options if o.fused != "g3"]
+    maps = [choice for choice, *_ in every_map([replace(o, cost=0.0) for o in options])]
+    choice = data.draw(st.sampled_from(maps))
+    rows = {(o.layer, o.scheme): o for o in options}
+    shares = {o.layer for o in options if o.siblings and o.shared > 0 and choice.get(o.layer) == o.scheme}
+    shares |= {o.layer for o, p in (*whole(options), *((p, o) for o, p in whole(options))) if p.layer in shares}
+    left = settled(options, choice)
+
+    def gain(kept: Mapping[str, str]) -> float:
+        return sum(rows[pair].gain for pair in kept.items()) + shared_of(kept, options)
+
+    assert left.items() <= choice.items()
+    assert choice.keys() - left.keys() <= shares
+    inside = [m for m in maps if m.items() <= choice.items() and choice.keys() - m.keys() <= shares]
+    assert gain(left) == max(gain(m) for m in inside)
 
 
 def test_a_group_costs_what_was_measured_for_the_group() -> None:
@@ -249,11 +298,12 @@ def test_what_is_free_is_all_in_the_first_map() -> None:
 def test_a_thousand_layers_and_six_schemes() -> None:
     draw = random.Random(0)
     options = [
-        Option(f"l{n:04}", f"s{s}", draw.random() * s, draw.random() * s, draw.choice([1, 2, 4]), siblings=f"g{n // 4}")
+        Option(
+            f"l{n:04}", f"s{s}", draw.random() * s, draw.random() * s, draw.choice([1, 2, 4]), None, f"g{n // 4}", 0.5
+        )
         for n, s in itertools.product(range(1000), range(1, 7))
     ]
-    bonus = {f"g{number}": 0.5 for number in range(250)}
-    steps = chain(options, sizes(options), Constraints(maximum_bytes=5000), bonus=bonus)
+    steps = chain(options, sizes(options), Constraints(maximum_bytes=5000))
     assert len(steps) == 16
     assert all(step.bytes <= 5000 for step in steps)
 
@@ -277,7 +327,12 @@ GOOD = Option("x", "a", 1.0, 1.0, 4)
         ([Option("elsewhere", "a", 1.0, 1.0, 4)], "size of elsewhere"),
         ([GOOD, GOOD], "twice"),
         ([GOOD, Option("x", "b", 1.0, 1.0, 4, "g")], "different groups"),
-        ([Option("x", "a", 1.0, 1.0, 4, "g", "s"), Option("y", "a", 1.0, 1.0, 4, "g")], "reads one input"),
+        (
+            [Option("x", "a", 1.0, 1.0, 4, None, "s", 1.0), Option("y", "a", 1.0, 1.0, 4, None, "s")],
+            "two different times",
+        ),
+        ([Option("x", "a", 1.0, 1.0, 4, None, "s", -1.0)], "shared input of x"),
+        ([Option("x", "a", 1.0, 1.0, 4, None, "s", math.inf)], "shared input of x"),
     ],
 )
 def test_a_table_that_contradicts_itself_is_refused(options: list[Option], message: str) -> None:
@@ -286,9 +341,6 @@ def test_a_table_that_contradicts_itself_is_refused(options: list[Option], messa
 
 
 def test_other_numbers_that_make_no_sense_are_refused() -> None:
-    for bonus in ({"s": -1.0}, {"s": math.inf}):
-        with pytest.raises(InputError, match="bonus"):
-            chain([GOOD], {"x": BASE}, bonus=bonus)
     with pytest.raises(InputError, match="group cost"):
         chain([GOOD], {"x": BASE}, group_costs={("g", "a"): math.nan})
     with pytest.raises(InputError, match="at least one map"):

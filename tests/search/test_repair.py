@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from precimap.errors import InputError
 from precimap.search.allocation.knapsack import Step, chain
-from precimap.search.allocation.ladders import Option
+from precimap.search.allocation.ladders import Option, settled
 from precimap.search.allocation.repair import repair
 
 BASE = 8
@@ -125,10 +125,36 @@ def test_what_fits_is_added_and_swapped_in() -> None:
     assert repaired.choice == {"free": "a", "more": "a"}
 
 
-def test_siblings_are_added_together_for_their_bonus() -> None:
-    options = [Option(layer, "a", -1.0, 1.0, 4, siblings="s") for layer in "qk"]
-    repaired = repair(Step({}, 0.0, 0.0, 16), options, sizes(options), len, 2.0, bonus={"s": 5.0})
+def test_siblings_are_added_together_for_what_they_share() -> None:
+    options = [Option(layer, "a", -1.0, 1.0, 4, None, "s", 5.0) for layer in "qk"]
+    repaired = repair(Step({}, 0.0, 0.0, 16), options, sizes(options), len, 2.0)
     assert repaired == Step({"k": "a", "q": "a"}, 3.0, 2.0, 8)
+
+
+def test_a_sibling_whose_partner_is_reverted_goes_too() -> None:
+    """q hurts and goes; k alone loses time, whatever room is left for it."""
+    options = [Option(layer, "a", -1.0, 1.0, 4, None, "s", 5.0) for layer in "qk"] + [Option("z", "a", 1.0, 1.0, 4)]
+    start = Step({"k": "a", "q": "a", "z": "a"}, 4.0, 3.0, 12)
+    repaired = repair(start, options, sizes(options), lambda choice: 9.0 if "q" in choice else 0.0, 1.0)
+    assert repaired == Step({"z": "a"}, 1.0, 1.0, 20)
+
+
+def test_siblings_that_no_longer_pay_together_all_go() -> None:
+    """Three gain .2; of two each is worth .6 to the other, and together they lose .4."""
+    options = [Option(layer, "a", -1.0, 1.0, 4, None, "s", 1.6) for layer in "qkv"]
+    start = Step(dict.fromkeys("kqv", "a"), 0.2, 3.0, 12)
+    assert repair(start, options, sizes(options), lambda choice: 9.0 * ("q" in choice), 1.0).choice == {}
+    assert settled(options, {"k": "a", "v": "a"}) == {}
+    assert settled(options, start.choice) == start.choice
+
+
+def test_what_is_lost_with_a_sibling_counts_when_it_is_decided_who_goes() -> None:
+    """p and z gain 2 alone and cost alike, but without p its sibling saves nothing."""
+    options = [Option("p", "a", 2.0, 1.0, 4, None, "s", 1.5), Option("q", "a", 2.0, 0.1, 4, None, "s", 1.5)]
+    options.append(Option("z", "a", 2.0, 1.0, 4))
+    start = Step(dict.fromkeys("pqz", "a"), 7.5, 2.1, 12)
+    repaired = repair(start, options, sizes(options), lambda choice: 1.0 * ("p" in choice) + ("z" in choice), 1.0)
+    assert repaired == Step(dict.fromkeys("pq", "a"), 5.5, 1.1, 16)
 
 
 def test_with_few_tries_a_bisection_still_ends_within_the_limit() -> None:

@@ -11,15 +11,16 @@ from torch.nn import functional as F
 
 from precimap import SearchResult, Splits, Task, deploy, search
 from precimap.errors import InputError
+from precimap.hardware_profile import Device
 from precimap.layers.discover import discover
-from precimap.layers.target import EMULATED
+from precimap.layers.target import BASE, EMULATED, Emulated, Turns
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.report.inventory_table import inventory_table
 from precimap.report.tables import run_page
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.allocation.knapsack import Constraints
-from precimap.search.allocation.rules import Knapsack
+from precimap.search.allocation.rules import Knapsack, Rule, Threshold
 from precimap.search.eligibility import eligibility
 from precimap.search.evidence.known import gain, options
 from precimap.search.limits import Effort
@@ -118,6 +119,39 @@ def test_every_gain_of_a_search_has_the_worth_that_was_asked_for(
     found(task, tmp_path, ["fp8", "int8-row", "int4-row"], rule=Knapsack(bytes_worth=0.7))
     assert worths
     assert set(worths) == {0.7}
+
+
+class Slow:
+    """Packed rows take half as long again, bags and products half of the time."""
+
+    def device(self) -> Device:
+        return Device(name="a", capability="b", threads=1, allocator="c", clock="d", torch="2", precimap="0")
+
+    def seconds(self, module: nn.Module, forms: Any, rows: int, each: int) -> Turns:
+        took = 1.5 if isinstance(module, nn.Embedding) else 0.5
+        return Turns({BASE: [1.0] * 3, **{name: [took] * 3 for name in forms}}, {})
+
+
+class Timed(Emulated):
+    name = "timed"
+    timer = Slow()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("rule", [Knapsack(bytes_worth=0.01), Knapsack(bytes_worth=1.0), Threshold()])
+def test_a_table_that_its_time_keeps_is_called_slower(rule: Rule, task: Task, tmp_path: Path) -> None:
+    """One of four layers with a second each: it would lose an eighth of the time and save a third of the bytes."""
+    result = found(task, tmp_path, ["fp8", "int8-row"], rule=rule, target=Timed())
+    assert result.certified
+    decision = result.map.layers["plain.weight"]
+    if rule == Knapsack(bytes_worth=0.01):
+        assert (decision.scheme, decision.verdict) == (None, "slower")
+        assert decision.reason == (
+            "int8-row takes 1.50 [1.50, 1.50] times as long as base precision (n = 3), more than its bytes are worth"
+        )
+        assert decision.predicted, "what is known of it is told"
+    else:
+        assert (decision.scheme, decision.verdict) == ("int8-row", "tolerant")
+    assert chosen(result)["outlier.weight"] == "int8-row"
 
 
 def test_a_table_that_the_metric_needs_is_kept(task: Task, tmp_path: Path) -> None:

@@ -231,18 +231,12 @@ def _layers(
 
 
 def _siblings(seen: dict[str, _Seen]) -> dict[str, str]:
-    """Layers that read the very same tensor, named after the first of them."""
-    readers: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    """Layers that read the very same tensors, in all their calls; named after the first of them."""
+    readers: dict[frozenset[tuple[Any, ...]], list[str]] = defaultdict(list)
     for name, record in seen.items():
-        for identity in record.inputs:
-            if name not in readers[identity]:
-                readers[identity].append(name)
-    groups: dict[str, str] = {}
-    for names in readers.values():
-        if len(names) > 1:
-            for name in names:
-                groups.setdefault(name, f"input of {names[0]}")
-    return groups
+        if record.inputs:
+            readers[frozenset(record.inputs)].append(name)
+    return {name: f"input of {names[0]}" for names in readers.values() if len(names) > 1 for name in names}
 
 
 def _reason(name: str, mode: _Discovery) -> str:

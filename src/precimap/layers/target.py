@@ -7,6 +7,7 @@ default target, `EMULATED`, runs anything the quantiser can do, slowly; the real
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,16 +21,26 @@ from precimap.numerics.schemes import Scheme
 BASE = ""  # how a timer calls the module as it is; no scheme has this name
 
 
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """Seconds of one call, by turn; a turn has the same place in every list.
+
+    alone: of the module as it is (`BASE`) and of each form as it is deployed, by the name of its scheme. shared: of the
+    forms whose input a sibling has quantised just before; without those that share nothing.
+    """
+
+    alone: dict[str, list[float]]
+    shared: dict[str, list[float]]
+
+
 class Timer(Protocol):
     """Takes the times of single layers on one target."""
 
     def device(self) -> Device:
         """Where it takes them, as things stand."""
 
-    def seconds(
-        self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int
-    ) -> dict[str, list[float]]:
-        """Seconds of one call, by turn: of `module` as it is (`BASE`) and of each form as it is deployed, interleaved.
+    def seconds(self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int) -> Turns:
+        """Seconds of `module` and of each form, as `Turns` says, interleaved.
 
         Of an nn.Linear on float inputs [rows, K], of an nn.Embedding on ids [rows], of an nn.EmbeddingBag on ids
         [rows, each]. The module is not modified.

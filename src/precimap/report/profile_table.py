@@ -23,6 +23,8 @@ def profile_page(profile: HardwareProfile, path: Path) -> RenderableType:
         cells = (row.module, f"{row.rows:,}", f"{1e6 * row.base.median:.1f}")
         for at, (scheme, low) in enumerate(row.low.items()):
             table.add_row(*(cells if at == 0 else ("", "", "")), scheme, str(low.ratio))
+            if low.shared is not None:
+                table.add_row("", "", "", "  input shared", str(low.shared))
         if not row.low:
             table.add_row(*cells, "", "")
     n = sorted({row.base.n for row in profile.rows})

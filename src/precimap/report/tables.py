@@ -16,6 +16,7 @@ from precimap.precision_map import Decision, Evidence, PrecisionMap, Verdict
 from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.proof import certificate_text, rounding_text
 from precimap.report.run_record import RunRecord
+from precimap.search.latency.savings import Savings
 
 NAME_WIDTH = 36
 NARROW_NAME_WIDTH = 24  # beside all columns of a map
@@ -232,16 +233,15 @@ def _savings(
 
 
 def _time_saved(precision_map: PrecisionMap, latency: dict[str, Any] | None) -> str:
-    """As the sum of the layers that are low, each timed alone; or that nothing was timed."""
+    """As the sum of the layers that are low, timed one by one; or that nothing was timed."""
     if latency is None:
         return f"time saved is counted in FLOPs: no layer was timed for the target {precision_map.target}"
-    chosen = {(name, precision_map.layers[name].scheme) for name in precision_map.low}
-    saved = [found for layer, scheme, found in latency["saved"] if (layer, scheme) in chosen]
-    share, low, high = (sum(found[bound] for found in saved) for bound in ("share", "lower", "upper"))
+    chosen = ((name, precision_map.layers[name].scheme or "") for name in precision_map.low)
+    share, low, high = Savings.of_row(latency).total(chosen)
     sizes = ", ".join(map(str, latency["batch_sizes"]))
     took = ", ".join(f"{1e3 * seconds:.3g} ms" for seconds in latency["seconds"])
     return (
-        f"time of the layers: {share:.1%} [{low:.1%}, {high:.1%}] saved, the sum of layers timed alone (quartiles of "
+        f"time of the layers: {share:.1%} [{low:.1%}, {high:.1%}] saved, the sum of layers timed one by one (quartiles of "
         f"n = {latency['n']} turns; batch {sizes}: {took} in base precision; {latency['device']})"
     )
 

@@ -1,4 +1,4 @@
-"""The time of single layers on this CPU, each against what takes its place when it is deployed.
+"""The time of single layers on this CPU, each against what takes its place when it is deployed, alone and as a sibling.
 
 Invariant: forms of one module are timed in turns, on the same random inputs, and a call is repeated until it takes long
 enough to be timed; so only their ratio within a turn is to be relied on. Not taken: timing whole models with and without
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from precimap.hardware_profile import Device
 from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
-from precimap.layers.target import BASE
-from precimap.runtime.timing import interleaved, random_input
+from precimap.layers.target import BASE, Turns
+from precimap.runtime.int8_linear import MOST_KEPT, Int8Linear
+from precimap.runtime.timing import interleaved
 
 ROUNDS, TURNS = 3, 5  # turns of each round
 SHORTEST = 1e-3  # seconds that a timed stretch takes at least
@@ -53,27 +54,41 @@ class CpuTimer:
     def device(self) -> Device:
         return device_here()
 
-    def seconds(
-        self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int
-    ) -> dict[str, list[float]]:
-        """As `Timer.seconds`. Raises DeployError for a form that cannot take the module's place."""
-        found: dict[str, list[float]] = {name: [] for name in (BASE, *forms)}
+    def seconds(self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int) -> Turns:
+        """As `Timer.seconds`. Raises DeployError for a form that cannot take the module's place.
+
+        What a sibling leaves to do is timed as it runs, by calling a form again with the input that it has just had. The
+        other way, to time the quantising and take it off, leaves out what a layer does around it (docs/log.md).
+        """
+        found: dict[_Case, list[float]] = {}
         sizes, clock = random.Random(0), clock_here()[1]
         for _ in range(self.rounds):
             blocks = [torch.empty(2 ** sizes.randrange(8, 20)) for _ in range(sizes.randrange(32))]
-            inputs = _inputs(module, rows, each)
+            *inputs, met = _inputs(module, rows, each)
             modules = {BASE: shared_copy(module)}
             modules |= {name: self.place(module, layer) for name, layer in forms.items()}
             for served in modules.values():
                 self.serve(served)
+            calls: dict[_Case, tuple[nn.Module, Iterator[Tensor]]] = {
+                (name, False): (form, itertools.cycle(inputs)) for name, form in modules.items()
+            }
+            # Compiled, a layer keeps no codes: it shares within one code only, and alone it has none to share with.
+            eager = [name for name, form in modules.items() if form._compiled_call_impl is None]
+            sharing = (name for name in eager if isinstance(modules[name], Int8Linear))
+            calls |= {(name, True): (modules[name], itertools.repeat(met)) for name in sharing}
             del blocks[::2]
             with torch.inference_mode():
-                repeats = {name: _repeats(form, inputs, clock) for name, form in modules.items()}
-                cases = {name: _repeated(form, inputs, repeats[name]) for name, form in modules.items()}
-                timed = interleaved(cases, self.turns, clock)
-            for name, values in timed.items():
-                found[name] += [value / repeats[name] for value in values]
-        return found
+                repeats = {case: _repeats(*call, clock) for case, call in calls.items()}
+                timed = interleaved(
+                    {case: _repeated(*call, repeats[case]) for case, call in calls.items()}, self.turns, clock
+                )
+            for case, values in timed.items():
+                found.setdefault(case, []).extend(value / repeats[case] for value in values)
+        alone, shared = ({name: found[name, again] for name, again in found if again is met} for met in (False, True))
+        return Turns(alone, shared)
+
+
+_Case = tuple[str, bool]  # the name of a form, and whether it meets an input that is quantised already
 
 
 def device_here() -> Device:
@@ -96,10 +111,20 @@ def clock_here() -> tuple[str, Callable[[], float]]:
     return "wall time", time.perf_counter
 
 
-def _inputs(module: nn.Module, rows: int, each: int) -> Iterator[Tensor]:
-    """Two inputs in turns without end, so that nothing which is kept of the last one is met again."""
+def _inputs(module: nn.Module, rows: int, each: int) -> list[Tensor]:
+    """Inputs to be taken in turns, so many that nothing which is kept of one is met again; and one to be met again.
+
+    Those of an nn.Linear lie over each other in memory but for 16 values, and so in the caches, as an input does that the
+    layer before has just written.
+    """
     generator = torch.Generator().manual_seed(0)
-    return itertools.cycle([random_input(module, rows, each, generator) for _ in range(2)])
+    if isinstance(module, nn.Linear):
+        size, starts = rows * module.in_features, range(0, 16 * (MOST_KEPT + 2), 16)
+        values = torch.randn(starts[-1] + size, generator=generator).to(module.weight.dtype)
+        return [values[start : start + size].view(rows, -1) for start in starts]
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    shape = (rows, each) if isinstance(module, nn.EmbeddingBag) else (rows,)
+    return [torch.randint(module.num_embeddings, shape, generator=generator) for _ in range(3)]
 
 
 def _repeats(module: nn.Module, inputs: Iterator[Tensor], clock: Callable[[], float]) -> int:

@@ -17,14 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from precimap.errors import DeployError
 from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
-from precimap.layers.target import BASE
+from precimap.layers.target import BASE, Turns
 from precimap.runtime.cuda_graphs import capture
-from precimap.runtime.timing import random_input
 
 ROUNDS, TURNS = 3, 15  # turns of each round
 Replay = Callable[[], None]
@@ -41,20 +40,19 @@ class CudaTimer:
     def device(self) -> Device:
         return device_here()
 
-    def seconds(
-        self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int
-    ) -> dict[str, list[float]]:
-        """As `Timer.seconds`. Raises DeployError for a form that cannot take the module's place, and without CUDA."""
+    def seconds(self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int) -> Turns:
+        """As `Timer.seconds`; eager FP8 layers share nothing. Raises DeployError for a form that cannot take the module's
+        place, and without CUDA."""
         found: dict[str, list[float]] = {name: [] for name in (BASE, *forms)}
         device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
         for _ in range(self.rounds):
-            example = (random_input(module, rows, each, generator).to(device),)
+            example = (_input(module, rows, each, generator).to(device),)
             modules = {BASE: module, **{name: self.place(module, layer) for name, layer in forms.items()}}
             graphs = {name: capture(form, example)[0] for name, form in modules.items()}
             replays = {name: graph.replay for name, graph in graphs.items()}
             for name, seconds in event_seconds(replays, self.turns, device).items():
                 found[name] += seconds
-        return found
+        return Turns(found, {})
 
 
 def device_here() -> Device:
@@ -95,6 +93,14 @@ def event_seconds(replays: Mapping[str, Replay], turns: int, device: torch.devic
                 end.synchronize()
                 seconds[name].append(start.elapsed_time(end) / 1e3)
     return seconds
+
+
+def _input(module: nn.Module, rows: int, each: int, generator: torch.Generator) -> Tensor:
+    if isinstance(module, nn.Linear):
+        return torch.randn(rows, module.in_features, generator=generator).to(module.weight.dtype)
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    shape = (rows, each) if isinstance(module, nn.EmbeddingBag) else (rows,)
+    return torch.randint(module.num_embeddings, shape, generator=generator)
 
 
 def _l2_bytes() -> int:

@@ -22,32 +22,39 @@ from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.fast import unsigned_codes
 from precimap.numerics.formats import INT8, IntegerFormat
 
+MOST_KEPT = 4  # inputs: towers that read one go on to inputs of their own before the next tower reads it again
+
+_Kept = tuple[weakref.ref[Tensor], tuple[object, ...], Tensor]
+
 
 class SharedCodes:
-    """The last input that was quantised: layers that read the same tensor under the same scale share its codes.
+    """The inputs that were quantised last: layers that read the same values under the same scale share their codes.
 
-    One for all layers of a model. The tensor is held weakly and its codes go with it. Threads may share it: what is
-    kept is replaced as a whole, and a thread that finds another's input quantises its own.
+    One for all layers of a model. A tensor is held weakly and its codes go with it. The same values are the same part of one
+    tensor, through any views of it. Threads may share it: what is kept is replaced as a whole, and a thread that does not
+    find its input quantises it.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], tuple[object, ...], Tensor] | None = None
+        self._kept: tuple[_Kept, ...] = ()  # the last one first
 
     def codes(self, x: Tensor, format: IntegerFormat, scale: float, zero: int) -> Tensor:
-        """As `unsigned_codes`. An inference tensor has no version that tells of a change in place: it is not shared."""
-        if x.is_inference():
+        """As `unsigned_codes`. Not shared is what may change without a word: inference tensors, which have no version, and
+        memory that is not torch's alone, such as an array of NumPy."""
+        if x.is_inference() or not x.is_contiguous() or not x.untyped_storage().resizable():
             return unsigned_codes(x, format, scale, zero)
-        how, last = (format, scale, zero, x._version), self._last
-        if last is not None and last[0]() is x and last[1] == how:
-            return last[2]
+        owner = x if x._base is None else x._base  # views count versions with their base, `x.data` does not
+        how = (format, scale, zero, x._version, x.dtype, x.storage_offset(), x.numel())
+        for held, same, codes in self._kept:
+            if same == how and held() is owner:
+                return codes if codes.shape == x.shape else codes.view(x.shape)
         codes = unsigned_codes(x, format, scale, zero)
-        self._last = (weakref.ref(x, self._forget), how, codes)
+        kept = tuple(one for one in self._kept if one[0]() is not None)
+        self._kept = ((weakref.ref(owner, self._forget), how, codes), *kept[: MOST_KEPT - 1])
         return codes
 
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
-        last = self._last
-        if last is not None and last[0] is gone:
-            self._last = None
+        self._kept = tuple(one for one in self._kept if one[0] is not gone)
 
 
 class Int8Linear(nn.Module):

@@ -6,12 +6,14 @@ sides of it.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+
+Case = TypeVar("Case", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +30,18 @@ class Spread:
 
 
 def interleaved(
-    cases: Mapping[str, Callable[[], object]],
+    cases: Mapping[Case, Callable[[], object]],
     turns: int,
     clock: Callable[[], float] = time.perf_counter,
     device: torch.device | None = None,
-) -> dict[str, list[float]]:
+) -> dict[Case, list[float]]:
     """Seconds by `clock` of each case in each turn; every turn starts with another case.
 
     A case runs once untimed just before it is timed, so that it finds caches and allocator as it leaves them itself and
     not as its neighbour did. `time.process_time` suits what runs on one thread: other work does not lengthen it.
     """
     names = list(cases)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Case, list[float]] = {name: [] for name in names}
     for turn in range(turns):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
@@ -61,16 +63,6 @@ def spread(values: Sequence[float]) -> Spread:
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> Spread:
     """How many times longer `slow` took, taken within each turn."""
     return spread([a / b for a, b in zip(slow, fast, strict=True)])
-
-
-def random_input(module: nn.Module, rows: int, each: int, generator: torch.Generator) -> Tensor:
-    """What a timer calls a module with, on the CPU: float [rows, K] of an nn.Linear's dtype, ids [rows] of an nn.Embedding,
-    [rows, each] of an nn.EmbeddingBag."""
-    if isinstance(module, nn.Linear):
-        return torch.randn(rows, module.in_features, generator=generator).to(module.weight.dtype)
-    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
-    shape = (rows, each) if isinstance(module, nn.EmbeddingBag) else (rows,)
-    return torch.randint(module.num_embeddings, shape, generator=generator)
 
 
 def _wait_for(device: torch.device | None) -> None:

@@ -72,7 +72,7 @@ def _saving(final: PrecisionMap, latency: Latency | None) -> str:
     bytes_said = f"{final.bytes_share:.1%} of the bytes"
     if latency is None:
         return f"{final.flops_share:.1%} of the weight FLOPs, {bytes_said}"
-    share, lower, upper = latency.total((name, final.layers[name].scheme or "") for name in final.low)
+    share, lower, upper = latency.savings.total((name, final.layers[name].scheme or "") for name in final.low)
     return f"{share:.1%} [{lower:.1%}, {upper:.1%}] of the layers' time saved, {bytes_said}"
 
 

@@ -27,7 +27,7 @@ from precimap.numerics.schemes import Scheme
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
 from precimap.search import preflight
-from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of
+from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of, kept_for_time
 from precimap.search.answer import alpha_note
 from precimap.search.asked import Asked
 from precimap.search.batch_invariance import batch_dependence
@@ -174,6 +174,7 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
     calibration = calibrated(run, inventory, search.schemes)
     seen = _with_times(search, seen, calibration)
     timed = seen.latency
+    savings = None if timed is None else timed.savings
     baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
     preflight.check_baseline(task, baseline.whole)
     checked = _preflight(search, seen, calibration, baseline, ledger)
@@ -191,7 +192,7 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
         search.limits,
         search.effort,
         0 if realigner is None else realigner.outputs,
-        {} if timed is None else {key: saved.counted for key, saved in timed.saved.items()},
+        savings,
     )
     limit = cutoff_of(search.limits, inventory, evidence.known)
     findings = Findings(
@@ -206,6 +207,8 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
         alpha,
         *(() if realigner is None else (partial(realigner.of, run.journal),)),
     )
+    kept = kept_for_time(search.rule, inventory, evidence.known, search.schemes, savings)
+    findings = replace(findings, kept_for_time=kept)
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
     stand = stand_of(search, inventory, calibration, seen.allowed, timed)

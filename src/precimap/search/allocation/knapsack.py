@@ -7,9 +7,11 @@ Each prefix is then the optimum for its own cost (Sinha and Zoltners 1979, "The 
 Free optima of an integer program, one per budget, gain a little more between the prefixes but do not nest, and maps
 that do not nest cannot be tested safest first.
 
-What stays heuristic: the bonus of siblings (a joint move is weighed against single moves, one at a time, and no layer
-goes back to meet its siblings), and everything under a limit of bytes (first the cheapest bytes until the map fits, then
-gain per cost; a step that does not fit waits until there is room).
+Siblings that share a quantised input are in it (`ladders.Sharing`): with one scheme to choose, the best set of siblings to
+begin with is among those looked at, and the chain stays the optimum for its own costs. What stays heuristic: siblings with
+several schemes (a joint move to one scheme is weighed against single moves, one at a time, and no layer goes back to meet
+its siblings), and everything under a limit of bytes (first the cheapest bytes until the map fits, then gain per cost; a
+step that does not fit waits until there is room).
 """
 
 import heapq
@@ -20,18 +22,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from precimap.errors import InputError
-from precimap.search.allocation.ladders import (
-    NO_BONUS,
-    NO_COSTS,
-    Family,
-    Move,
-    Option,
-    State,
-    families,
-    gain_of,
-    ladder,
-    smallness,
-)
+from precimap.search.allocation.climbing import Move, gain_of, ladder, smallness
+from precimap.search.allocation.ladders import NO_COSTS, Family, Option, State, families
 from precimap.search.allocation.threshold import LONGEST_CHAIN
 
 
@@ -64,22 +56,21 @@ def chain(
     base_bytes: Mapping[str, int],
     constraints: Constraints = UNCONSTRAINED,
     longest: int = LONGEST_CHAIN,
-    bonus: Mapping[str, float] = NO_BONUS,
     group_costs: Mapping[tuple[str, str], float] = NO_COSTS,
 ) -> tuple[Step, ...]:
     """At most `longest` nested maps, safest first, each the most gain for its cost (see the module on what is exact).
 
-    `base_bytes`: of every layer, those without an option included. `bonus`: sibling group -> extra gain once all
-    siblings that can be low have one scheme. `group_costs`: (must-share group, scheme) -> cost measured for the group
-    as one, instead of the sum of its members'. Free steps (cost 0) are all in the first map; the last map takes every
-    step that gains; between them the maps are spaced evenly in gain. Equal ratios are taken by the layers' names, equal
-    options by cost, gain, bytes, name: the order of the rows does not matter. Empty when no map saves `minimum_gain`.
+    `base_bytes`: of every layer, those without an option included. `group_costs`: (must-share group, scheme) -> cost
+    measured for the group as one, instead of the sum of its members'. Free steps (cost 0) are all in the first map; the
+    last map takes every step that gains; between them the maps are spaced evenly in gain. Equal ratios are taken by the
+    layers' names, equal options by cost, gain, bytes, name: the order of the rows does not matter. Empty when no map saves
+    `minimum_gain`.
 
     Raises InputError for a table that contradicts itself, and when no map is as small as `maximum_bytes`.
     """
     if longest < 1:
         raise InputError(f"a chain needs room for at least one map; longest is {longest}")
-    table = families(options, base_bytes, bonus, group_costs)
+    table = families(options, base_bytes, group_costs)
     size = sum(base_bytes.values())
     start = tuple((0,) * len(family.items) for family in table)
     room = math.inf

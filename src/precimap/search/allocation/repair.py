@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from precimap.errors import InputError
 from precimap.search.allocation.knapsack import Step, choice_of
-from precimap.search.allocation.ladders import NO_BONUS, NO_COSTS, Family, Option, families, per_cost
+from precimap.search.allocation.ladders import NO_COSTS, Family, Option, families, per_cost
 
 _States = tuple[tuple[int, ...], ...]  # of all families
 _Change = tuple[tuple[int, int, int], ...]  # (family, item, rung to go to)
@@ -41,7 +41,6 @@ def repair(
     predicted: Callable[[Mapping[str, str]], float],
     limit: float,
     *,
-    bonus: Mapping[str, float] = NO_BONUS,
     group_costs: Mapping[tuple[str, str], float] = NO_COSTS,
     maximum_bytes: int | None = None,
     most_tries: int = 200,
@@ -58,7 +57,7 @@ def repair(
     """
     if most_tries < 1 or math.isnan(limit):
         raise InputError(f"a repair needs a limit and at least one try; got limit {limit}, {most_tries} tries")
-    table = families(options, base_bytes, bonus, group_costs)
+    table = families(options, base_bytes, group_costs)
     kept = sum(base_bytes.values()) - sum(family.bytes([0] * len(family.items)) for family in table)
     room = math.inf if maximum_bytes is None else maximum_bytes - kept
     asker = _Asker(table, predicted, most_tries)
@@ -108,7 +107,7 @@ def _bytes(table: Sequence[Family], states: _States) -> int:
 
 
 def _adds(table: Sequence[Family], states: _States, change: _Change) -> tuple[float, float, int]:
-    """What a change adds to the gain (bonuses included), the cost and the bytes."""
+    """What a change adds to the gain (what siblings share included), the cost and the bytes."""
     rows: dict[int, list[int]] = {}
     for number, index, rung in change:
         rows.setdefault(number, list(states[number]))[index] = rung
@@ -124,9 +123,9 @@ def _low(states: _States) -> list[_Place]:
 
 
 def _cost_per_gain(table: Sequence[Family], states: _States, place: _Place) -> float:
-    number, index = place
-    rung = table[number].items[index].rungs[states[number][index]]
-    return per_cost(rung.cost, rung.gain) if rung.cost > 0 else 0.0
+    """What the item takes from the budget for what would be lost with it; infinite where nothing would."""
+    gain, cost, _ = _adds(table, states, ((*place, 0),))
+    return per_cost(-cost, -gain) if cost < 0 else 0.0
 
 
 # ---- above the limit
@@ -196,12 +195,16 @@ def _bisect(asker: _Asker, states: _States, order: Sequence[_Place], limit: floa
 
 
 def _additions(table: Sequence[Family], states: _States) -> Iterator[_Change]:
-    """Every other rung of every item, and every scheme that all items of a family can share."""
-    for number, family in enumerate(table):
+    """Every other rung of every item, siblings that go to one scheme together, and siblings that give up one."""
+    for number, (family, state) in enumerate(zip(table, states, strict=True)):
         for index, item in enumerate(family.items):
-            yield from (((number, index, rung),) for rung in range(1, len(item.rungs)) if rung != states[number][index])
-        for to in family.joint:
-            yield tuple((number, index, rung) for index, rung in enumerate(to) if rung != states[number][index])
+            least = 0 if family.sharing else 1  # one whose siblings were reverted may gain by going, too
+            yield from (((number, index, rung),) for rung in range(least, len(item.rungs)) if rung != state[index])
+        for one in family.sharing:
+            for to in family.joined(state, one, least=[0] * len(state)):
+                yield tuple((number, index, rung) for index, rung in enumerate(to) if rung != state[index])
+            if one.readers(state) > 1:
+                yield tuple((number, index, 0) for index, rung in one.at if state[index] == rung)
 
 
 def _add(asker: _Asker, states: _States, limit: float, room: float) -> tuple[_States, list[_Change]]:

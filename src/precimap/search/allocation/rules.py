@@ -13,8 +13,10 @@ from precimap.layers.inventory import Inventory
 from precimap.metrics.metric import Metric
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.knapsack import UNCONSTRAINED, Constraints, Step, bytes_at, chain
+from precimap.search.allocation.ladders import settled, total_gain
 from precimap.search.allocation.threshold import Candidate, default_cutoff, threshold
-from precimap.search.evidence.known import BYTES_WORTH, Known, bonuses, options, price
+from precimap.search.evidence.known import BYTES_WORTH, Known, gain, options, price
+from precimap.search.latency.savings import Savings
 from precimap.search.limits import Limits
 
 
@@ -26,6 +28,9 @@ class Rule(Protocol):
         """What saving all bytes is worth in a gain, beside the time of all FLOPs."""
 
     def accepts(self, inventory: Inventory, step: Step) -> bool: ...
+
+    def wants(self, gain: float) -> bool:
+        """Whether it would take a layer for this gain alone."""
 
     def steps(
         self,
@@ -68,6 +73,9 @@ class Knapsack:
         given = self.constraints.maximum_bytes
         return replace(self.constraints, maximum_bytes=size if given is None else min(given, size))
 
+    def wants(self, gain: float) -> bool:
+        return gain > 0
+
     def accepts(self, inventory: Inventory, step: Step) -> bool:
         limits = self.limits(inventory)
         fits = limits.maximum_bytes is None or step.bytes <= limits.maximum_bytes
@@ -84,7 +92,7 @@ class Knapsack:
     ) -> tuple[Step, ...]:
         rows = options(inventory, known, schemes, price(metric, known, margin), self.bytes_worth)
         base = {layer.name: layer.bytes for layer in inventory.layers}
-        return chain(rows, base, self.limits(inventory), bonus=bonuses(inventory, rows)) if rows else ()
+        return chain(rows, base, self.limits(inventory)) if rows else ()
 
 
 KNAPSACK = Knapsack()
@@ -96,8 +104,11 @@ class Threshold:
 
     @property
     def bytes_worth(self) -> float:
-        """No choice rests on it: a tolerant layer is in, whatever it saves."""
+        """No choice rests on it: a tolerant layer is in, unless it only saves beside siblings that are not."""
         return BYTES_WORTH
+
+    def wants(self, gain: float) -> bool:
+        return True
 
     def accepts(self, inventory: Inventory, step: Step) -> bool:
         return True
@@ -114,15 +125,14 @@ class Threshold:
         found = options(inventory, known, schemes, price(metric, known, margin))
         rows = {(row.layer, row.scheme): row for row in found}
         sizes = {layer.name: layer.bytes for layer in inventory.layers}
-        return tuple(
-            Step(
-                step.choice,
-                sum(rows[pair].gain for pair in step.choice.items()),
-                sum(rows[pair].cost for pair in step.choice.items()),
-                sum((sizes | {name: rows[name, scheme].bytes for name, scheme in step.choice.items()}).values()),
-            )
-            for step in threshold(candidates(inventory, known, margin), list(schemes), cutoff)
-        )
+        made: list[Step] = []
+        for step in threshold(candidates(inventory, known, margin), list(schemes), cutoff):
+            choice = settled(found, step.choice)
+            low = [rows[pair] for pair in choice.items()]
+            size = sum((sizes | {row.layer: row.bytes for row in low}).values())
+            if choice and (not made or made[-1].choice != choice):
+                made.append(Step(choice, total_gain(low), sum(row.cost for row in low), size))
+        return tuple(made)
 
 
 def candidates(inventory: Inventory, known: Sequence[Known], margin: float) -> list[Candidate]:
@@ -138,6 +148,35 @@ def candidates(inventory: Inventory, known: Sequence[Known], margin: float) -> l
         for found in known
         if found.decisive is not None
     ]
+
+
+def kept_for_time(
+    rule: Rule, inventory: Inventory, known: Sequence[Known], schemes: Sequence[Scheme], savings: Savings | None
+) -> dict[str, str]:
+    """Tables that take longer under each of their schemes than saving their bytes is worth to the rule, and the reason.
+
+    None where nothing was timed.
+    """
+    if savings is None:
+        return {}
+    by_name = {scheme.name: scheme for scheme in schemes}
+    unwanted: dict[str, list[Known]] = {}
+    wanted: set[str] = set()
+    for found in known:
+        scheme = by_name[found.scheme]
+        worth = gain(inventory, found.layer, scheme, rule.bytes_worth, found.saved)
+        if scheme.computes_low or rule.wants(worth) or found.saved is None or found.saved >= 0:
+            wanted.add(found.layer)
+        unwanted.setdefault(found.layer, []).append(found)
+    reasons = {}
+    for layer, rows in unwanted.items():
+        if layer not in wanted:
+            times = [(row.scheme, savings.alone[layer, row.scheme]) for row in rows]
+            said = "; ".join(
+                f"{name} takes {time} times as long as base precision (n = {time.n})" for name, time in times
+            )
+            reasons[layer] = f"{said}, more than its bytes are worth"
+    return reasons
 
 
 def cutoff_of(limits: Limits, inventory: Inventory, known: Sequence[Known]) -> float:

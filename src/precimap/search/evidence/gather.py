@@ -5,9 +5,9 @@ or of a kind in which the audit caught it, is decided by its probe alone. With `
 literal one-at-a-time measurement.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from types import MappingProxyType
 
 import numpy as np
 
@@ -23,13 +23,13 @@ from precimap.search.evidence.predict import Predictor
 from precimap.search.evidence.probe import Probe, probe
 from precimap.search.evidence.screen import Screen, screen
 from precimap.search.evidence.screen_plan import Key, Pair
+from precimap.search.latency.savings import Savings
 from precimap.search.limits import Effort, Limits
 from precimap.search.run import Parts, Run, batch_subject, scattered
 from precimap.search.whole.whole_maps import bound
 
 AUDIT_SEED = 8
 MOST_AMBIGUOUS = 4
-NOTHING_TIMED: Mapping[Key, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,17 +58,17 @@ def gather(
     limits: Limits,
     effort: Effort,
     realigned: int = 0,
-    saved: Mapping[Key, float] = NOTHING_TIMED,
+    savings: Savings | None = None,
 ) -> Evidence:
     """Screen, audit and probe the pairs; with `effort.probe_all` probe each of them on the whole search split.
 
-    realigned: of how many outputs maps are served with realigned scores; predictions are of such. saved: `Known.saved`
-    of each pair.
+    realigned: of how many outputs maps are served with realigned scores; predictions are of such. savings: of the
+    pairs, where layers were timed.
     """
     probing = _Probing(run, inventory, calibration, baseline, limits.alpha, effort)
     if effort.probe_all or not pairs:
         numbers = tuple(range(len(baseline.sizes)))
-        return _written(run, Evidence(_timed(_probed_only(baseline, probing.on(pairs, numbers)), saved), None, None))
+        return _written(run, Evidence(_timed(_probed_only(baseline, probing.on(pairs, numbers)), savings), None, None))
     screened = screen(run, inventory, calibration, pairs, effort.screen_memory, baseline.sizes, effort.screen_units)
     numbers = tuple(sorted(screened.batches)) or scattered(baseline.sizes, effort.screen_units)
     batches = {n: batch for n, batch in enumerate(run.task.splits.search) if n in screened.batches}
@@ -79,13 +79,13 @@ def gather(
     found = audit(inventory, predictor, audits)
     direct = [pair for pair in pairs if pair not in seen or _distrusted(inventory, pair, found)]
     probes = {(p.layer, p.scheme): p for p in (*audits, *probing.on(direct, numbers))}
-    known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), saved)
+    known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), savings)
     evidence = Evidence(known, predictor, found, _rates(run, screened))
     flipping = _flipping(evidence, inventory, {s.name: s for _, s in pairs}, rule, limits)
     if flipping:
         asked = [pair for pair in pairs if (pair[0], pair[1].name) in flipping]
         probes |= {(p.layer, p.scheme): p for p in probing.on(asked, few)}
-        known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), saved)
+        known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), savings)
         evidence = replace(evidence, known=known)
     return _written(run, evidence)
 
@@ -143,7 +143,12 @@ def _flipping(
         return ()
     counted = price(metric, evidence.known, limits.margin)
     costs = costs_of([row for row in evidence.known if row.trusted], counted)
-    gains = {key: gain(inventory, key[0], schemes[key[1]], rule.bytes_worth, known[key].saved) for key in costs}
+    readers = Counter((inventory.layer(layer).siblings, scheme) for layer, scheme in best.choice.items())
+    gains = {}
+    for key in costs:
+        others = readers[inventory.layer(key[0]).siblings, key[1]] - (best.choice.get(key[0]) == key[1])
+        own = gain(inventory, key[0], schemes[key[1]], rule.bytes_worth, known[key].saved)
+        gains[key] = own + (known[key].shared if others else 0.0)
     return ambiguous(costs, gains, best.choice, found.approximation, MOST_AMBIGUOUS)
 
 
@@ -183,8 +188,15 @@ def _table(
     return tuple(rows)
 
 
-def _timed(known: Sequence[Known], saved: Mapping[Key, float]) -> tuple[Known, ...]:
-    return tuple(replace(found, saved=saved.get((found.layer, found.scheme))) for found in known)
+def _timed(known: Sequence[Known], savings: Savings | None) -> tuple[Known, ...]:
+    if savings is None:
+        return tuple(known)
+    made = []
+    for found in known:
+        key = (found.layer, found.scheme)
+        shared = savings.sharing(key)
+        made.append(replace(found, saved=savings.counted(key), shared=0.0 if shared is None else shared.share))
+    return tuple(made)
 
 
 def _correction(predictor: Predictor, probed: Probe) -> tuple[float, float] | None:
@@ -226,6 +238,7 @@ def _written(run: Run, evidence: Evidence) -> Evidence:
             "trusted": found.trusted,
             "correction": found.correction,
             "saved": found.saved,
+            "shared": found.shared,
             "input": asdict(evidence.rates[key]) if (key := (found.layer, found.scheme)) in evidence.rates else None,
         }
         for found in evidence.known

@@ -19,7 +19,7 @@ from precimap.search.evidence.screen_plan import Key
 
 # Below about 1,000 units an order metric's own drops are noise, from about 2,000 on they are not (docs/how-it-decides.md).
 UNITS_FOR_ORDER = 2000
-# Layers are timed alone: what sharing an input saves breaks ties, as do bytes unless the user says what they are worth.
+# Where FLOPs stand in for time, sharing an input breaks ties, as do bytes unless the user says what they are worth.
 SHARED_INPUT, BYTES_WORTH = 0.01, 1e-3
 
 
@@ -31,7 +31,8 @@ class Known:
     made. loss_square: E[(change of a unit's loss)^2]. output_error: E|change of a unit's scores|^2 and its error.
     drift: mean change of the scores, or of the losses. trusted: whether the audit left the screen in charge.
     correction: mean of probed - predicted over the units that both saw, in the metric, and its error.
-    saved: share of the time of all timed layers that it saves, 0 inside its spread; None where nothing was timed.
+    saved: share of the time of all timed layers that it saves alone, see `Savings.counted`; None where nothing was timed.
+    shared: what it saves beside that when a sibling has quantised its input under the same scheme.
     """
 
     layer: str
@@ -44,6 +45,7 @@ class Known:
     trusted: bool
     correction: tuple[float, float] | None = None
     saved: float | None = None
+    shared: float = 0.0
 
     @property
     def decisive(self) -> Comparison | None:
@@ -145,18 +147,19 @@ def options(
                 bytes=scheme.stored_bytes(layer.shape, layer.contracted),
                 fused=layer.fused,
                 siblings=layer.siblings,
+                shared=found.shared,
             )
         )
-    return tuple(rows)
+    return tuple(rows) if any(found.saved is not None for found in known) else _tied(rows, schemes)
 
 
-def bonuses(inventory: Inventory, rows: Sequence[Option]) -> dict[str, float]:
-    """What siblings gain by sharing one quantised input: a hundredth of their own gain, to break ties."""
-    found: dict[str, float] = {}
+def _tied(rows: Sequence[Option], schemes: Mapping[str, Scheme]) -> tuple[Option, ...]:
+    """Where nothing was timed, sharing a quantised input is worth a hundredth of what the largest reader gains."""
+    best: dict[tuple[str | None, str], float] = {}
     for row in rows:
-        if row.siblings is not None:
-            found[row.siblings] = max(found.get(row.siblings, 0.0), SHARED_INPUT * row.gain)
-    return found
+        if row.siblings is not None and schemes[row.scheme].input is not None:
+            best[row.siblings, row.scheme] = max(best.get((row.siblings, row.scheme), 0.0), SHARED_INPUT * row.gain)
+    return tuple(replace(row, shared=best.get((row.siblings, row.scheme), 0.0)) for row in rows)
 
 
 def costs_of(known: Sequence[Known], counted: Price) -> dict[Key, float]:

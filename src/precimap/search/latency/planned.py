@@ -2,19 +2,22 @@
 
 Invariant: a difference inside the spread is no gain: quartiles of the ratio within a turn decide, not its median. A
 layer's share is of the sum over all layers that a module of their own reads: what runs between them (attention, norms,
-activations) is in neither side. Rows are taken to grow with the batch, and every batch size counts alike.
+activations) is in neither side. Rows are taken to grow with the batch, and every batch size counts alike. A layer that
+pays only beside siblings which read the same input stays a candidate: which of them go together is for the plan.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from precimap.errors import ProfileError
-from precimap.hardware_profile import Device, HardwareProfile, Point
+from precimap.hardware_profile import Device, HardwareProfile, Point, Times
 from precimap.layers.inventory import Inventory, Layer
 from precimap.numerics.schemes import Scheme
 from precimap.search.evidence.screen_plan import Key
+from precimap.search.latency.savings import Quantising, Saved, Savings
+from precimap.search.latency.slower import too_slow
 
 NAMED_AT_MOST = 3
 
@@ -44,31 +47,6 @@ def works(inventory: Inventory, layer: Layer, size: int) -> list[Work]:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """What a layer saves under a scheme, as a share of the seconds of all timed layers, and its time low / base.
-
-    lower, upper: from the quartiles over n turns. They are added up over calls and batch sizes as if they moved together,
-    which is never too narrow.
-    """
-
-    share: float
-    lower: float
-    upper: float
-    ratio: float
-    ratio_lower: float
-    ratio_upper: float
-    n: int
-
-    @property
-    def counted(self) -> float:
-        """The share, or 0 where it is inside its spread."""
-        return self.share if self.lower > 0 or self.upper < 0 else 0.0
-
-    def __str__(self) -> str:
-        return f"{self.ratio:.2f} [{self.ratio_lower:.2f}, {self.ratio_upper:.2f}]"
-
-
-@dataclass(frozen=True, slots=True)
 class Latency:
     """What planning knows of time. seconds: of all timed layers in base precision, by batch size. base: each layer's
     share of them. slower: why a pair is no candidate. notes: what a reader has to know of where the times are from."""
@@ -77,9 +55,14 @@ class Latency:
     batch_sizes: tuple[int, ...]
     seconds: tuple[float, ...]
     base: Mapping[str, float]
-    saved: Mapping[Key, Saved]
+    savings: Savings
     slower: Mapping[Key, str]
     notes: tuple[str, ...]
+
+    @property
+    def saved(self) -> Mapping[Key, Saved]:
+        """Of each layer alone."""
+        return self.savings.alone
 
     def row(self) -> dict[str, Any]:
         """For the journal."""
@@ -89,20 +72,16 @@ class Latency:
             "batch_sizes": list(self.batch_sizes),
             "seconds": list(self.seconds),
             "base": dict(self.base),
-            "saved": [[*key, asdict(saved)] for key, saved in self.saved.items()],
+            **self.savings.row(),
         }
-
-    def total(self, pairs: Iterable[Key]) -> tuple[float, float, float]:
-        """The share of the time that these pairs save together, and its quartiles as if all moved as one."""
-        chosen = [self.saved[key] for key in pairs]
-        return sum(s.share for s in chosen), sum(s.lower for s in chosen), sum(s.upper for s in chosen)
 
     def verdict(self) -> str:
         """Said when no layer gains."""
         (layer, scheme), best = min(self.saved.items(), key=lambda pair: pair[1].ratio)
+        shared = ", alone or with its siblings" if self.savings.quantising else ""
         return (
             f"not worth it on this hardware ({self.device}): of {len({key[0] for key in self.saved})} layers none gains "
-            f"time beyond its spread; the best, {layer} under {scheme}, takes {best} times as long as "
+            f"time beyond its spread{shared}; the best, {layer} under {scheme}, takes {best} times as long as "
             f"base precision (n = {best.n} turns)"
         )
 
@@ -143,21 +122,50 @@ def planned(
         notes = (*notes, f"times of {len(set(between))} layers are interpolated between measured batch sizes")
     seconds = tuple(sum(p.base.median for found in points.values() for p in found[at]) for at in range(len(sizes)))
     base = {name: _share(found, seconds) for name, found in points.items()}
-    saved = {(name, scheme.name): _saved(points[name], scheme.name, seconds) for name, scheme in pairs}
-    slower = _slower(inventory, pairs, saved, base)
-    return Latency(profile.device, sizes, seconds, base, saved, slower, notes)
+    savings = _savings(inventory, pairs, points, seconds)
+    slower = too_slow(inventory, [(name, scheme.name) for name, scheme in pairs if scheme.computes_low], savings, base)
+    return Latency(profile.device, sizes, seconds, base, savings, slower, notes)
 
 
 def _share(found: Sequence[Sequence[Point]], seconds: Sequence[float]) -> float:
     return sum(p.base.median / total for calls, total in zip(found, seconds, strict=True) for p in calls) / len(seconds)
 
 
-def _saved(found: Sequence[Sequence[Point]], scheme: str, seconds: Sequence[float]) -> Saved:
-    """Each batch size counts alike, whatever it takes."""
+def _savings(
+    inventory: Inventory,
+    pairs: Sequence[tuple[str, Scheme]],
+    points: Mapping[str, Sequence[Sequence[Point]]],
+    seconds: Sequence[float],
+) -> Savings:
+    """What each pair saves alone, and beside those of its siblings that could take the same scheme."""
+    alone, readers = {}, defaultdict(list)
+    for name, scheme in pairs:
+        alone[name, scheme.name] = _saved(
+            points[name], seconds, [[p.ratios[scheme.name] for p in c] for c in points[name]]
+        )
+        group, called = inventory.layer(name).siblings, [point for calls in points[name] for point in calls]
+        if group is not None and all(scheme.name in point.shared for point in called):
+            readers[group, scheme.name].append((name, scheme.name))
+    shared: dict[Key, Saved] = {}
+    quantising: dict[Key, Quantising] = {}
+    for key, keys in ((key, keys) for key, keys in readers.items() if len(keys) > 1):
+        after = {
+            pair: _saved(points[pair[0]], seconds, [[p.shared[pair[1]] for p in c] for c in points[pair[0]]])
+            for pair in keys
+        }
+        once = Quantising.of((alone[pair], after[pair]) for pair in keys)
+        if once.lower > 0:  # otherwise nothing is told of it
+            shared |= after
+            quantising[key] = once
+    return Savings(alone, shared, quantising, {name: inventory.layer(name).siblings or "" for name, _ in shared})
+
+
+def _saved(found: Sequence[Sequence[Point]], seconds: Sequence[float], ratios: Sequence[Sequence[Times]]) -> Saved:
+    """By the ratios of each batch size and call. Each batch size counts alike, whatever it takes."""
     weighed = [
-        (point.base.median / total / len(seconds), point.ratios[scheme])
-        for calls, total in zip(found, seconds, strict=True)
-        for point in calls
+        (point.base.median / total / len(seconds), ratio)
+        for calls, total, these in zip(found, seconds, ratios, strict=True)
+        for point, ratio in zip(calls, these, strict=True)
     ]
     base = sum(weight for weight, _ in weighed)
     median, lower, upper = (
@@ -165,31 +173,3 @@ def _saved(found: Sequence[Sequence[Point]], scheme: str, seconds: Sequence[floa
     )
     n = min(ratio.n for _, ratio in weighed)
     return Saved(base - median, base - upper, base - lower, median / base, lower / base, upper / base, n)
-
-
-def _slower(
-    inventory: Inventory, pairs: Sequence[tuple[str, Scheme]], saved: Mapping[Key, Saved], base: Mapping[str, float]
-) -> dict[Key, str]:
-    """Why pairs are no candidates; what engines fuse is judged as one.
-
-    Schemes that only store low are made to save bytes: their time counts, for or against them, and excludes nothing.
-    """
-    together: dict[Key, list[str]] = defaultdict(list)
-    for name, scheme in pairs:
-        if scheme.computes_low:
-            together[inventory.layer(name).fused or name, scheme.name].append(name)
-    found = {}
-    for (group, scheme_name), names in together.items():
-        each = [saved[name, scheme_name] for name in names]
-        if sum(one.lower for one in each) > 0:
-            continue
-        weight = sum(base[name] for name in names)
-        ratio, low, high = (
-            1 - sum(getattr(one, what) for one in each) / weight for what in ("share", "upper", "lower")
-        )
-        what = scheme_name if len(names) == 1 else f"{scheme_name} for all of {group}"
-        why = f"{what} takes {ratio:.2f} [{low:.2f}, {high:.2f}] times as long as base precision"
-        inside = ", no gain beyond its spread" if low <= 1 else ""
-        why += f"{inside} (n = {min(one.n for one in each)} turns)"
-        found.update({(name, scheme_name): why for name in names})
-    return found

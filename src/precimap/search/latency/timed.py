@@ -125,9 +125,10 @@ def _time(
     made = codes(run.task, inventory, calibration, lacking)
     module = module_of(run.task.model, forms[BASE][0])
     found = timer.seconds(module, {layer.scheme.name: layer for layer in made}, work.rows, work.each)
-    for name, seconds in found.items():
+    for name, seconds in found.alone.items():
         if run.journal.find("latency", str(work), name) is None:
-            run.journal.record("latency", str(work), {"seconds": seconds, "base": found[BASE]}, name)
+            value = {"seconds": seconds, "base": found.alone[BASE], "shared": found.shared.get(name)}
+            run.journal.record("latency", str(work), value, name)
 
 
 def _row(run: Run, work: Work, forms: Iterable[str]) -> Row:
@@ -135,14 +136,18 @@ def _row(run: Run, work: Work, forms: Iterable[str]) -> Row:
     for name in forms:
         found = run.journal.find("latency", str(work), name)
         assert found is not None
-        seconds, beside = found.value["seconds"], found.value["base"]
+        seconds, beside, shared = (found.value[key] for key in ("seconds", "base", "shared"))
         if name == BASE:
             base = Times.of(seconds)
         else:
-            ratio = Times.of([a / b for a, b in zip(seconds, beside, strict=True)])
-            low[name] = LowTimes(seconds=Times.of(seconds), ratio=ratio)
+            after = None if shared is None else _ratio(shared, beside)
+            low[name] = LowTimes(seconds=Times.of(seconds), ratio=_ratio(seconds, beside), shared=after)
     assert base is not None
     return Row(module=work.module, dtype=work.dtype, each=work.each, rows=work.rows, base=base, low=low)
+
+
+def _ratio(seconds: Sequence[float], beside: Sequence[float]) -> Times:
+    return Times.of([a / b for a, b in zip(seconds, beside, strict=True)])
 
 
 def form_of(scheme: Scheme) -> dict[str, Any]:

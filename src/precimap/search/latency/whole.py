@@ -170,7 +170,9 @@ class Stand:
         """How many times as fast the sum of single layers says that the served map is; None where they were not timed."""
         if self.latency is None:
             return None
-        saved = self.latency.total((name, precision_map.layers[name].scheme or "") for name in precision_map.low)
+        saved = self.latency.savings.total(
+            (name, precision_map.layers[name].scheme or "") for name in precision_map.low
+        )
         wholes = [_seconds(size, BASE, self.timer.served) for size in sizes]
         parts = [layers / whole for layers, whole in zip(self.latency.seconds, wholes, strict=True)]
         part = min(1.0, sum(parts) / len(parts))  # alone, layers may take longer than the model that they are in

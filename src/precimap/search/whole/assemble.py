@@ -4,7 +4,7 @@ Invariant: the map holds the very scales that were measured; nothing is fitted a
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,10 @@ from precimap.task import Task
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All that is known before the maps of the chain are written down. realign: what is done to each, if anything."""
+    """All that is known before the maps of the chain are written down. realign: what is done to each, if anything.
+
+    kept_for_time: tables that no map takes because of their time, and why.
+    """
 
     inventory: Inventory
     schemes: tuple[Scheme, ...]
@@ -35,6 +38,7 @@ class Findings:
     premise: Premise
     alpha: float
     realign: Callable[[PrecisionMap], PrecisionMap] = lambda made: made
+    kept_for_time: Mapping[str, str] = field(default_factory=dict)
     _needed: dict[tuple[str, str], int | None] = field(default_factory=dict)  # every map of a chain asks again
 
     def needed(self, known: Known, found: Comparison) -> int | None:
@@ -106,6 +110,8 @@ def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequenc
         return Verdict.SLOWER, "; ".join(findings.eligibility.reasons(layer.name))
     if not known:
         return Verdict.INELIGIBLE, "; ".join(findings.eligibility.reasons(layer.name))
+    if chosen is None and layer.name in findings.kept_for_time:
+        return Verdict.SLOWER, findings.kept_for_time[layer.name]
     told = [found for found in known if found.decisive is not None and chosen in (None, found.scheme)]
     if not told:
         return Verdict.UNDECIDED, f"its own drop cannot be predicted in this metric; {_fate(chosen)}"

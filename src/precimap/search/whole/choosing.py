@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from precimap.metrics.metric import Loss, Metric
 from precimap.search.allocation.knapsack import Step
+from precimap.search.allocation.ladders import settled, total_gain
 from precimap.search.allocation.repair import repair
 from precimap.search.allocation.rules import Rule
 from precimap.search.evidence.gather import Evidence
-from precimap.search.evidence.known import bonuses, options, price
+from precimap.search.evidence.known import options, price
 from precimap.search.limits import Limits
 from precimap.search.run import Parts, Run
 from precimap.search.whole.assemble import Findings, assemble
@@ -65,6 +66,8 @@ def _given_back(
         if choice is None:
             break
         step = _priced(findings, rule, run.task.metric, choice, limits.margin)
+        if not step.choice:
+            break
         joint = _written(findings, predicted_joint(predictor, evidence.by_key(), step))
         failed = measure(run, joint, baseline, limits.alpha, predictor.numbers)
         chosen = replace(chosen, joints=(failed, *chosen.joints))
@@ -97,8 +100,7 @@ def _filled_up(
     def predicted(choice: Mapping[str, str]) -> float:
         return bound(predictor, known, choice, limits.margin)
 
-    bonus = bonuses(findings.inventory, rows)
-    step = repair(start, rows, base, predicted, limits.margin, bonus=bonus, most_tries=MOST_PREDICTIONS)
+    step = repair(start, rows, base, predicted, limits.margin, most_tries=MOST_PREDICTIONS)
     grown = start.choice.items() <= step.choice.items()
     if (
         not grown
@@ -129,11 +131,12 @@ def to_certify(findings: Findings, chosen: Chosen) -> Chosen:
 
 
 def _priced(findings: Findings, rule: Rule, metric: Metric, choice: Mapping[str, str], margin: float) -> Step:
-    """A step for a choice that no chain gave."""
+    """A step for a choice that no chain gave, less the siblings that only pay beside those which are gone."""
     by_name = {scheme.name: scheme for scheme in findings.schemes}
-    chosen = [found for found in findings.known if choice.get(found.layer) == found.scheme]
     counted = price(metric, findings.known, margin)
-    rows = options(findings.inventory, chosen, by_name, counted, rule.bytes_worth)
+    rows = options(findings.inventory, findings.known, by_name, counted, rule.bytes_worth)
+    left = settled(rows, choice)
+    low = [row for row in rows if left.get(row.layer) == row.scheme]
     sizes = {layer.name: layer.bytes for layer in findings.inventory.layers}
-    sizes |= {row.layer: row.bytes for row in rows}
-    return Step(dict(choice), sum(row.gain for row in rows), sum(row.cost for row in rows), sum(sizes.values()))
+    sizes |= {row.layer: row.bytes for row in low}
+    return Step(left, total_gain(low), sum(row.cost for row in low), sum(sizes.values()))
