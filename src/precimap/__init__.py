@@ -12,6 +12,8 @@ from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.compiled import compiled
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.cpu_int8_compiled import CPU_INT8_COMPILED
+from precimap.runtime.cuda_fp8 import CUDA_FP8
+from precimap.runtime.cuda_graphs import graphed
 from precimap.runtime.deploy import deploy
 from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.search.allocation.knapsack import Constraints
@@ -25,6 +27,7 @@ from precimap.task import Splits, Task
 __all__ = [
     "CPU_INT8",
     "CPU_INT8_COMPILED",
+    "CUDA_FP8",
     "EMULATED",
     "TORCHREC",
     "Certificate",
@@ -44,6 +47,7 @@ __all__ = [
     "compiled",
     "deploy",
     "discover",
+    "graphed",
     "load_deployed",
     "metrics",
     "save_deployed",

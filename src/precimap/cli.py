@@ -58,6 +58,7 @@ from precimap.report.proof import certificate_text
 from precimap.report.run_record import read_run
 from precimap.report.tables import preflight_text, run_page
 from precimap.runtime.checkpoint import save_deployed
+from precimap.runtime.cuda_fp8 import EXPERIMENTAL, marked
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
 from precimap.search.allocation.knapsack import Constraints
@@ -225,7 +226,9 @@ def deploy(
     task: TaskArgument,
     precision_map: MapArgument,
     output: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    target: Annotated[TargetName | None, typer.Option(help="Default: the map's own target.")] = None,
+    target: Annotated[
+        TargetName | None, typer.Option(help=f"Default: the map's own; cuda-fp8 is {EXPERIMENTAL}.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Deploy a map, compare it with its emulation on one batch, and save it."""
@@ -239,7 +242,7 @@ def deploy(
     save_deployed(deployed, loaded.model, output)
     row = {"file": str(output), "layers": len(given.low), "target": (target or given.target), **asdict(found)}
     text = (
-        f"{len(given.low)} layers deployed for {row['target']} in {time.perf_counter() - started:.1f} s\n"
+        f"{len(given.low)} layers deployed for {marked(row['target'])} in {time.perf_counter() - started:.1f} s\n"
         f"difference to the emulation: rms {found.rms_difference:.2g}, largest {found.largest_difference:.2g}, "
         f"of scores up to {found.largest_output:.3g} (n = {found.units})\nsaved {output}"
     )

@@ -16,6 +16,7 @@ from precimap.metrics.metric import RELATIVE, Metric
 from precimap.numerics.schemes import SCHEMES
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.cpu_int8_compiled import CPU_INT8_COMPILED
+from precimap.runtime.cuda_fp8 import CUDA_FP8, EXPERIMENTAL
 from precimap.runtime.torchrec_tables import TORCHREC
 
 
@@ -25,6 +26,7 @@ class TargetName(StrEnum):
     EMULATED = "emulated"
     CPU_INT8 = "cpu-int8"
     CPU_INT8_COMPILED = "cpu-int8-compiled"
+    CUDA_FP8 = "cuda-fp8"
     TORCHREC = "torchrec"
 
 
@@ -46,6 +48,7 @@ TARGETS: dict[TargetName, Target] = {
     TargetName.EMULATED: EMULATED,
     TargetName.CPU_INT8: CPU_INT8,
     TargetName.CPU_INT8_COMPILED: CPU_INT8_COMPILED,
+    TargetName.CUDA_FP8: CUDA_FP8,
     TargetName.TORCHREC: TORCHREC,
 }
 
@@ -54,7 +57,7 @@ TaskArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="A map.json that a search wrote.")]
-TargetOption = Annotated[TargetName, typer.Option(help="What the map is for.")]
+TargetOption = Annotated[TargetName, typer.Option(help=f"What the map is for; cuda-fp8 is {EXPERIMENTAL}.")]
 
 
 class Percentage(float):

@@ -24,8 +24,8 @@ PROFILE_VERSION = 2  # 1 had no times of layers that share an input
 
 
 class Device(Record):
-    """Where times were measured. capability: the instructions that torch uses there. allocator: its settings, or
-    `default`. clock: what the seconds are of."""
+    """Where times were measured. capability: the instructions that torch uses there, of a GPU its compute capability.
+    allocator: its settings, or `default`. clock: what the seconds are of. driver: of a GPU, with its CUDA version."""
 
     name: str
     capability: str
@@ -34,6 +34,7 @@ class Device(Record):
     clock: str
     torch: str
     precimap: str
+    driver: str | None = None
 
     def differences(self, other: "Device") -> tuple[str, ...]:
         """What is otherwise in `other`, a phrase each."""
@@ -46,7 +47,8 @@ class Device(Record):
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         set_up = "" if self.allocator == "default" else f", {self.allocator}"
-        return f"{self.name}, {self.capability}, {threads}{set_up}, torch {self.torch}, {self.clock}"
+        driver = "" if self.driver is None else f", {self.driver}"
+        return f"{self.name}, {self.capability}, {threads}{set_up}{driver}, torch {self.torch}, {self.clock}"
 
 
 class Times(Record):

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from precimap.hardware_profile import HardwareProfile
+from precimap.runtime.cuda_fp8 import marked
 
 
 def profile_page(profile: HardwareProfile, path: Path) -> RenderableType:
@@ -29,7 +30,7 @@ def profile_page(profile: HardwareProfile, path: Path) -> RenderableType:
     n = sorted({row.base.n for row in profile.rows})
     sizes = ", ".join(map(str, profile.batch_sizes))
     lines = [
-        f"{profile.target} on {profile.device}",
+        f"{marked(profile.target)} on {profile.device}",
         f"medians [quartiles] of n = {' or '.join(map(str, n))} turns, batch {sizes}; saved {path}",
     ]
     return Group(table, Text("\n".join(lines)))

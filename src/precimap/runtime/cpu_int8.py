@@ -2,7 +2,7 @@
 
 The layers themselves are in `int8_linear`. `torch.ops.onednn.qlinear_pointwise` takes a static per-tensor input scale and
 per-channel weight scales; per-token scales are refused by the op, so they are refused here. FP8 is no alternative on
-these CPUs: oneDNN has no FP8 kernel for them, and torch's `_scaled_mm` is a reference loop of seconds per call.
+these CPUs: oneDNN has no fast FP8 kernel for them; torch's `_scaled_mm` takes 7 times as long as BF16 (docs/log.md).
 
 Without VNNI or AMX, x86 adds pairs of 8-bit products in 16 bits and saturates: 255 * 127 * 2 does not fit. Whether this CPU
 does is measured, not looked up; where it does, inputs must be 7 bits wide (scheme `int8-static-u7`). Embedding tables
@@ -17,16 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from precimap.errors import DeployError
-from precimap.layers.copying import shared_copy
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
-from precimap.layers.views import plain_name
 from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.runtime.cpu_tables import packed_table, table_refusal
 from precimap.runtime.cpu_timer import CpuTimer
 from precimap.runtime.cpu_whole import EAGER, CpuWholeTimer
 from precimap.runtime.int8_linear import Int8Linear, SharedCodes
+from precimap.runtime.swapping import with_modules
 
 
 class CpuInt8:
@@ -59,21 +58,12 @@ class CpuInt8:
 
         Raises DeployError for a layer that is not the weight of an nn.Linear, nn.Embedding or nn.EmbeddingBag.
         """
-        copied = shared_copy(model)
-        owners = {plain_name(f"{name}.weight".lstrip(".")): (name, module) for name, module in copied.named_modules()}
         shared = SharedCodes()
-        for name, layer in layers.items():
-            path, module = owners.get(name, ("", None))
-            replacement = _linear(layer, module, shared) if layer.scheme.rows is None else packed_table(layer, module)
-            parent, _, attribute = path.rpartition(".")
-            if not path:
-                return replacement
-            setattr(copied.get_submodule(parent), attribute, replacement)
-        for module in copied.modules():
-            if isinstance(module, nn.TransformerEncoderLayer):
-                # Its fused path reads weights past their modules; this attribute is how the layer itself rules it out.
-                module.activation_relu_or_gelu = 0
-        return copied
+
+        def place(layer: QuantizedLayer, module: nn.Module | None) -> nn.Module:
+            return _linear(layer, module, shared) if layer.scheme.rows is None else packed_table(layer, module)
+
+        return with_modules(model, layers, place)
 
 
 CPU_INT8 = CpuInt8()

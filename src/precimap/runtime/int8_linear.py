@@ -61,11 +61,14 @@ class Int8Linear(nn.Module):
     """A linear layer [.., K] -> [.., N] with INT8 codes [N, K], float32 scales [N] and a static input scale and zero.
 
     The codes are canonical and travel in the state dict; oneDNN's packed form is made from them here and cannot travel.
+    `layer` is what this computes, for whoever compares it with its emulation.
     """
 
     codes: Tensor
     scales: Tensor
     bias: Tensor | None
+
+    accumulation_error = 0.0  # of the sum of |input * weight|: sums of whole numbers are exact
 
     def __init__(
         self, layer: QuantizedLayer, bias: Tensor | None, output_dtype: torch.dtype, shared: SharedCodes
@@ -74,6 +77,7 @@ class Int8Linear(nn.Module):
         if layer.scheme.input is None or layer.input_range is None:
             raise DeployError(f"{layer.name}: expected a static input scale, got scheme {layer.scheme.name}")
         assert isinstance(layer.scheme.input.format, IntegerFormat)
+        self.layer = layer
         self.register_buffer("codes", layer.codes)
         self.register_buffer("scales", layer.weight_affine.scale.reshape(-1))
         self.register_buffer("bias", bias)

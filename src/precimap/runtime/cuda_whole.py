@@ -1,0 +1,75 @@
+"""The time and the memory of whole models on this GPU, eager and compiled.
+
+Invariant: forms are timed in turns on one batch, each called once untimed just before, by the host's clock and with the
+device idle at both ends: what a caller waits for. Memory is what torch's allocator gave out. CUDA graphs are not among
+the forms, since a task's forward may be any code; `cuda_graphs` has them for calls of the model itself.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from precimap.errors import DeployError
+from precimap.hardware_profile import Device
+from precimap.layers.copying import shared_copy
+from precimap.layers.quantized import QuantizedLayer
+from precimap.runtime.compiled import compile_calls, no_compiler
+from precimap.runtime.cpu_whole import COMPILED, EAGER, FEWEST, MOST
+from precimap.runtime.cuda_timer import device_here
+from precimap.runtime.timing import interleaved
+
+SIDE, TRIES = 8192, 5  # of the product that a peak is measured with
+
+
+@dataclass(frozen=True, slots=True)
+class CudaWholeTimer:
+    """deployed: puts layers in low precision, in a tree of its own."""
+
+    deployed: Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module]
+    served: str = EAGER
+    casts: tuple[torch.dtype, ...] = (torch.bfloat16,)
+
+    def device(self) -> Device:
+        return device_here()
+
+    def forms(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Mapping[str, Callable[[], nn.Module]]:
+        """As it is, and with its calls compiled by Inductor with frozen weights."""
+
+        def eager() -> nn.Module:
+            return self.deployed(model, layers) if layers else shared_copy(model)
+
+        def compiled() -> nn.Module:
+            reason = no_compiler()
+            if reason is not None:
+                raise DeployError(reason)
+            made = eager()
+            compile_calls(made)
+            return made
+
+        return {EAGER: eager, COMPILED: compiled}
+
+    def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+        device = torch.device("cuda")
+        start = time.perf_counter()
+        interleaved(cases, 1, device=device)
+        each = time.perf_counter() - start
+        return interleaved(cases, min(MOST, max(FEWEST, int(seconds / each))), device=device)
+
+    def peak_memory(self, call: Callable[[], object]) -> int | None:
+        call()
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def peak_flops(self, dtype: torch.dtype) -> float:
+        a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.float32).to(dtype) for _ in range(2))
+        seconds = interleaved({"product": lambda: a @ b}, TRIES, device=a.device)["product"]
+        return 2 * SIDE**3 / min(seconds)
