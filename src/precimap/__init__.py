@@ -10,8 +10,8 @@ from precimap.metrics.guard import Guard
 from precimap.precision_map import PrecisionMap
 from precimap.runtime.checkpoint import load_deployed, save_deployed
 from precimap.runtime.compiled import compiled
+from precimap.runtime.compiled_target import CPU_INT8_COMPILED, CUDA_FP8_COMPILED
 from precimap.runtime.cpu_int8 import CPU_INT8
-from precimap.runtime.cpu_int8_compiled import CPU_INT8_COMPILED
 from precimap.runtime.cuda_fp8 import CUDA_FP8
 from precimap.runtime.cuda_graphs import graphed
 from precimap.runtime.deploy import deploy
@@ -28,6 +28,7 @@ __all__ = [
     "CPU_INT8",
     "CPU_INT8_COMPILED",
     "CUDA_FP8",
+    "CUDA_FP8_COMPILED",
     "EMULATED",
     "TORCHREC",
     "Certificate",

@@ -14,8 +14,8 @@ from precimap.layers.target import EMULATED, Target
 from precimap.metrics.click import NE_MARGINS
 from precimap.metrics.metric import RELATIVE, Metric
 from precimap.numerics.schemes import SCHEMES
+from precimap.runtime.compiled_target import CPU_INT8_COMPILED, CUDA_FP8_COMPILED
 from precimap.runtime.cpu_int8 import CPU_INT8
-from precimap.runtime.cpu_int8_compiled import CPU_INT8_COMPILED
 from precimap.runtime.cuda_fp8 import CUDA_FP8, EXPERIMENTAL
 from precimap.runtime.torchrec_tables import TORCHREC
 
@@ -27,6 +27,7 @@ class TargetName(StrEnum):
     CPU_INT8 = "cpu-int8"
     CPU_INT8_COMPILED = "cpu-int8-compiled"
     CUDA_FP8 = "cuda-fp8"
+    CUDA_FP8_COMPILED = "cuda-fp8-compiled"
     TORCHREC = "torchrec"
 
 
@@ -49,6 +50,7 @@ TARGETS: dict[TargetName, Target] = {
     TargetName.CPU_INT8: CPU_INT8,
     TargetName.CPU_INT8_COMPILED: CPU_INT8_COMPILED,
     TargetName.CUDA_FP8: CUDA_FP8,
+    TargetName.CUDA_FP8_COMPILED: CUDA_FP8_COMPILED,
     TargetName.TORCHREC: TORCHREC,
 }
 

@@ -7,13 +7,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precimap import CPU_INT8, CPU_INT8_COMPILED, EndToEnd, compiled, deploy, load_deployed, save_deployed, search
+from precimap import (
+    CPU_INT8,
+    CPU_INT8_COMPILED,
+    CUDA_FP8,
+    CUDA_FP8_COMPILED,
+    EndToEnd,
+    compiled,
+    deploy,
+    load_deployed,
+    save_deployed,
+    search,
+)
 from precimap.end_to_end import FormTimes, SizeTimes
 from precimap.errors import BatchSizeWarning, DeployError
 from precimap.hardware_profile import Times
 from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.numerics.schemes import scheme
 from precimap.precision_map import PrecisionMap
+from precimap.runtime import cuda_fp8
 from precimap.runtime.compiled import CompiledCalls, no_compiler
 from precimap.runtime.cpu_int8 import has_qlinear, int8_scheme
 from precimap.runtime.deploy import deployment_of
@@ -62,6 +74,30 @@ def test_every_size_is_int8_in_one_code() -> None:
         with torch.inference_mode():
             fast(torch.randn(8, 64))
         assert (calls.graphs, calls._found, calls._expected) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-tensor", "fp8-static"])
+def test_fp8_compiles_to_one_code_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this CPU, which is let pass for a GPU: the target's own path, not its speed. A code that moves is worth a step."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(cuda_fp8, "missing_hardware", lambda *_: None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch._dynamo.reset()
+    model = Tower().eval().to(device, torch.bfloat16)
+    layers = {
+        weight: quantize_layer(weight, parameter, (1,), scheme(name), InputRange(0.02, 0))
+        for weight, parameter in model.named_parameters()
+        if parameter.dim() == 2
+    }
+    eager = CUDA_FP8.deployed(model, layers)
+    with CUDA_FP8_COMPILED.running(model, layers) as fast, torch.no_grad():
+        for rows in (16, 48):
+            x = torch.randn(rows, 64, device=device).bfloat16()
+            found, expected = fast(x).float(), eager(x).float()
+            assert float((found - expected).square().mean().sqrt()) < 0.05 * float(expected.square().mean().sqrt())
+        assert fast._compiled_call_impl.graphs == 1
+    assert CUDA_FP8_COMPILED.name == "cuda-fp8-compiled"
+    assert "experimental" in CUDA_FP8_COMPILED.claim
 
 
 def test_a_forward_that_passes_the_model_by_is_refused() -> None:

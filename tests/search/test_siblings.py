@@ -273,6 +273,8 @@ class Clock:
 class Planned(CpuInt8):
     """The kernels of this CPU, with times by a table."""
 
+    whole_timer = None  # type: ignore[assignment]
+
     def __init__(self, table: Mapping[tuple[int, int], tuple[float, float, float]]) -> None:
         self._clock = Clock(table)
 

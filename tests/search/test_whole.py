@@ -23,7 +23,7 @@ from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
 from precimap.runtime.compiled import no_compiler
-from precimap.runtime.cpu_int8 import has_qlinear, int8_scheme
+from precimap.runtime.cpu_int8 import CPU_INT8, has_qlinear, int8_scheme
 from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import Knapsack
 from precimap.search.batches import resized
@@ -315,7 +315,7 @@ def test_the_compiled_model_is_what_is_certified_and_timed(tmp_path: Path) -> No
     found = search(
         task,
         schemes=[int8_scheme()],
-        target=Untimed(),
+        target=Untimed(CPU_INT8, CPU_INT8_COMPILED.claim),
         margin=0.05,
         rule=Knapsack(Constraints(maximum_bytes=3_000_000)),  # asked for bytes, so that time decides nothing here
         effort=replace(QUIET, timing_seconds=0.01),

@@ -9,7 +9,7 @@ while a call of new shapes compiles, and the shapes that were met are remembered
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from precimap.errors import DeployError
+from precimap.layers.copying import shared_copy
+from precimap.layers.quantized import QuantizedLayer
 
 # Inductor computes what two products read in each of them again, if it reads only four tensors or fewer; where one of these
 # is a gather, as after an embedding, that is done element by element and takes longer than the product.
@@ -136,6 +138,30 @@ def compiled(deployed: nn.Module, *examples: tuple[Any, ...]) -> nn.Module:
     for example in examples:
         model(*example)
     return model
+
+
+EAGER, COMPILED = "eager", "compiled"  # the forms that a model is served in
+
+
+def forms_of(
+    deployed: Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module],
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+) -> Mapping[str, Callable[[], nn.Module]]:
+    """What `WholeTimer.forms` gives where `deployed` puts layers in low precision: as it is, and with compiled calls."""
+
+    def eager() -> nn.Module:
+        return deployed(model, layers) if layers else shared_copy(model)
+
+    def compiled_too() -> nn.Module:
+        reason = no_compiler()
+        if reason is not None:
+            raise DeployError(reason)
+        made = eager()
+        compile_calls(made)
+        return made
+
+    return {EAGER: eager, COMPILED: compiled_too}
 
 
 @functools.cache

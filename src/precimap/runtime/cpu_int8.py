@@ -21,9 +21,10 @@ from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
+from precimap.runtime.compiled import EAGER
 from precimap.runtime.cpu_tables import packed_table, table_refusal
 from precimap.runtime.cpu_timer import CpuTimer
-from precimap.runtime.cpu_whole import EAGER, CpuWholeTimer
+from precimap.runtime.cpu_whole import CpuWholeTimer
 from precimap.runtime.int8_linear import Int8Linear, SharedCodes
 from precimap.runtime.swapping import with_modules
 

@@ -20,13 +20,11 @@ from torch import nn
 
 from precimap.errors import DeployError
 from precimap.hardware_profile import Device
-from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
-from precimap.runtime.compiled import compile_calls, no_compiler
+from precimap.runtime.compiled import forms_of
 from precimap.runtime.cpu_timer import clock_here, device_here
 from precimap.runtime.timing import interleaved
 
-EAGER, COMPILED = "eager", "compiled"
 FEWEST, MOST = 15, 200  # turns
 SIDE, TRIES = 1024, 5  # of the product that a peak is measured with
 
@@ -44,19 +42,7 @@ class CpuWholeTimer:
 
     def forms(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Mapping[str, Callable[[], nn.Module]]:
         """As it is, and with its calls compiled by Inductor with frozen weights."""
-
-        def eager() -> nn.Module:
-            return self.deployed(model, layers) if layers else shared_copy(model)
-
-        def compiled() -> nn.Module:
-            reason = no_compiler()
-            if reason is not None:
-                raise DeployError(reason)
-            made = eager()
-            compile_calls(made)
-            return made
-
-        return {EAGER: eager, COMPILED: compiled}
+        return forms_of(self.deployed, model, layers)
 
     def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
         start = time.perf_counter()

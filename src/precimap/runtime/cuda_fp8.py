@@ -72,7 +72,7 @@ CUDA_FP8 = CudaFp8()
 
 def marked(target: str) -> str:
     """A target's name as people read it, with what they have to know of it."""
-    return f"{target} ({EXPERIMENTAL})" if target == CUDA_FP8.name else target
+    return f"{target} ({EXPERIMENTAL})" if target.startswith(CUDA_FP8.name) else target
 
 
 def _place(layer: QuantizedLayer, module: nn.Module | None) -> Fp8Linear:

@@ -6,7 +6,7 @@ L2 cache is written over, as the rest of a model would. So a weight comes from m
 to be relied on. Rounds, each with inputs and graphs of its own, have other addresses.
 
 What this leaves out: the start of a graph is in every time, some microseconds, which draws the ratios of small layers
-towards 1; a module is timed alone and eagerly, also where a compiled model would fuse its quantising into the op before.
+towards 1; a module is timed alone, also where a compiled model would fuse its quantising into the op before.
 """
 
 import os
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from precimap.errors import DeployError
 from precimap.hardware_profile import Device
+from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import BASE, Turns
+from precimap.runtime.cpu_timer import as_it_is
 from precimap.runtime.cuda_graphs import capture
 
 ROUNDS, TURNS = 3, 15  # turns of each round
@@ -31,9 +33,10 @@ Replay = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class CudaTimer:
-    """place: the module that computes a layer in the stead of the one that is given."""
+    """place, serve: as of `CpuTimer`."""
 
     place: Callable[[nn.Module, QuantizedLayer], nn.Module]
+    serve: Callable[[nn.Module], object] = as_it_is
     rounds: int = ROUNDS
     turns: int = TURNS
 
@@ -47,7 +50,10 @@ class CudaTimer:
         device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
         for _ in range(self.rounds):
             example = (_input(module, rows, each, generator).to(device),)
-            modules = {BASE: module, **{name: self.place(module, layer) for name, layer in forms.items()}}
+            modules = {BASE: shared_copy(module)}
+            modules |= {name: self.place(module, layer) for name, layer in forms.items()}
+            for served in modules.values():
+                self.serve(served)
             graphs = {name: capture(form, example)[0] for name, form in modules.items()}
             replays = {name: graph.replay for name, graph in graphs.items()}
             for name, seconds in event_seconds(replays, self.turns, device).items():

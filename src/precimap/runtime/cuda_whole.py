@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from precimap.errors import DeployError
 from precimap.hardware_profile import Device
-from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
-from precimap.runtime.compiled import compile_calls, no_compiler
-from precimap.runtime.cpu_whole import COMPILED, EAGER, FEWEST, MOST
+from precimap.runtime.compiled import EAGER, forms_of
+from precimap.runtime.cpu_whole import FEWEST, MOST
 from precimap.runtime.cuda_timer import device_here
 from precimap.runtime.timing import interleaved
 
@@ -38,19 +36,7 @@ class CudaWholeTimer:
 
     def forms(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Mapping[str, Callable[[], nn.Module]]:
         """As it is, and with its calls compiled by Inductor with frozen weights."""
-
-        def eager() -> nn.Module:
-            return self.deployed(model, layers) if layers else shared_copy(model)
-
-        def compiled() -> nn.Module:
-            reason = no_compiler()
-            if reason is not None:
-                raise DeployError(reason)
-            made = eager()
-            compile_calls(made)
-            return made
-
-        return {EAGER: eager, COMPILED: compiled}
+        return forms_of(self.deployed, model, layers)
 
     def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
         device = torch.device("cuda")

@@ -20,8 +20,8 @@ from precimap.numerics.quantize import Affine
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
 from precimap.runtime.batch_watch import watch
+from precimap.runtime.compiled_target import CPU_INT8_COMPILED, CUDA_FP8_COMPILED
 from precimap.runtime.cpu_int8 import CPU_INT8
-from precimap.runtime.cpu_int8_compiled import CPU_INT8_COMPILED
 from precimap.runtime.cpu_tables import PackedTable, tables
 from precimap.runtime.cuda_fp8 import CUDA_FP8
 from precimap.runtime.fp8_experts import Fp8Experts
@@ -36,6 +36,7 @@ TARGETS: dict[str, Build] = {
     CPU_INT8.name: CPU_INT8.deployed,
     CPU_INT8_COMPILED.name: CPU_INT8_COMPILED.deployed,
     CUDA_FP8.name: CUDA_FP8.deployed,
+    CUDA_FP8_COMPILED.name: CUDA_FP8_COMPILED.deployed,
     TORCHREC.name: TORCHREC.deployed,
 }
 

@@ -1,0 +1,84 @@
+"""The targets `cpu-int8-compiled` and `cuda-fp8-compiled`: the layers of the eager ones, in a model that Inductor compiles.
+
+Invariant: what is timed, layer by layer and as a whole, and what is certified, is the compiled model; its baseline is the
+model as given. Targets of their own and not a switch, because their sums round otherwise and their times are others: a map,
+a profile and a certificate belong to one form.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from precimap.errors import DeployError
+from precimap.layers.inventory import Layer
+from precimap.layers.quantized import QuantizedLayer
+from precimap.numerics.schemes import Scheme
+from precimap.runtime.compiled import COMPILED, CompiledCalls, compile_calls, no_compiler
+from precimap.runtime.cpu_int8 import CPU_INT8, CpuInt8
+from precimap.runtime.cpu_timer import CpuTimer
+from precimap.runtime.cpu_whole import CpuWholeTimer
+from precimap.runtime.cuda_fp8 import CUDA_FP8, EXPERIMENTAL, CudaFp8
+from precimap.runtime.cuda_timer import CudaTimer
+from precimap.runtime.cuda_whole import CudaWholeTimer
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledTarget:
+    """eager: the target whose layers it compiles."""
+
+    eager: CpuInt8 | CudaFp8
+    claim: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.eager.name}-compiled"
+
+    @property
+    def timer(self) -> CpuTimer | CudaTimer | None:
+        """Times a module compiled against what takes its place, compiled, too."""
+        return replace(self.eager.timer, serve=compile_calls)
+
+    @property
+    def whole_timer(self) -> CpuWholeTimer | CudaWholeTimer | None:
+        return replace(self.eager.whole_timer, served=COMPILED)
+
+    def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
+        return self.eager.refusal(layer, scheme) or no_compiler()
+
+    @contextmanager
+    def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:
+        """Raises DeployError at its end when nothing was compiled: a forward that calls parts of the model only."""
+        if not layers:
+            yield model
+            return
+        deployed = self.eager.deployed(model, layers)
+        calls = compile_calls(deployed)
+        yield deployed
+        _check_used(calls)
+
+    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
+        """As the eager target's; calls of the model compile when new shapes come. Raises DeployError without a compiler."""
+        reason = no_compiler()
+        if reason is not None:
+            raise DeployError(reason)
+        made = self.eager.deployed(model, layers)
+        compile_calls(made)
+        return made
+
+
+CPU_INT8_COMPILED = CompiledTarget(
+    CPU_INT8, "Measured on the deployed model as Inductor compiles it for this CPU, not on its emulation."
+)
+CUDA_FP8_COMPILED = CompiledTarget(
+    CUDA_FP8, f"Measured on the deployed model as Inductor compiles it for this GPU ({EXPERIMENTAL})."
+)
+
+
+def _check_used(calls: CompiledCalls) -> None:
+    if not calls.graphs:
+        raise DeployError(
+            "expected the task's forward to call the model itself, which is what is compiled; it called parts of it only. "
+            "Use the eager target, or give the task a module whose forward is all that is served"
+        )
