@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from precimap.errors import DeployError
+from precimap.runtime.attention import attention_pass
 from precimap.runtime.int8_linear import Int8Linear
 
 # Inductor computes what two products read in each of them again, if it reads only four tensors or fewer; where one of these
@@ -39,7 +40,7 @@ def compiled(deployed: nn.Module, *examples: tuple[Any, ...]) -> nn.Module:
     Compiles now, with a C++ compiler of this machine. A call with other shapes later is right but compiles again and
     runs the INT8 layers one by one, as the deployed model itself does; so do calls in inference mode. An activation
     that follows a layer and the codes of the next are computed inside the product, whose sums may round to another code
-    now and then. Raises DeployError when a layer is not in INT8 in the generated code.
+    now and then; attention in BF16 is products where those are faster (`attention`), its scores in BF16. Raises DeployError when a layer is not in INT8 in the generated code.
     """
     import torch._inductor.config
     from torch._dynamo.utils import counters
@@ -48,7 +49,7 @@ def compiled(deployed: nn.Module, *examples: tuple[Any, ...]) -> nn.Module:
     for example in examples:
         expected = _int8_calls(deployed, example)
         before = counters["inductor"][_LOWERED]
-        with torch._inductor.config.patch(_SETTINGS):
+        with torch._inductor.config.patch({**_SETTINGS, "pre_grad_custom_pass": attention_pass()}):
             model(*example)
         found = counters["inductor"][_LOWERED] - before
         if found < expected:
