@@ -3,6 +3,8 @@
 emulated.py   quantise-dequantise around the original ops: any device, any layer, slow
 cpu_int8.py   INT8 on x86 through oneDNN: what it takes, and the swap
 int8_linear.py one layer of it, eager and traced
+stored_linear.py a layer stored low, decoded when it is made
+attention.py  attention in products, for compiled models in BF16
 compiled.py   a deployed model through torch.compile
 cpu_tables.py embedding tables in packed rows, through torch's operators
 torchrec_tables.py torchrec's quantised collections, filled with a map's rows

@@ -40,7 +40,8 @@ def compiled(deployed: nn.Module, *examples: tuple[Any, ...]) -> nn.Module:
     Compiles now, with a C++ compiler of this machine. A call with other shapes later is right but compiles again and
     runs the INT8 layers one by one, as the deployed model itself does; so do calls in inference mode. An activation
     that follows a layer and the codes of the next are computed inside the product, whose sums may round to another code
-    now and then; attention in BF16 is products where those are faster (`attention`), its scores in BF16. Raises DeployError when a layer is not in INT8 in the generated code.
+    now and then; attention in BF16 is products where those are faster (`attention`), its scores in BF16. Raises DeployError
+    when a layer is not in INT8 in the generated code.
     """
     import torch._inductor.config
     from torch._dynamo.utils import counters

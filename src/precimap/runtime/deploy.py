@@ -22,6 +22,7 @@ from precimap.runtime import emulated
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.cpu_tables import PackedTable, tables
 from precimap.runtime.int8_linear import Int8Linear
+from precimap.runtime.stored_linear import StoredLinear
 from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.task import Task, first_batch
 
@@ -100,6 +101,8 @@ def build(model: nn.Module, precision_map: PrecisionMap, layers: dict[str, Quant
     for name, module in deployed.named_modules():
         if isinstance(module, Int8Linear):
             _check_layer(name, module, layers)
+        elif isinstance(module, StoredLinear):
+            _check_stored(module, layers)
         elif isinstance(module, PackedTable):
             _check_table(module, layers)
             packed.add(module.layer_name)
@@ -144,6 +147,22 @@ def _check_layer(name: str, module: Int8Linear, layers: Mapping[str, QuantizedLa
         raise DeployError(
             f"{name or 'the model'}: the INT8 kernel differs from its emulation by {difference:.3g}, allowed are "
             f"{allowed:.3g}; this CPU or torch build multiplies INT8 wrongly. Deploy with target='emulated' and report it."
+        )
+
+
+def _check_stored(module: StoredLinear, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Compare the product of a decoded weight with that of the float32 values that its codes stand for."""
+    weight = layers[module.layer_name].weight()
+    inputs = torch.randn(16, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(module.weight.dtype)
+    expected = nn.functional.linear(inputs.float(), weight, None if module.bias is None else module.bias.float())
+    with torch.no_grad():
+        found = module(inputs)
+    allowed = TOLERANCE[found.dtype] * float((inputs.float().abs() @ weight.abs().T).max())
+    difference = float((found.float() - expected).abs().max())
+    if not difference <= allowed:
+        raise DeployError(
+            f"{module.layer_name}: the decoded layer differs from its codes by {difference:.3g}, allowed are {allowed:.3g}; "
+            "deploy with target='emulated' and report it"
         )
 
 
