@@ -38,6 +38,7 @@ def engines(model: nn.Module, inputs: Inputs) -> dict[str, Callable[[], Tensor]]
 def onnxruntime(model: nn.Module, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
     """Float32, INT8 static and INT8 dynamic."""
     import onnxruntime as ort
+    import onnxscript  # noqa: F401  # what torch.onnx.export needs: missing, it is named here
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
