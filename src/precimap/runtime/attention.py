@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Bytes of scores at once. Half of it is as fast, eight times as much not always.
+# Bytes of scores at once; half, twice and four times as much were as fast within a fifth.
 _PIECE = 1 << 20
 
 
