@@ -307,7 +307,7 @@ def test_a_table_that_computes_low_elsewhere_is_refused() -> None:
     assert "float32 scales" in str(CPU_INT8.refusal(table, scheme("int8-row-half")))
     assert "for embedding tables" in str(refusal(linear, scheme("int8-row")))
     assert "lookup has no input" in str(refusal(table, scheme("fp8")))
-    assert "no arithmetic" in str(CPU_INT8.refusal(table, scheme("fp8-weight")))
+    assert "takes packed rows" in str(CPU_INT8.refusal(table, scheme("fp8-weight")))
 
 
 class Odd(nn.Module):

@@ -431,9 +431,10 @@ def test_this_cpu_times_what_it_deploys() -> None:
         assert found.base.n == 15
         assert found.base.lower <= found.base.median <= found.base.upper
         products = {name for name in ("int8-static", "int8-static-u7") if name in given.schemes}
-        assert set(found.low) == (products if kind == "Linear" else {"int8-row", "int4-row"})
+        of_linear = products | {"fp8-weight", "int8-weight"}
+        assert set(found.low) == (of_linear if kind == "Linear" else {"int8-row", "int4-row"})
         assert products
-        assert all((low.shared is not None) == (kind == "Linear") for low in found.low.values())
+        assert all((low.shared is not None) == (name in products) for name, low in found.low.items())
     with pytest.raises(InputError, match="emulated has none"):
         bench_device(_mixed_task(), target=EMULATED)
     with pytest.raises(InputError, match="nothing to time; no layer can take fp8"):

@@ -6,6 +6,8 @@ int8_linear.py one layer of it, eager and traced
 cuda_fp8.py   FP8 on NVIDIA GPUs: what they take, and the swap (experimental: not yet measured on a GPU)
 fp8_linear.py one layer of it, the same code eager and traced
 cuda_graphs.py a model as one CUDA graph for each batch size
+stored_linear.py a layer stored low, decoded when it is made
+attention.py  attention in products, for compiled models in BF16
 compiled.py   a deployed model through torch.compile
 cpu_tables.py embedding tables in packed rows, through torch's operators
 torchrec_tables.py torchrec's quantised collections, filled with a map's rows

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from precimap.errors import DeployError
 from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
+from precimap.runtime.attention import attention_pass
 
 # Inductor computes what two products read in each of them again, if it reads only four tensors or fewer; where one of these
 # is a gather, as after an embedding, that is done element by element and takes longer than the product.
@@ -66,7 +67,9 @@ class CompiledCalls:
 
         self._expected = self._found = 0
         with ExitStack() as settings:
-            settings.enter_context(torch._inductor.config.patch(_SETTINGS))
+            settings.enter_context(
+                torch._inductor.config.patch({**_SETTINGS, "pre_grad_custom_pass": attention_pass()})
+            )
             settings.enter_context(torch._dynamo.config.patch(_LIMITS))
             # Or sizes that happen to be equal, as rows and a width, are taken for one size, which the weight then fixes.
             settings.enter_context(shapes.patch(use_duck_shape=False))  # type: ignore[attr-defined]
@@ -131,8 +134,9 @@ def compiled(deployed: nn.Module, *examples: tuple[Any, ...]) -> nn.Module:
 
     Compiles now, with a C++ compiler of this machine; a call with other shapes later compiles when it comes. An activation
     that follows a layer and the codes of the next are computed inside the product, whose sums may round to another code
-    now and then: search with the target `cpu-int8-compiled` to have this form certified. The result carries the
-    deployed model's `precimap`. Raises DeployError when a layer is not in INT8 in the generated code.
+    now and then; attention in BF16 is products where those are faster (`attention`), its scores in BF16. Search with the
+    target `cpu-int8-compiled` to have a compiled form certified. The result carries the deployed model's `precimap`.
+    Raises DeployError when a layer is not in INT8 in the generated code.
     """
     model = CompiledModel(deployed)
     for example in examples:

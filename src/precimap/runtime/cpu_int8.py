@@ -6,7 +6,7 @@ these CPUs: oneDNN has no fast FP8 kernel for them; torch's `_scaled_mm` takes 7
 
 Without VNNI or AMX, x86 adds pairs of 8-bit products in 16 bits and saturates: 255 * 127 * 2 does not fit. Whether this CPU
 does is measured, not looked up; where it does, inputs must be 7 bits wide (scheme `int8-static-u7`). Embedding tables
-are `cpu_tables`; one model holds both.
+are `cpu_tables`, weight-only schemes `stored_linear`; one model holds all.
 """
 
 import functools
@@ -26,6 +26,7 @@ from precimap.runtime.cpu_tables import packed_table, table_refusal
 from precimap.runtime.cpu_timer import CpuTimer
 from precimap.runtime.cpu_whole import CpuWholeTimer
 from precimap.runtime.int8_linear import Int8Linear, SharedCodes
+from precimap.runtime.stored_linear import StoredLinear
 from precimap.runtime.swapping import with_modules
 
 
@@ -55,9 +56,10 @@ class CpuInt8:
         yield self.deployed(model, layers) if layers else model
 
     def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
-        """A copy of the model's tree, over the same tensors, with Int8Linear and PackedTable in place of the given layers.
+        """A copy of the model's tree, over the same tensors, with layers of this target in place of the given ones.
 
-        Raises DeployError for a layer that is not the weight of an nn.Linear, nn.Embedding or nn.EmbeddingBag.
+        They are Int8Linear, StoredLinear and PackedTable. Raises DeployError for a layer that is not the weight of an
+        nn.Linear, nn.Embedding or nn.EmbeddingBag.
         """
         shared = SharedCodes()
 
@@ -70,7 +72,7 @@ class CpuInt8:
 CPU_INT8 = CpuInt8()
 
 
-def _linear(layer: QuantizedLayer, module: nn.Module | None, shared: SharedCodes) -> Int8Linear:
+def _linear(layer: QuantizedLayer, module: nn.Module | None, shared: SharedCodes) -> Int8Linear | StoredLinear:
     """What takes the place of `module`. Raises DeployError as `CpuInt8.deployed` does."""
     reason = _scheme_refusal(layer.scheme)
     if reason is not None:
@@ -79,12 +81,16 @@ def _linear(layer: QuantizedLayer, module: nn.Module | None, shared: SharedCodes
         raise DeployError(
             f"{layer.name}: expected the weight of an nn.Linear, got {type(module).__name__}; keep it in the map"
         )
+    if not layer.scheme.computes_low:
+        return StoredLinear(layer, module)
     bias: Tensor | None = module.bias
     return Int8Linear(layer, None if bias is None else bias.detach(), module.weight.dtype, shared)
 
 
 def _scheme_refusal(scheme: Scheme) -> str | None:
-    if scheme.input is None or scheme.weight.format != INT8:
+    if scheme.input is None:
+        return None  # stored low, computed in base precision
+    if scheme.weight.format != INT8:
         return "this CPU has no arithmetic for it; its INT8 kernels take INT8 weights and 8-bit inputs"
     if scheme.input.dynamic or scheme.input.granularity is not Granularity.PER_TENSOR:
         return "oneDNN's INT8 product takes one static input scale; use int8-static or int8-static-u7"
@@ -99,9 +105,10 @@ def _scheme_refusal(scheme: Scheme) -> str | None:
 
 def _layer_refusal(layer: Layer) -> str | None:
     if not layer.in_linear_module:
-        return f"read by {', '.join(layer.ops)} outside an nn.Linear; the CPU's INT8 path serves nn.Linear modules"
+        hint = "; a table takes packed rows here (int8-row, int8-row-half, int4-row)" if layer.lookup else ""
+        return f"read by {', '.join(layer.ops)} outside an nn.Linear; on this CPU nn.Linear modules are served{hint}"
     if layer.tied:
-        return f"tied to {', '.join(layer.tied)}; the CPU's INT8 path would untie them"
+        return f"tied to {', '.join(layer.tied)}; in its place a layer of its own would untie them"
     if layer.dtype == "float32" or (layer.dtype == "bfloat16" and has_bf16()):
         return None
     return f"this CPU has no fast product with {layer.dtype} results; give the model in float32"
