@@ -57,6 +57,9 @@ class TableWhole:
         copied = shared_copy(model)
         return {"eager": lambda: copied, "compiled": fails if "compiled" in self.broken else lambda: copied}
 
+    def check(self, model: nn.Module) -> None:
+        pass
+
     def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
         assert seconds == 1.0
         for call in cases.values():
@@ -208,6 +211,25 @@ def test_forms_that_this_machine_cannot_make_are_named(tmp_path: Path) -> None:
     assert "base, compiled" not in {form.name for form in found.sizes[0].forms}
     with pytest.raises(DeployError, match="no compiler here"):
         searched(TableWhole(PAYS, broken=("compiled",), served="compiled"), tmp_path)
+
+
+def test_a_batch_size_that_cannot_be_made_is_refused_before_the_long_work(tmp_path: Path) -> None:
+    """Nothing in these batches has one row per unit: a leading dim of one, as of a request."""
+    plain = planted_task()
+    each = (plain.splits.calibration, plain.splits.search, plain.splits.certify)
+    task = replace(
+        plain,
+        splits=Splits(*([{name: value[None] for name, value in b.items()} for b in split] for split in each)),
+        forward=lambda m, b: m(b["x"][0]),
+        labels=lambda b: b["labels"][0],
+        loss=lambda s, b: nn.functional.cross_entropy(s, b["labels"][0], reduction="none"),
+    )
+    seen: list[str] = []
+    asked: dict[str, Any] = {"schemes": ["fp8"], "margin": 0.2, "effort": QUIET, "ledger": tmp_path}
+    whole = Whole(TableWhole(PAYS))
+    with pytest.raises(InputError, match="no batch of 7 can be made"):
+        search(task, target=whole, serving=Serving((7,)), progress=lambda stage, *_: seen.append(stage), **asked)
+    assert "screen" not in seen
 
 
 def test_a_batch_is_grown_and_cut_along_its_units() -> None:

@@ -67,6 +67,9 @@ class WholeTimer(Protocol):
         What makes a form raises DeployError where this machine cannot.
         """
 
+    def check(self, model: nn.Module) -> None:
+        """After a call through a task's forward. Raises DeployError for a model that did not run in its form."""
+
     def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
         """Seconds of each case by turn, interleaved; as many turns as fit into about `seconds`, within limits."""
 

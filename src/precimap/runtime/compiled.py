@@ -147,6 +147,16 @@ def compiled(deployed: nn.Module, *examples: tuple[Any, ...]) -> nn.Module:
 EAGER, COMPILED = "eager", "compiled"  # the forms that a model is served in
 
 
+def check_compiled(model: nn.Module) -> None:
+    """Raises DeployError for compiled calls that were never made: a forward that calls parts of the model only."""
+    calls = model._compiled_call_impl
+    if isinstance(calls, CompiledCalls) and not calls.graphs:
+        raise DeployError(
+            "expected the task's forward to call the model itself, which is what is compiled; it called parts of it only. "
+            "Use an eager target, or give the task a module whose forward is all that is served"
+        )
+
+
 def forms_of(
     deployed: Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module],
     model: nn.Module,

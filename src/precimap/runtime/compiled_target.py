@@ -15,7 +15,7 @@ from precimap.errors import DeployError
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.schemes import Scheme
-from precimap.runtime.compiled import COMPILED, CompiledCalls, compile_calls, no_compiler
+from precimap.runtime.compiled import COMPILED, check_compiled, compile_calls, no_compiler
 from precimap.runtime.cpu_int8 import CPU_INT8, CpuInt8
 from precimap.runtime.cpu_timer import CpuTimer
 from precimap.runtime.cpu_whole import CpuWholeTimer
@@ -54,9 +54,9 @@ class CompiledTarget:
             yield model
             return
         deployed = self.eager.deployed(model, layers)
-        calls = compile_calls(deployed)
+        compile_calls(deployed)
         yield deployed
-        _check_used(calls)
+        check_compiled(deployed)
 
     def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
         """As the eager target's; calls of the model compile when new shapes come. Raises DeployError without a compiler."""
@@ -74,11 +74,3 @@ CPU_INT8_COMPILED = CompiledTarget(
 CUDA_FP8_COMPILED = CompiledTarget(
     CUDA_FP8, f"Measured on the deployed model as Inductor compiles it for this GPU ({EXPERIMENTAL})."
 )
-
-
-def _check_used(calls: CompiledCalls) -> None:
-    if not calls.graphs:
-        raise DeployError(
-            "expected the task's forward to call the model itself, which is what is compiled; it called parts of it only. "
-            "Use the eager target, or give the task a module whose forward is all that is served"
-        )

@@ -21,7 +21,7 @@ from torch import nn
 from precimap.errors import DeployError
 from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
-from precimap.runtime.compiled import forms_of
+from precimap.runtime.compiled import check_compiled, forms_of
 from precimap.runtime.cpu_timer import clock_here, device_here
 from precimap.runtime.timing import interleaved
 
@@ -43,6 +43,9 @@ class CpuWholeTimer:
     def forms(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Mapping[str, Callable[[], nn.Module]]:
         """As it is, and with its calls compiled by Inductor with frozen weights."""
         return forms_of(self.deployed, model, layers)
+
+    def check(self, model: nn.Module) -> None:
+        check_compiled(model)
 
     def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
         start = time.perf_counter()

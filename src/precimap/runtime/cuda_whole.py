@@ -15,7 +15,7 @@ from torch import nn
 
 from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
-from precimap.runtime.compiled import EAGER, forms_of
+from precimap.runtime.compiled import EAGER, check_compiled, forms_of
 from precimap.runtime.cpu_whole import FEWEST, MOST
 from precimap.runtime.cuda_timer import device_here
 from precimap.runtime.timing import interleaved
@@ -37,6 +37,9 @@ class CudaWholeTimer:
     def forms(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Mapping[str, Callable[[], nn.Module]]:
         """As it is, and with its calls compiled by Inductor with frozen weights."""
         return forms_of(self.deployed, model, layers)
+
+    def check(self, model: nn.Module) -> None:
+        check_compiled(model)
 
     def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
         device = torch.device("cuda")

@@ -174,6 +174,7 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
     calibration = calibrated(run, inventory, search.schemes)
     seen = _with_times(search, seen, calibration)
     timed = seen.latency
+    stand = stand_of(search, inventory, calibration, seen.allowed, timed)
     savings = None if timed is None else timed.savings
     baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
     preflight.check_baseline(task, baseline.whole)
@@ -211,7 +212,6 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
     findings = replace(findings, kept_for_time=kept)
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
-    stand = stand_of(search, inventory, calibration, seen.allowed, timed)
     proof = proved(search, findings, chosen, stand, timed, seen.prints, ledger)
     final = proof.map.model_copy(update={"rounding": _rounding(search, proof.map, baseline, realigner)})
     conclude(run, final, proof.answer)

@@ -45,11 +45,16 @@ class Proof:
 def stand_of(
     search: Asked, inventory: Inventory, calibration: Calibration, allowed: Eligibility, latency: Latency | None
 ) -> Stand | None:
-    """Where whole maps are timed; None where the target's times are not to be had here, or nobody asked for them."""
+    """Where whole maps are timed; None where the target's times are not to be had here, or nobody asked for them.
+
+    Raises InputError for batch sizes that cannot be made of the task's batches.
+    """
     timer, seconds = search.target.whole_timer, search.effort.timing_seconds
     if timer is None or not seconds or not search.serving.is_of(timer.device()):
         return None
-    return Stand(search.run, timer, inventory, calibration, allowed, search.schemes, latency, search.serving, seconds)
+    stand = Stand(search.run, timer, inventory, calibration, allowed, search.schemes, latency, search.serving, seconds)
+    stand.check()
+    return stand
 
 
 def proved(

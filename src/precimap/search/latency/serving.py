@@ -54,7 +54,7 @@ def foreseen(
     if serving.profile is not None:
         notes, sizes = _said_of(serving.profile, pairs, target), serving.batch_sizes or serving.profile.batch_sizes
         return planned(inventory, pairs, serving.profile, sizes, notes)
-    if serving.batch_sizes and target.timer is None:
+    if serving.batch_sizes and target.timer is None and target.whole_timer is None:
         raise InputError(
             f"expected batch sizes with a profile, or with a target that is timed here; {target.name} counts FLOPs"
         )

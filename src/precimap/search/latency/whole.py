@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from precimap.end_to_end import BASE, BLANKET, MAP, EndToEnd, FormTimes, SizeTimes
-from precimap.errors import DeployError
+from precimap.errors import DeployError, InputError
 from precimap.hardware_profile import Times
 from precimap.layers.copying import shared_copy
 from precimap.layers.given import leading_rows
@@ -64,6 +64,11 @@ class Stand:
         if self.latency is not None:
             return self.latency.batch_sizes
         return self.serving.batch_sizes or (self.inventory.units,)
+
+    def check(self) -> None:
+        """Raises InputError where no batch of a size can be made: before the long work."""
+        for size in self.sizes:
+            self._batch(size)
 
     def times(self, precision_map: PrecisionMap) -> EndToEnd:
         """Of one map with at least one layer in low precision; from the journal where it holds them.
@@ -144,6 +149,7 @@ class Stand:
                 call = partial(_next_scored, self.run.task, model, batches)
                 try:
                     call()
+                    self.timer.check(model)
                 except _FAILURES as error:
                     if key in ((BASE, self.timer.served), (MAP, self.timer.served)):
                         raise DeployError(f"{name}, on a batch of {size}: {type(error).__name__}: {error}") from error
@@ -157,10 +163,10 @@ class Stand:
         return SizeTimes(units=size, rows=rows, forms=tuple(forms))
 
     def _batch(self, size: int) -> Any:
-        """Raises DeployError where no batch of this size can be made of the task's first search batch."""
+        """Raises InputError where no batch of this size can be made of the task's first search batch."""
         batch = resized(first_batch(self.run.task, self.run.task.splits.search), self.inventory.units, size)
         if batch is None:
-            raise DeployError(
+            raise InputError(
                 f"no batch of {size} can be made of the first search batch: nothing in it has one row per unit. Give "
                 "the data in batches as they are served, and no batch sizes; or --timing-seconds 0, to time no whole model"
             )
