@@ -6,10 +6,11 @@ nobody has certified the metric. All forms are held at once, with compiled copie
 could not be timed in turns.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,8 @@ from precimap.search.run import Run
 from precimap.task import Task, first_batch
 
 Call = Callable[[], Any]
+Form = tuple[str, str]  # precision, and how it is served
+PRECISIONS = (BASE, MAP, BLANKET)  # in the order of the tables; casts come last
 # What a user's model, or torch.compile on it, raises where a form is none for it.
 _FAILURES = (DeployError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 _LONGEST_REASON = 200
@@ -58,6 +61,7 @@ class Stand:
     latency: Latency | None
     serving: Serving
     seconds: float
+    _beside: dict[Form, Callable[[], nn.Module]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -104,29 +108,42 @@ class Stand:
             peak_given=given is not None,
         )
 
-    def _models(self, precision_map: PrecisionMap, refused: dict[str, str]) -> dict[tuple[str, str], nn.Module]:
+    def _models(self, precision_map: PrecisionMap, refused: dict[str, str]) -> dict[Form, nn.Module]:
         """Every form that can be made, by precision and form; the others with their reasons in `refused`."""
+        repaired = realigned(self.run.task.model, precision_map.realignment)
+        own = self.timer.forms(repaired, quantize_map(repaired, precision_map))
+        if not self._beside:
+            self._beside.update(self._forms_beside())
+        wanted = {**self._beside, **{(MAP, form): make for form, make in own.items()}}
+        models: dict[Form, nn.Module] = {}
+        for key in sorted(
+            wanted, key=lambda key: PRECISIONS.index(key[0]) if key[0] in PRECISIONS else len(PRECISIONS)
+        ):
+            try:
+                models[key] = wanted[key]()
+            except DeployError as error:
+                if key in self._needed:
+                    raise
+                refused[", ".join(key)] = str(error)
+        return models
+
+    def _forms_beside(self) -> dict[Form, Callable[[], nn.Module]]:
+        """What every map is compared with; each made once, for compiling takes longer than all else here."""
         task, forms = self.run.task, self.timer.forms
-        repaired = realigned(task.model, precision_map.realignment)
         made = {
             BASE: forms(task.model, {}),
-            MAP: forms(repaired, quantize_map(repaired, precision_map)),
             BLANKET: forms(task.model, prepare(task, self.inventory, self.calibration, self._all_low())),
         }
         for dtype in self.timer.casts:
             name = str(dtype).removeprefix("torch.")
             if name != task.base_precision:
                 made[name] = forms(_cast(task.model, dtype), {})
-        models: dict[tuple[str, str], nn.Module] = {}
-        for precision, by_form in made.items():
-            for form, make in by_form.items():
-                try:
-                    models[precision, form] = make()
-                except DeployError as error:
-                    if form == self.timer.served and precision in (BASE, MAP):
-                        raise
-                    refused[f"{precision}, {form}"] = str(error)
-        return models
+        return {(name, form): functools.cache(make) for name, found in made.items() for form, make in found.items()}
+
+    @property
+    def _needed(self) -> tuple[Form, Form]:
+        """The forms without which there is no answer."""
+        return (BASE, self.timer.served), (MAP, self.timer.served)
 
     def _all_low(self) -> dict[str, Scheme]:
         """Blanket low precision: every layer that can compute low does, under the first scheme that it can take."""
@@ -137,9 +154,9 @@ class Stand:
                     chosen.setdefault(layer, scheme)
         return chosen
 
-    def _at(self, size: int, models: Mapping[tuple[str, str], nn.Module], refused: dict[str, str]) -> SizeTimes:
+    def _at(self, size: int, models: Mapping[Form, nn.Module], refused: dict[str, str]) -> SizeTimes:
         batches = itertools.cycle(_copied(self._batch(size)) for _ in range(COPIES))
-        cases: dict[tuple[str, str], Call] = {}
+        cases: dict[Form, Call] = {}
         with torch.no_grad():
             rows = _rows_given(self.run.task, next(batches))
             for key, model in models.items():
@@ -151,7 +168,7 @@ class Stand:
                     call()
                     self.timer.check(model)
                 except _FAILURES as error:
-                    if key in ((BASE, self.timer.served), (MAP, self.timer.served)):
+                    if key in self._needed:
                         raise DeployError(f"{name}, on a batch of {size}: {type(error).__name__}: {error}") from error
                     refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST_REASON]
                     continue
@@ -217,7 +234,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copied
 
 
-def _form(key: tuple[str, str], seconds: list[float], served: list[float], memory: int | None) -> FormTimes:
+def _form(key: Form, seconds: list[float], served: list[float], memory: int | None) -> FormTimes:
     return FormTimes(
         precision=key[0],
         form=key[1],
