@@ -16,6 +16,7 @@ import copy
 import itertools
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,11 +97,12 @@ def _product(m: int, k: int, n: int, turns: int) -> Product:
     generator = torch.Generator().manual_seed(0)
     starts = range(0, 16 * (MOST_KEPT + 2), 16)
     values = torch.randn(m * k + starts[-1], generator=generator)
-    # In turns more inputs than a layer keeps codes of, over nearly the same memory.
-    inputs, inputs_half = (
-        itertools.cycle([all_of[start : start + m * k].view(m, k) for start in starts])
-        for all_of in (values, values.bfloat16())
-    )
+    values_half = values.bfloat16()
+
+    def inputs(all_of: Tensor) -> Iterator[Tensor]:
+        """In turns more inputs than a layer keeps codes of, over nearly the same memory; each case has its own."""
+        return itertools.cycle([all_of[start : start + m * k].view(m, k) for start in starts])
+
     linear = nn.Linear(k, n).eval()
     half = copy.deepcopy(linear).bfloat16()
     found = quantize_layer("weight", linear.weight, (1,), scheme(int8_scheme()), InputRange(0.03, 120))
@@ -116,15 +118,16 @@ def _product(m: int, k: int, n: int, turns: int) -> Product:
         return result
 
     torch._dynamo.reset()
-    in_one = compiled(layer, (next(inputs),))
-    cases = {
-        "fp32": lambda: linear(next(inputs)),
-        "bf16": lambda: half(next(inputs_half)),
-        "raw": raw,
-        "layer": lambda: layer(next(inputs)),
-        "compiled": lambda: in_one(next(inputs)),
-        "layer_bf16": lambda: layer_half(next(inputs_half)),
+    in_one = compiled(layer, (next(inputs(values)),))
+    forms = {
+        "fp32": (linear, inputs(values)),
+        "bf16": (half, inputs(values_half)),
+        "layer": (layer, inputs(values)),
+        "compiled": (in_one, inputs(values)),
+        "layer_bf16": (layer_half, inputs(values_half)),
     }
+    calls = {name: (lambda form=form, given=given: form(next(given))) for name, (form, given) in forms.items()}
+    cases = {"fp32": calls["fp32"], "bf16": calls["bf16"], "raw": raw, **calls}
     with torch.no_grad():
         seconds = interleaved(cases, turns, time.process_time)
     row = Product(

@@ -15,6 +15,7 @@ from precimap import (
     EndToEnd,
     compiled,
     deploy,
+    discover,
     load_deployed,
     save_deployed,
     search,
@@ -25,8 +26,9 @@ from precimap.hardware_profile import Times
 from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.numerics.schemes import scheme
 from precimap.precision_map import PrecisionMap
-from precimap.runtime import cuda_fp8
-from precimap.runtime.compiled import CompiledCalls, no_compiler
+from precimap.runtime import compiled as compiled_module
+from precimap.runtime import cuda_fp8, int8_linear
+from precimap.runtime.compiled import CompiledCalls, compile_calls, no_compiler
 from precimap.runtime.cpu_int8 import has_qlinear, int8_scheme
 from precimap.runtime.deploy import deployment_of
 from small_tasks import COUNTED_INT8, planted_task
@@ -188,3 +190,114 @@ def test_a_compiled_model_is_saved_and_read(precision_map: PrecisionMap, tmp_pat
         assert torch.equal(loaded(x), fast(x))
     again = compiled(deploy(task.model, precision_map), (x,))
     assert deployment_of(again).map == precision_map
+
+
+def test_code_that_failed_its_check_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo keeps it: a second call would find it, and nothing would be counted."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled_module, "_SETTINGS", {"freezing": False})
+    monkeypatch.setattr(int8_linear, "_freezing", torch.compiler.assume_constant_result(lambda: True))
+    model = Tower().eval()
+    fast, x = CPU_INT8.deployed(model, layers_of(model)), torch.randn(8, 64)
+    calls = compile_calls(fast)
+    for _ in range(2):
+        with pytest.raises(DeployError, match="expected 2 INT8 products in the generated code, found 0"):
+            fast(x)
+    assert fast._compiled_call_impl is calls
+
+
+def test_what_shapes_do_not_tell_compiles_with_the_settings_again() -> None:
+    """A code for one tensor given twice does not hold for two of the same shape: INT8 there, too, and counted."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = Tower()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            result: Tensor = torch.cat([self.tower(x), y], 1)
+            return result
+
+    torch._dynamo.reset()
+    model = Pair().eval()
+    fast, x, y = CPU_INT8.deployed(model, layers_of(model)), torch.randn(8, 64), torch.randn(8, 64)
+    calls = compile_calls(fast)
+    eager = CPU_INT8.deployed(model, layers_of(model))
+    fast(x, x)
+    first = calls.graphs
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, y), eager(x, y), atol=0.05, rtol=0)
+    assert calls.graphs == first + 1, "one graph, without a break at each layer"
+    assert calls._found == calls._expected > 0
+
+
+def test_a_compiled_model_is_in_evaluation_mode(precision_map: PrecisionMap) -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.second(nn.functional.dropout(self.first(x), 0.5, self.training))
+            return result
+
+    model = Dropped().train()
+    fast, x = CPU_INT8_COMPILED.deployed(model, layers_of(model)), torch.randn(8, 64)
+    assert torch.equal(fast(x), fast(x))
+    assert model.training
+
+
+def test_a_loaded_model_warns_too(precision_map: PrecisionMap, tmp_path: Path) -> None:
+    task = planted_task()
+    save_deployed(deploy(task.model, timed(precision_map, 16)), task.model, tmp_path / "model.safetensors")
+    loaded = load_deployed(planted_task().model, tmp_path / "model.safetensors")
+    with pytest.warns(BatchSizeWarning, match="batches of 16 rows and now gets 17"), torch.no_grad():
+        loaded(torch.randn(17, 64))
+
+
+def test_codes_do_not_outlive_a_call() -> None:
+    """A write that no version counts, as of `x.data` or of another library, is seen by the next call."""
+    model = Tower().eval()
+    fast = CPU_INT8.deployed(model, layers_of(model))
+    x = torch.randn(8, 64)
+    with torch.no_grad():
+        fast(x)
+        x.data.copy_(torch.randn(8, 64))
+        assert torch.equal(fast(x), fast(x.clone()))
+
+
+def test_a_layer_that_is_called_on_several_inputs_is_refused() -> None:
+    """By the search, from what discovery saw; and where it was compiled all the same, by its count."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = Tower()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.cat([self.tower(x), self.tower(y)])
+
+    torch._dynamo.reset()
+    model, x, y = Twice().eval(), torch.randn(8, 64), torch.randn(8, 64)
+    found = discover(model, lambda m, b: m(*b), (x, y)).layer("tower.first.weight")
+    assert CPU_INT8.refusal(found, scheme(int8_scheme())) is None
+    assert "called 2 times" in str(CPU_INT8_COMPILED.refusal(found, scheme(int8_scheme())))
+    fast = CPU_INT8_COMPILED.deployed(model, layers_of(model))
+    with pytest.raises(DeployError, match="no layer that one graph calls on several inputs"):
+        fast(x, y)
+
+
+def test_code_that_was_thrown_away_is_made_again() -> None:
+    """`torch.compiler.reset` of somebody else: never in base precision, and never without being counted."""
+    torch._dynamo.reset()
+    model = Tower().eval()
+    fast, x = CPU_INT8.deployed(model, layers_of(model)), torch.randn(8, 64)
+    calls = compile_calls(fast)
+    eager = CPU_INT8.deployed(model, layers_of(model))
+    fast(x)
+    before = calls.graphs
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), eager(x), atol=0.03, rtol=0)
+    assert calls.graphs > before
+    assert calls._found == calls._expected > 0

@@ -24,7 +24,7 @@ def end_to_end_page(found: EndToEnd) -> RenderableType:
         + ("" if found.foretold is None else f"; the sum of single layers foretold {found.foretold}"),
     ]
     if not found.pays:
-        lines.append("no gain that can be told from the spread of the turns: not worth it on this hardware")
+        lines.append("no gain in time that can be told from the spread of the turns")
     lines += [
         f"faster than the map: {name}, {1 / speed.median:.2f} times as fast; its {_quality(name)}"
         for name, speed in found.faster()

@@ -78,7 +78,7 @@ def read_run(directory: str | Path) -> RunRecord:
             ),
             deployment=_only(journal, "deployment"),
             latency=_only(journal, "latency"),
-            end_to_end=None if whole is None else EndToEnd.model_validate_json(json.dumps(whole)),
+            end_to_end=None if not whole else EndToEnd.model_validate_json(json.dumps(whole)),
             map=None if summary is None else PrecisionMap.parse(json.dumps(summary["map"]), str(directory)),
             answer=None if summary is None else str(summary["answer"]),
             batches={kind: count for kind in STAGES if (count := journal.count(kind))},

@@ -34,6 +34,7 @@ def attend(
     if (
         not known
         or query.dim() != 4
+        or not query.shape[:2] == key.shape[:2] == value.shape[:2]
         or any(each.dtype != torch.bfloat16 or each.device.type != "cpu" for each in (query, key, value))
         or dropout_p
         or is_causal

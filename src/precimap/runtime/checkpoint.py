@@ -20,7 +20,7 @@ from precimap.layers.realign import realigned
 from precimap.layers.views import parameter_names, plain_name
 from precimap.numerics.quantize import Affine, storage_dtype
 from precimap.precision_map import PrecisionMap
-from precimap.runtime.deploy import build, deployed_layers, deployment_of
+from precimap.runtime.deploy import build, deployed_layers, deployment_of, watch_batches
 
 METADATA_KEY = "precimap_map"
 
@@ -60,7 +60,9 @@ def load_deployed(model: nn.Module, path: str | Path, *, target: str | None = No
     layers = {name: _layer(name, precision_map, tensors, str(path)) for name in precision_map.low}
     model = realigned(model, precision_map.realignment)  # it may have got a bias; all values come from the file
     loaded = _with_base_tensors(model, tensors, layers, str(path))
-    return build(loaded, precision_map, layers, target or precision_map.target)
+    deployed = build(loaded, precision_map, layers, target or precision_map.target)
+    watch_batches(deployed)
+    return deployed
 
 
 def _base_tensors(base: nn.Module, low: set[str]) -> dict[str, Tensor]:

@@ -1,14 +1,16 @@
 """A model's calls through torch.compile, with its INT8 products in the generated code.
 
-Invariant: every INT8 layer in a compiled graph is multiplied by oneDNN's INT8 product in the code for it, counted and not
-assumed: Inductor finds the product only with its weights frozen, and computes in base precision without a word where it
-does not. Frozen weights cannot be changed afterwards; a deployed model's never are. Setting
+Invariant: every INT8 layer in a compiled graph is multiplied by oneDNN's INT8 product in the code for it, counted graph by
+graph and not assumed: Inductor finds the product only with its weights frozen, and computes in base precision without a word
+where it does not. Frozen weights cannot be changed afterwards; a deployed model's never are. Setting
 `torch._inductor.config.freezing` for the process was not taken: it would freeze the user's other models too, so it is set
 while a call of new shapes compiles, and the shapes that were met are remembered.
 """
 
 import copy
 import functools
+import inspect
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -31,6 +33,19 @@ _LIMITS = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096, "fail_o
 _LOWERED = "qlinear_weight_prepack_matcher_count"
 
 
+# Of this compiled function alone, where torch.compile takes it, also when nothing is to be compiled.
+_OWN_LIMIT: dict[str, Any] = (
+    {"recompile_limit": 4096} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+)
+
+
+class _NotPrepared(Exception):
+    """Dynamo compiles again, for something that `_shapes` does not tell, without the settings.
+
+    What comes before the first graph of its code has run by then, INT8 layers one by one; the rest is compiled as it should.
+    """
+
+
 class CompiledCalls:
     """What a call of `model` is, compiled by Inductor without gradients.
 
@@ -41,7 +56,12 @@ class CompiledCalls:
     def __init__(self, model: nn.Module, dynamic: bool | None) -> None:
         # Over the same parts, because the model's own __call__ may lead here. Compiling its `_call_impl`, as
         # nn.Module.compile does, keeps activations out of the products.
-        self._run: Callable[..., Any] = torch.compile(copy.copy(model), backend=self._generate, dynamic=dynamic)
+        self._run: Callable[..., Any] = torch.compile(
+            copy.copy(model), backend=self._generate, dynamic=dynamic, **_OWN_LIMIT
+        )
+        self._prepared = threading.local()
+        self._failed: str | None = None
+        self._one_at_a_time = threading.Lock()
         self._model, self._met = model, set[object]()
         self.before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None
         self._expected = self._found = self.graphs = 0
@@ -52,10 +72,16 @@ class CompiledCalls:
             raise DeployError("this model is compiled already; give torch.compile and torch.export the deployed one")
         if self.before is not None:
             self.before(self._model, args, kwargs)
+        if self._failed is not None:
+            raise DeployError(self._failed)
         with torch.no_grad():
             shapes = _shapes(args, kwargs)
             if shapes in self._met:
-                return self._run(*args, **kwargs)
+                try:
+                    return self._run(*args, **kwargs)
+                except torch._dynamo.exc.BackendCompilerFailed as error:
+                    if not isinstance(error.inner_exception, _NotPrepared):
+                        raise
             result = self._compiling(*args, **kwargs)
         self._met.add(shapes)
         return result
@@ -65,20 +91,25 @@ class CompiledCalls:
         import torch._inductor.config
         import torch.fx.experimental._config as shapes
 
-        self._expected = self._found = 0
         with ExitStack() as settings:
+            settings.enter_context(self._one_at_a_time)
+            self._expected = self._found = 0
             settings.enter_context(
                 torch._inductor.config.patch({**_SETTINGS, "pre_grad_custom_pass": attention_pass()})
             )
             settings.enter_context(torch._dynamo.config.patch(_LIMITS))
             # Or sizes that happen to be equal, as rows and a width, are taken for one size, which the weight then fixes.
             settings.enter_context(shapes.patch(use_duck_shape=False))  # type: ignore[attr-defined]
+            self._prepared.now = True
+            settings.callback(delattr, self._prepared, "now")
             result = self._run(*args, **kwargs)
-        if self._found < self._expected:
-            raise DeployError(
-                f"expected {self._expected} INT8 products in the generated code, found {self._found}: this torch build "
-                "does not lower them; use the deployed model as it is"
-            )
+            if self._found < self._expected:
+                # The code is there, and further calls would run it.
+                self._failed = (
+                    f"expected {self._expected} INT8 products in the generated code, found {self._found}: Inductor lowers "
+                    "no layer that one graph calls on several inputs, or this torch build none; use the deployed model"
+                )
+                raise DeployError(self._failed)
         return result
 
     def _generate(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -86,22 +117,32 @@ class CompiledCalls:
         from torch._dynamo.utils import counters
         from torch._inductor.compile_fx import compile_fx
 
+        if not hasattr(self._prepared, "now"):
+            raise _NotPrepared
         dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
         before = counters["inductor"][_LOWERED]
         code: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
         self.graphs += 1
-        self._expected += sum(node.target in (dequantize, dequantize.default) for node in graph.graph.nodes)
+        # By their codes: of two calls of a layer on one input a single product is left.
+        read = {node.args[0] for node in graph.graph.nodes if node.target in (dequantize, dequantize.default)}
+        self._expected += len(read)
         self._found += counters["inductor"][_LOWERED] - before
         return code
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """What code is compiled for: shapes, strides and dtypes of all tensors, other values as they are."""
+    """What code is compiled for: shapes, strides and dtypes of all tensors, which of them are one, other values as they are,
+    and what is set for torch."""
+    leaves = tree_leaves((args, kwargs))
+    places = {id(leaf): place for place, leaf in enumerate(reversed(leaves))}
     known = [
-        (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf))
-        for leaf in tree_leaves((args, kwargs))
+        (leaf.shape, leaf.stride(), leaf.dtype, places[id(leaf)])
+        if isinstance(leaf, Tensor)
+        else (type(leaf), repr(leaf))
+        for leaf in leaves
     ]
-    return (torch.is_inference_mode_enabled(), *known)
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return (torch.is_inference_mode_enabled(), torch.get_num_threads(), autocast, *known)
 
 
 class CompiledModel(nn.Module):
@@ -119,12 +160,14 @@ class CompiledModel(nn.Module):
 
 
 def compile_calls(model: nn.Module) -> CompiledCalls:
-    """Let calls of `model` itself, and not of its parts, be compiled for all sizes; everything else stays as it is.
+    """Let calls of `model` itself, and not of its parts, be compiled for all sizes, in evaluation mode.
+
+    Its parts stay as they are; attributes of its own that are set later are not seen by compiled calls.
 
     All sizes in one code, because batches vary, and because Inductor takes MKL's float32 product for fixed ones: on an
     AMD CPU that takes twice the time of oneDNN's (docs/log.md), and is no base to be measured against.
     """
-    calls = CompiledCalls(model, dynamic=True)
+    calls = CompiledCalls(model.eval(), dynamic=True)
     model._compiled_call_impl = calls
     return calls
 
@@ -135,7 +178,8 @@ def compiled(deployed: nn.Module, *examples: tuple[Any, ...]) -> nn.Module:
     Compiles now, with a C++ compiler of this machine; a call with other shapes later compiles when it comes. An activation
     that follows a layer and the codes of the next are computed inside the product, whose sums may round to another code
     now and then; attention in BF16 is products where those are faster (`attention`), its scores in BF16. Search with the
-    target `cpu-int8-compiled` to have a compiled form certified. The result carries the deployed model's `precimap`.
+    target `cpu-int8-compiled` to have a compiled form certified. The result carries the deployed model's `precimap` and
+    does not warn of batch sizes.
     Raises DeployError when a layer is not in INT8 in the generated code.
     """
     model = CompiledModel(deployed)

@@ -45,7 +45,12 @@ class CompiledTarget:
         return replace(self.eager.whole_timer, served=COMPILED)
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
-        return self.eager.refusal(layer, scheme) or no_compiler()
+        return self.eager.refusal(layer, scheme) or self._not_lowered(layer, scheme) or no_compiler()
+
+    def _not_lowered(self, layer: Layer, scheme: Scheme) -> str | None:
+        if isinstance(self.eager, CpuInt8) and scheme.computes_low and layer.calls > 1:
+            return f"called {layer.calls} times: Inductor lowers no INT8 layer that one graph calls on several inputs"
+        return None
 
     @contextmanager
     def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:

@@ -66,7 +66,10 @@ class CpuInt8:
         def place(layer: QuantizedLayer, module: nn.Module | None) -> nn.Module:
             return _linear(layer, module, shared) if layer.scheme.rows is None else packed_table(layer, module)
 
-        return with_modules(model, layers, place)
+        deployed = with_modules(model, layers, place)
+        if not isinstance(deployed, Int8Linear):  # a layer by itself has nobody to share with
+            deployed.register_forward_hook(shared.drop)
+        return deployed
 
 
 CPU_INT8 = CpuInt8()

@@ -93,15 +93,16 @@ def deploy(
     if task is not None:
         found = agreement(task, model, deployed, layers)
         _carry(deployed, replace(deployment_of(deployed), agreement=found))
-    _watch(deployed, precision_map)
+    watch_batches(deployed)
     return deployed
 
 
-def _watch(deployed: nn.Module, precision_map: PrecisionMap) -> None:
+def watch_batches(deployed: nn.Module) -> None:
     """Let calls outside the batch sizes of the map's times be told, where they are times of what runs here."""
-    times = precision_map.end_to_end
+    carried = deployment_of(deployed)
+    times = carried.map.end_to_end
     measured = None if times is None else times.rows_measured()
-    if measured is not None and deployment_of(deployed).target == precision_map.target:
+    if measured is not None and carried.target == carried.map.target:
         watch(deployed, *measured)
 
 

@@ -53,6 +53,11 @@ class SharedCodes:
         self._kept = ((weakref.ref(owner, self._forget), how, codes), *kept[: MOST_KEPT - 1])
         return codes
 
+    def drop(self, *_: object) -> None:
+        """Keep nothing beyond a call of the model: between two calls others may write where versions do not count."""
+        if not torch.compiler.is_compiling():
+            self._kept = ()
+
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
         self._kept = tuple(one for one in self._kept if one[0] is not gone)
 

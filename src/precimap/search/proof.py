@@ -5,6 +5,7 @@ bytes; and the certify split is not asked about it. Time is asked first, for it 
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ def proved(
     times = stand.times(maps[-1]) if stand is not None and maps else None
     if times is not None and not _worthwhile(search, findings.inventory, maps[-1], times):
         maps = []
+    _write(search.run, times)
     try:
         certificates = _certified(search, maps, prints, ledger)
     except AlphaSpent:
@@ -84,8 +86,8 @@ def proved(
     final, certificate, answer = answer_of(findings, chosen, certificates, search.limits.margin, latency)
     if stand is not None and final.low:
         times = stand.times(final)
+        _write(search.run, times)
     if times is not None:
-        search.run.journal.conclude("whole model", "end to end", times.model_dump(mode="json"))
         if not maps or (final.low and not _worthwhile(search, findings.inventory, final, times)):
             return Proof(assemble(findings, {}), None, no_gain(times), certificates, times)
         if final.low:
@@ -95,13 +97,18 @@ def proved(
 
 def _worthwhile(search: Asked, inventory: Inventory, precision_map: PrecisionMap, times: EndToEnd) -> bool:
     """Time saved beyond its spread, or bytes, where they are asked for and worth the time that they cost."""
-    kept = Step({}, 0.0, 0.0, precision_map.bytes_before)
+    kept = Step({}, math.inf, 0.0, precision_map.bytes_before)  # refused for its bytes, if at all
     if times.pays or not search.rule.accepts(inventory, kept):
         return True
     bytes_saved = 1 - precision_map.bytes_after / precision_map.bytes_before
     return (
         search.rule.bytes_worth > BYTES_WORTH and 1 - 1 / times.gain.lower + search.rule.bytes_worth * bytes_saved > 0
     )
+
+
+def _write(run: Run, times: EndToEnd | None) -> None:
+    """Of the last map that this question had timed, also where none was: what another question found is not to stay."""
+    run.journal.conclude("whole model", "end to end", {} if times is None else times.model_dump(mode="json"))
 
 
 def conclude(run: Run, final: PrecisionMap, answer: str) -> None:

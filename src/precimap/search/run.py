@@ -60,12 +60,14 @@ def scored(
     running: Callable[[], AbstractContextManager[Any]],
     after_batch: Callable[[int], None] = lambda _: None,
     numbers: Sequence[int] | None = None,
+    check: Callable[[Any], None] = lambda _: None,
 ) -> Parts:
     """Score a split batch by batch, from the journal where it holds a batch already.
 
     numbers: of the batches to score, None for all; the journal knows a batch by its number in the split, so that
     another selection takes none for another. running: gives the model to score while its block lasts; not entered when
-    every batch is known. after_batch is told how many batches are done. Raises TaskError as `precimap.task.score`.
+    every batch is known. check is given it after each batch, before anything is written down. after_batch is told how many
+    batches are done. Raises TaskError as `precimap.task.score`.
     """
     parts = []
     with ExitStack() as stack, torch.no_grad():
@@ -78,6 +80,7 @@ def scored(
                 model = stack.enter_context(running()) if model is None else model
                 started = time.perf_counter()
                 part = score_batch(run.task, model, to_device(batch, run.task.device), number)
+                check(model)
                 record_part(run.journal, kind, batch_subject(subject, number), part, time.perf_counter() - started)
             else:
                 part = part_of(found)

@@ -72,7 +72,10 @@ def _certify_split(run: Run, target: Target, split: str, precision_map: Precisio
         return target.running(model, quantize_map(model, precision_map))
 
     subject = "baseline" if precision_map is None else precision_map.fingerprint
-    return scored(run, "certify", f"{subject} on {target.name} with {split}", task.splits.certify, running).whole
+    timer = None if precision_map is None else target.whole_timer
+    check = (lambda _: None) if timer is None else timer.check
+    name = f"{subject} on {target.name} with {split}"
+    return scored(run, "certify", name, task.splits.certify, running, check=check).whole
 
 
 def _unrepaired(task: Task, baseline: Scored, plain: Scored, alpha: float) -> Unrepaired:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from precimap.end_to_end import BASE, BLANKET, MAP, EndToEnd, FormTimes, SizeTimes
-from precimap.errors import DeployError, InputError
+from precimap.errors import DeployError, InputError, JournalError
 from precimap.hardware_profile import Times
 from precimap.layers.copying import shared_copy
 from precimap.layers.given import leading_rows
@@ -77,14 +77,27 @@ class Stand:
     def times(self, precision_map: PrecisionMap) -> EndToEnd:
         """Of one map with at least one layer in low precision; from the journal where it holds them.
 
-        Raises DeployError when the map, or the base model, does not run in the form that is served.
+        Raises DeployError when the map, or the base model, does not run in the form that is served; JournalError when
+        the layers of this run were timed on another machine.
         """
-        found = self.run.journal.find("end to end", precision_map.fingerprint)
-        if found is not None:
-            return EndToEnd.model_validate_json(json.dumps(found.value))
-        times = self._measured(precision_map)
-        self.run.journal.record("end to end", precision_map.fingerprint, times.model_dump(mode="json"))
-        return times
+        subject = f"{precision_map.fingerprint} at {', '.join(map(str, self.sizes))}"
+        found = self.run.journal.find("end to end", subject)
+        if found is None:
+            self._check_device()
+            times = self._measured(precision_map)
+            self.run.journal.record("end to end", subject, times.model_dump(mode="json"))
+        else:
+            times = EndToEnd.model_validate_json(json.dumps(found.value))
+        given = self.serving.peak_flops
+        return times if given is None else times.model_copy(update={"peak_flops": given, "peak_given": True})
+
+    def _check_device(self) -> None:
+        here = self.timer.device()
+        if self.latency is not None and self.latency.device != here:
+            raise JournalError(
+                f"the layers of this run were timed elsewhere: {'; '.join(self.latency.device.differences(here))}. Take it "
+                "up there, or choose another run directory"
+            )
 
     def _measured(self, precision_map: PrecisionMap) -> EndToEnd:
         task, refused = self.run.task, dict[str, str]()
@@ -95,7 +108,6 @@ class Stand:
             sizes.append(self._at(size, models, refused))
         self.run.progress("time whole models", len(self.sizes), len(self.sizes))
         products = self.inventory.weight_flops + self.inventory.activation_flops
-        given = self.serving.peak_flops
         return EndToEnd(
             map=precision_map.fingerprint,
             device=self.timer.device(),
@@ -104,8 +116,8 @@ class Stand:
             refused=refused,
             foretold=self._foretold(precision_map, sizes),
             flops=round(products / self.inventory.units),
-            peak_flops=given or self.timer.peak_flops(getattr(torch, task.base_precision)),
-            peak_given=given is not None,
+            peak_flops=self.timer.peak_flops(getattr(torch, task.base_precision)),
+            peak_given=False,
         )
 
     def _models(self, precision_map: PrecisionMap, refused: dict[str, str]) -> dict[Form, nn.Module]:
@@ -155,15 +167,15 @@ class Stand:
         return chosen
 
     def _at(self, size: int, models: Mapping[Form, nn.Module], refused: dict[str, str]) -> SizeTimes:
-        batches = itertools.cycle(_copied(self._batch(size)) for _ in range(COPIES))
+        copies = [_copied(self._batch(size)) for _ in range(COPIES)]
         cases: dict[Form, Call] = {}
         with torch.no_grad():
-            rows = _rows_given(self.run.task, next(batches))
+            rows = _rows_given(self.run.task, copies[0])
             for key, model in models.items():
                 name = ", ".join(key)
                 if name in refused:
                     continue
-                call = partial(_next_scored, self.run.task, model, batches)
+                call = partial(_next_scored, self.run.task, model, itertools.cycle(copies))
                 try:
                     call()
                     self.timer.check(model)
