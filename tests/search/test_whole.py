@@ -366,3 +366,44 @@ class Untimed(type(CPU_INT8_COMPILED)):  # type: ignore[misc]
     """Layers are counted in FLOPs, whole models are timed."""
 
     timer = None
+
+
+def test_a_least_gain_does_not_switch_the_gate_of_time_off(tmp_path: Path) -> None:
+    """The empty map has no gain either; that is no wish for bytes."""
+    slower = TableWhole({"base, eager": 1.8, "map, eager": 2.0})
+    assert not searched(slower, tmp_path, rule=Knapsack(Constraints(minimum_gain=0.01))).certified
+
+
+def test_another_batch_size_is_another_measurement(tmp_path: Path) -> None:
+    """In one run directory; a peak that is given counts for times that are known, too."""
+    for sizes, timed in (((64,), True), ((100,), True), ((64,), False)):
+        timer = TableWhole(PAYS)
+        found = searched(timer, tmp_path, run=tmp_path / "run", serving=Serving(sizes, peak_flops=5e9)).end_to_end
+        assert found is not None
+        assert [size.units for size in found.sizes] == list(sizes)
+        assert bool(timer.turned) is timed
+        assert (found.peak_flops, found.peak_given) == (5e9, True)
+
+
+def test_a_report_shows_the_times_of_its_own_question(tmp_path: Path) -> None:
+    searched(TableWhole(PAYS), tmp_path, run=tmp_path / "run")
+    assert read_run(tmp_path / "run").end_to_end is not None
+    searched(TableWhole(PAYS), tmp_path, run=tmp_path / "run", effort=replace(QUIET, timing_seconds=0))
+    assert read_run(tmp_path / "run").end_to_end is None
+
+
+@needs_compiler
+@pytest.mark.skipif(not has_qlinear(), reason="no INT8 products")
+def test_no_certificate_of_compiled_code_without_any(tmp_path: Path) -> None:
+    """Its forward calls parts of the model; taken up again, the run must not find scores that eager code made."""
+    task = wide_task()
+    task = replace(task, forward=lambda m, b: 4 * m.last(m.inner(b["x"])))
+    asked: dict[str, Any] = {"schemes": [int8_scheme()], "margin": 0.05, "ledger": tmp_path, "run": tmp_path / "run"}
+    for _ in range(2):
+        with pytest.raises(DeployError, match="called parts of it only"):
+            search(
+                task,
+                target=Untimed(CPU_INT8, CPU_INT8_COMPILED.claim),
+                effort=replace(QUIET, timing_seconds=0),
+                **asked,
+            )
