@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
@@ -127,10 +127,13 @@ def slow_upper_bound(d: Floats, units: Units, alpha: float, worst: float | None)
         return mean
     skewness = 2 * sum(v**3 for v in z) / sum(v**2 for v in z) ** 1.5
     raised = stats.pearson3.ppf(1 - alpha, max(skewness, 0)) - stats.norm.ppf(1 - alpha)
+    if skewness < 1e-3:  # as `_quantile` says, less than a thousandth of the error: left out there
+        raised = 0.0
     return mean + error * (stats.t.ppf(1 - alpha, len(total) - 1) + max(raised, 0))
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.01, 0.05, 0.1, 0.3]), st.sampled_from([None, 9.0, 30.0]))
+@example(666, 0.01, None)  # a skewness of 7e-4, and a bound next to zero
 def test_the_bound_is_what_its_docstring_says(seed: int, alpha: float, worst: float | None) -> None:
     d, units = sample(seed)
     d = np.minimum(d, 9)
