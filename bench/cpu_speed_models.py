@@ -15,20 +15,17 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from all_low import all_low
 from click_model import Recipe
 from torch import Tensor, nn
 
-from precimap import CPU_INT8, Splits, Task, discover
+from precimap import CPU_INT8
 from precimap.demos.minilm import load_encoder
-from precimap.layers.refusals import refusal
-from precimap.metrics import Loss
 from precimap.numerics.schemes import scheme
 from precimap.runtime.compiled import compiled
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.runtime.int8_linear import Int8Linear
 from precimap.runtime.timing import Spread, interleaved, ratio, spread
-from precimap.search.calibrate import calibrate, codes
-from precimap.search.progress import silent
 
 Inputs = tuple[Tensor, ...]
 Call = Callable[[], Tensor]
@@ -113,8 +110,8 @@ def measured(name: str, model: nn.Module, inputs: Inputs, turns: int, engines: M
 
 def _forms(model: nn.Module, inputs: Inputs, torchao: bool) -> tuple[dict[str, Call], dict[str, Call], Call]:
     """One call of each form: ours, torch's, and of the products alone."""
-    half = copy.deepcopy(model).bfloat16()
-    ours = {"int8 in fp32": _int8(model, inputs), OURS: _int8(half, inputs)}
+    half, int8 = copy.deepcopy(model).bfloat16(), scheme(int8_scheme())
+    ours = {"int8 in fp32": all_low(model, inputs, int8, CPU_INT8), OURS: all_low(half, inputs, int8, CPU_INT8)}
     peers = {FP32: model, BF16: half}
     if torchao:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -132,27 +129,6 @@ def _eager_and_compiled(models: Mapping[str, nn.Module], inputs: Inputs) -> dict
         forms[f"{name}, compiled"] = partial(compiled(form, inputs), *inputs)
         print(f"  {name} compiled in {time.perf_counter() - started:.0f} s", flush=True)
     return forms
-
-
-def _int8(model: nn.Module, inputs: Inputs) -> nn.Module:
-    """Every layer that takes INT8 on this CPU, ranges from the inputs."""
-    task = Task(
-        model,
-        splits=Splits([inputs], [inputs], [inputs]),
-        forward=lambda m, batch: m(*batch),
-        loss=lambda scores, batch: scores.float().square(),
-        metric=Loss(),
-    )
-    chosen = scheme(int8_scheme())
-    inventory = discover(model, task.forward, inputs)
-    takes = [
-        layer.name
-        for layer in inventory.layers
-        if refusal(layer, chosen) is None and CPU_INT8.refusal(layer, chosen) is None
-    ]
-    calibration = calibrate(task, tuple(takes), silent)
-    layers = codes(task, inventory, calibration, [(name, chosen) for name in takes])
-    return CPU_INT8.deployed(model, {layer.name: layer for layer in layers})
 
 
 def _products(deployed: nn.Module, inputs: Inputs) -> Call:

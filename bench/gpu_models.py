@@ -12,17 +12,13 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from all_low import all_low
 from click_model import Recipe
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from precimap import CUDA_FP8, Splits, Task, compiled, discover, graphed
-from precimap.layers.refusals import refusal
-from precimap.layers.target import Target
-from precimap.metrics import Loss
+from precimap import CUDA_FP8, compiled, graphed
 from precimap.numerics.schemes import scheme
-from precimap.search.calibrate import calibrate, codes
-from precimap.search.progress import silent
 
 Inputs = tuple[Tensor, ...]
 Call = Callable[[], Any]
@@ -105,31 +101,9 @@ class Normed(nn.Module):
         return result
 
 
-def in_fp8(model: nn.Module, inputs: Inputs, name: str, target: Target) -> nn.Module:
-    """The model deployed with every layer that takes the scheme there, ranges from the inputs."""
-    task = Task(
-        model,
-        splits=Splits([inputs], [inputs], [inputs]),
-        forward=lambda m, batch: m(*batch),
-        loss=lambda scores, batch: scores.float().square().reshape(len(scores), -1).mean(1),
-        metric=Loss(),
-    )
-    chosen = scheme(name)
-    inventory = discover(model, task.forward, inputs)
-    takes = [
-        layer.name
-        for layer in inventory.layers
-        if refusal(layer, chosen) is None and target.refusal(layer, chosen) is None
-    ]
-    calibration = calibrate(task, tuple(takes), silent)
-    layers = codes(task, inventory, calibration, [(layer, chosen) for layer in takes])
-    with target.running(model, {layer.name: layer for layer in layers}) as deployed:
-        return deployed
-
-
 def forms(model: nn.Module, inputs: Inputs, with_graphs: bool) -> tuple[Mapping[str, Call], Mapping[str, Tensor]]:
     """Form -> one call of it, and what it gives; `float32` is among the results alone."""
-    eager = {BF16: model, **{name: in_fp8(model, inputs, name, CUDA_FP8) for name in PRECISIONS}}
+    eager = {BF16: model, **{name: all_low(model, inputs, scheme(name), CUDA_FP8) for name in PRECISIONS}}
     made: dict[str, nn.Module] = {}
     for name, form in eager.items():
         torch._dynamo.reset()

@@ -17,19 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from all_low import all_low, takes, task_of
 from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
 from torch import Tensor, nn
 
-from precimap import CPU_INT8, Splits, Task, bench_device, discover
+from precimap import CPU_INT8, bench_device, discover
 from precimap.demos.minilm import load_encoder
-from precimap.layers.refusals import refusal
-from precimap.metrics import Loss
 from precimap.numerics.schemes import scheme
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.runtime.timing import Spread, interleaved, ratio, spread
-from precimap.search.calibrate import calibrate, codes
 from precimap.search.latency.planned import planned
-from precimap.search.progress import silent
 
 HEADS = 12
 
@@ -67,20 +64,12 @@ class Heads(nn.Module):
 
 def _row(name: str, model: nn.Module, inputs: tuple[Tensor, ...], turns: int) -> Row:
     chosen, units = scheme(int8_scheme()), inputs[0].shape[0]
-    task = Task(
-        model,
-        splits=Splits([inputs], [inputs], [inputs]),
-        forward=lambda m, batch: m(*batch),
-        loss=lambda scores, batch: scores.float().square(),
-        metric=Loss(),
-    )
+    task = task_of(model, inputs)
     inventory = discover(model, task.forward, inputs)
-    takes = [la for la in inventory.layers if refusal(la, chosen) is None and CPU_INT8.refusal(la, chosen) is None]
+    names = takes(inventory, chosen, CPU_INT8)
     profile = bench_device(task, target=CPU_INT8, batch_sizes=(units,), schemes=[chosen])
-    plan = planned(inventory, [(layer.name, chosen) for layer in takes], profile, (units,), ())
-    calibration = calibrate(task, tuple(layer.name for layer in takes), silent)
-    made = codes(task, inventory, calibration, [(layer.name, chosen) for layer in takes])
-    deployed = CPU_INT8.deployed(model, {layer.name: layer for layer in made})
+    plan = planned(inventory, [(layer, chosen) for layer in names], profile, (units,), ())
+    deployed = all_low(model, inputs, chosen, CPU_INT8)
     with torch.no_grad():
         cases = {"float32": lambda: model(*inputs), "int8": lambda: deployed(*inputs)}
         seconds = interleaved(cases, turns, time.process_time)

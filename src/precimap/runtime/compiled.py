@@ -31,8 +31,6 @@ _SETTINGS = {"freezing": True, "realize_reads_threshold": 1}
 # compiling and runs eagerly without a word.
 _LIMITS = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
 _LOWERED = "qlinear_weight_prepack_matcher_count"
-
-
 # Of this compiled function alone, where torch.compile takes it, also when nothing is to be compiled.
 _OWN_LIMIT: dict[str, Any] = (
     {"recompile_limit": 4096} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
@@ -165,8 +163,12 @@ def compile_calls(model: nn.Module) -> CompiledCalls:
     Its parts stay as they are; attributes of its own that are set later are not seen by compiled calls.
 
     All sizes in one code, because batches vary, and because Inductor takes MKL's float32 product for fixed ones: on an
-    AMD CPU that takes twice the time of oneDNN's (docs/log.md), and is no base to be measured against.
+    AMD CPU that takes twice the time of oneDNN's (docs/log.md), and is no base to be measured against. Raises DeployError
+    without a compiler.
     """
+    reason = no_compiler()
+    if reason is not None:
+        raise DeployError(reason)
     calls = CompiledCalls(model.eval(), dynamic=True)
     model._compiled_call_impl = calls
     return calls
@@ -212,9 +214,6 @@ def forms_of(
         return deployed(model, layers) if layers else shared_copy(model)
 
     def compiled_too() -> nn.Module:
-        reason = no_compiler()
-        if reason is not None:
-            raise DeployError(reason)
         made = eager()
         compile_calls(made)
         return made

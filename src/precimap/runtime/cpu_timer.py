@@ -65,10 +65,7 @@ class CpuTimer:
         for _ in range(self.rounds):
             blocks = [torch.empty(2 ** sizes.randrange(8, 20)) for _ in range(sizes.randrange(32))]
             *inputs, met = _inputs(module, rows, each)
-            modules = {BASE: shared_copy(module)}
-            modules |= {name: self.place(module, layer) for name, layer in forms.items()}
-            for served in modules.values():
-                self.serve(served)
+            modules = beside_each_other(module, forms, self.place, self.serve)
             calls: dict[_Case, tuple[nn.Module, Iterator[Tensor]]] = {
                 (name, False): (form, itertools.cycle(inputs)) for name, form in modules.items()
             }
@@ -89,6 +86,19 @@ class CpuTimer:
 
 
 _Case = tuple[str, bool]  # the name of a form, and whether it meets an input that is quantised already
+
+
+def beside_each_other(
+    module: nn.Module,
+    forms: Mapping[str, QuantizedLayer],
+    place: Callable[[nn.Module, QuantizedLayer], nn.Module],
+    serve: Callable[[nn.Module], object],
+) -> dict[str, nn.Module]:
+    """The module as it is (`BASE`) and what takes its place in each form, each in a tree of its own and served."""
+    modules = {BASE: shared_copy(module), **{name: place(module, layer) for name, layer in forms.items()}}
+    for each in modules.values():
+        serve(each)
+    return modules
 
 
 def device_here() -> Device:

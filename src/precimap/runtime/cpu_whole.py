@@ -9,7 +9,6 @@ import gc
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +22,8 @@ from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
 from precimap.runtime.compiled import check_compiled, forms_of
 from precimap.runtime.cpu_timer import clock_here, device_here
-from precimap.runtime.timing import interleaved
+from precimap.runtime.timing import turns_within
 
-FEWEST, MOST = 15, 200  # turns
 SIDE, TRIES = 1024, 5  # of the product that a peak is measured with
 
 
@@ -48,10 +46,7 @@ class CpuWholeTimer:
         check_compiled(model)
 
     def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-        start = time.perf_counter()
-        interleaved(cases, 1)
-        each = time.perf_counter() - start
-        return interleaved(cases, min(MOST, max(FEWEST, int(seconds / each))), clock_here()[1])
+        return turns_within(seconds, cases, clock_here()[1])
 
     def peak_memory(self, call: Callable[[], object]) -> int | None:
         call()

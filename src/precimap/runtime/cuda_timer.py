@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from precimap.errors import DeployError
 from precimap.hardware_profile import Device
-from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import BASE, Turns
-from precimap.runtime.cpu_timer import as_it_is
+from precimap.runtime.cpu_timer import as_it_is, beside_each_other
 from precimap.runtime.cuda_graphs import capture
 
 ROUNDS, TURNS = 3, 15  # turns of each round
@@ -50,10 +49,7 @@ class CudaTimer:
         device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
         for _ in range(self.rounds):
             example = (_input(module, rows, each, generator).to(device),)
-            modules = {BASE: shared_copy(module)}
-            modules |= {name: self.place(module, layer) for name, layer in forms.items()}
-            for served in modules.values():
-                self.serve(served)
+            modules = beside_each_other(module, forms, self.place, self.serve)
             graphs = {name: capture(form, example)[0] for name, form in modules.items()}
             replays = {name: graph.replay for name, graph in graphs.items()}
             for name, seconds in event_seconds(replays, self.turns, device).items():

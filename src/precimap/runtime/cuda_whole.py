@@ -6,7 +6,6 @@ the forms, since a task's forward may be any code; `cuda_graphs` has them for ca
 """
 
 import gc
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,9 +15,8 @@ from torch import nn
 from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
 from precimap.runtime.compiled import EAGER, check_compiled, forms_of
-from precimap.runtime.cpu_whole import FEWEST, MOST
 from precimap.runtime.cuda_timer import device_here
-from precimap.runtime.timing import interleaved
+from precimap.runtime.timing import interleaved, turns_within
 
 SIDE, TRIES = 8192, 5  # of the product that a peak is measured with
 
@@ -42,11 +40,7 @@ class CudaWholeTimer:
         check_compiled(model)
 
     def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-        device = torch.device("cuda")
-        start = time.perf_counter()
-        interleaved(cases, 1, device=device)
-        each = time.perf_counter() - start
-        return interleaved(cases, min(MOST, max(FEWEST, int(seconds / each))), device=device)
+        return turns_within(seconds, cases, device=torch.device("cuda"))
 
     def peak_memory(self, call: Callable[[], object]) -> int | None:
         call()

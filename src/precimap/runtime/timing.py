@@ -15,6 +15,8 @@ import torch
 
 Case = TypeVar("Case", bound=Hashable)
 
+FEWEST, MOST = 15, 200  # turns of `turns_within`
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -52,6 +54,19 @@ def interleaved(
             _wait_for(device)
             seconds[name].append(clock() - start)
     return seconds
+
+
+def turns_within(
+    seconds: float,
+    cases: Mapping[str, Callable[[], object]],
+    clock: Callable[[], float] = time.perf_counter,
+    device: torch.device | None = None,
+) -> dict[str, list[float]]:
+    """As `interleaved`, in as many turns as fit into about `seconds` of a wall clock: `FEWEST` to `MOST`."""
+    start = time.perf_counter()
+    interleaved(cases, 1, device=device)
+    each = time.perf_counter() - start
+    return interleaved(cases, min(MOST, max(FEWEST, int(seconds / each))), clock, device)
 
 
 def spread(values: Sequence[float]) -> Spread:
