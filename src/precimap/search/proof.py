@@ -23,13 +23,14 @@ from precimap.search.certificate.certify import Question, certify
 from precimap.search.certificate.ledger import Ledger
 from precimap.search.eligibility import Eligibility
 from precimap.search.evidence.known import BYTES_WORTH
+from precimap.search.evidence.probe import Comparison
 from precimap.search.latency.planned import Latency
 from precimap.search.latency.whole import Stand
 from precimap.search.limits import chain_fingerprint
 from precimap.search.preflight import SplitPrints
 from precimap.search.run import Run
 from precimap.search.whole.assemble import Findings, assemble
-from precimap.search.whole.whole_maps import Chosen, sequence
+from precimap.search.whole.whole_maps import Chosen, seen_on_search, sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,13 @@ def proved(
 
     Raises AlphaSpent, with what was found on the search split written down.
     """
-    maps = [joint.map for joint in sequence(chosen) if joint.map is not None]
+    maps, seen = [joint.map for joint in sequence(chosen) if joint.map is not None], seen_on_search(sequence(chosen))
     times = stand.times(maps[-1]) if stand is not None and maps else None
     if times is not None and not _worthwhile(search, findings.inventory, maps[-1], times):
         maps = []
     _write(search.run, times)
     try:
-        certificates = _certified(search, maps, prints, ledger)
+        certificates = _certified(search, maps, seen, prints, ledger)
     except AlphaSpent:
         said = "not certified: the alpha of the certify split is spent; what was found on the search split stays"
         search.run.journal.conclude("certificates", "certify", {"certificates": []})
@@ -116,7 +117,11 @@ def conclude(run: Run, final: PrecisionMap, answer: str) -> None:
 
 
 def _certified(
-    search: Asked, chain: Sequence[PrecisionMap], prints: SplitPrints, ledger: Path
+    search: Asked,
+    chain: Sequence[PrecisionMap],
+    seen: Sequence[Comparison | None],
+    prints: SplitPrints,
+    ledger: Path,
 ) -> tuple[Certificate, ...]:
     certificates: tuple[Certificate, ...] = ()
     if chain:
@@ -127,7 +132,7 @@ def _certified(
             f"{run.task.name}: {len(chain)} maps for {search.target.name}",
         )
         question = Question(limits.margin, limits.alpha, spent, prints.certify.whole)
-        certificates = certify(run, search.target, chain, question)
+        certificates = certify(run, search.target, chain, question, seen)
     rows = [certificate.model_dump() for certificate in certificates]
     search.run.journal.conclude("certificates", "certify", {"certificates": rows})
     return certificates

@@ -12,11 +12,12 @@ from precimap.journal import run_journal
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
 from precimap.search import preflight
-from precimap.search.certificate.certify import Question, certify
+from precimap.search.certificate.certify import Question, certify, mapped
 from precimap.search.certificate.ledger import Ledger
+from precimap.search.evidence.probe import Comparison, compare
 from precimap.search.limits import Limits, chain_fingerprint, state_directory
 from precimap.search.progress import Progress, silent
-from precimap.search.run import Run
+from precimap.search.run import Run, scored
 from precimap.task import Task
 
 
@@ -47,8 +48,28 @@ def recertify(
     spent = _spent(task, precision_map, limits, prints.certify.whole, Path(ledger) if ledger else state_directory())
     question = Question(margin, limits.alpha, spent, prints.certify.whole)
     with run_journal(None, {}) as journal:
-        certificates = certify(Run(task, journal, progress), target, [precision_map], question)
+        run = Run(task, journal, progress)
+        seen = _on_search(run, target, precision_map, limits.alpha) if _needs_search(task) else None
+        certificates = certify(run, target, [precision_map], question, [seen])
     return precision_map.model_copy(update={"certificate": certificates[0]})
+
+
+def _needs_search(task: Task) -> bool:
+    """Whether the bound looks at the search split: for a loss without a limit, or clusters of unequal size."""
+    metrics = [task.metric, *(guard.metric for guard in task.guarded)]
+    return any(metric.worst is None for metric in metrics) or task.clusters is not None or task.weights is not None
+
+
+def _on_search(run: Run, target: Target, precision_map: PrecisionMap, alpha: float) -> Comparison:
+    """What the map does on the task's search split: the worst unit there counts in the bound, too."""
+    parts = [
+        scored(run, "search", name, run.task.splits.search, running)
+        for name, running in (
+            ("baseline", lambda: target.running(run.task.model, {})),
+            ("map", lambda: mapped(run.task.model, target, precision_map)),
+        )
+    ]
+    return compare(run.task, parts[0].whole, parts[1].whole, alpha)
 
 
 def _spent(task: Task, precision_map: PrecisionMap, limits: Limits, split: str, ledger: Path) -> float:
