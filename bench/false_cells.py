@@ -112,12 +112,12 @@ def outcome(cell: Cell, clusters: int, draws: int) -> Outcome:
         here, there = cell.draw(rng, clusters), cell.draw(rng, clusters)
         alone = bounded(here, ALPHA)
         found = bounded(here, ALPHA, bounded(there, ALPHA).sight.farthest)
-        refused = found.sight.shortage is not None
-        false = found.upper <= cell.true and not refused
+        false = found.proves(cell.true)
         room = cell.true - max(0.0, found.size.estimate)
         spot = found.sight.blind_spot(found.size.estimate, cell.true, ALPHA) if false else None
         warned = spot is not None and cell.of_the_worst(1 / spot.one_in) >= room
-        counts += (false, warned, refused, found.upper <= generous and not refused, alone.upper <= generous)
+        refused = found.sight.shortage is not None
+        counts += (false, warned, refused, found.proves(generous), alone.proves(generous))
     return Outcome(*(float(share) for share in counts / draws))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from false_cells import ALPHA, Cell, click_cells, cluster_cells, independent_cells, outcome
 from harness import Claim, at_most, print_claims, print_machine, write_json
 
-QUICK_DRAWS, DRAWS = 100, 1000
+QUICK_DRAWS, DRAWS = 100, 500
 
 
 def allowed(draws: int) -> float:

@@ -75,6 +75,10 @@ class Bounded:
         """The drop as a loss: without its sign where a change to either side is one."""
         return replace(self.drop, estimate=abs(self.drop.estimate)) if self.two_sided else self.drop
 
+    def proves(self, margin: float) -> bool:
+        """Whether the drop is at most `margin` with the bound's confidence, and there are units enough to say so."""
+        return self.upper <= margin and self.sight.shortage is None
+
 
 def drop_of(sample: PairedDrops) -> Drop:
     """The drop that a metric's units make, with the sizes of the split that they stand for."""

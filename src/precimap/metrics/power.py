@@ -12,11 +12,11 @@ from scipy.special import ndtri
 
 from precimap.errors import TaskError
 from precimap.metrics.metric import PairedDrops
-from precimap.metrics.paired import Drop, bound_with, check_alpha, quantile, worst_cluster
+from precimap.metrics.paired import Drop, check_alpha, quantile, worst_cluster
 from precimap.metrics.totals import Cluster, Totals, totals_of
 from precimap.metrics.units import Floats
 
-_DRAWS = 400
+_DRAWS = 200
 _SEED = 0
 
 
@@ -35,24 +35,43 @@ def smallest_margin(pilot: PairedDrops, clusters: int, alpha: float, power: floa
     totals = totals_of(pilot.d, pilot.units)
     if totals.count < 2 or clusters < 2:
         return math.inf
-    drawn = np.random.default_rng(_SEED).multinomial(clusters, np.full(totals.count, 1 / totals.count), size=_DRAWS)
-    at = int(np.abs(totals.beyond).argmax())
-    unseen = worst_cluster(pilot, totals) or Cluster(float(abs(totals.beyond[at])), float(totals.weights[at]))
-    bounds = [_bound(totals, counts.astype(np.float64), unseen, alpha) for counts in drawn]
+    counts = np.random.default_rng(_SEED).multinomial(clusters, np.full(totals.count, 1 / totals.count), size=_DRAWS)
+    unseen = _unseen(pilot, totals)
+    bounds = _bounds(totals.beyond, totals.weights, counts.astype(np.float64), unseen, alpha)
     return float(np.quantile(bounds, power))
 
 
-def _bound(totals: Totals, counts: Floats, unseen: Cluster, alpha: float) -> float:
-    """`paired.bound_with` of a sample that holds each cluster as often as `counts` says."""
-    counts, z = np.append(counts, 1.0), np.append(totals.beyond, unseen.drop)
-    weights = np.append(totals.weights, unseen.weight)
-    whole = float(counts @ weights)
-    mean = float(counts @ z) / whole
-    beyond = z - mean * weights
-    squares = float(counts @ beyond**2)
-    error = math.sqrt(float(counts @ (beyond**2 / (1 - weights / whole)))) / whole
-    skewness = float(counts @ beyond**3) / squares**1.5 if squares else 0.0
-    return mean + error * quantile(alpha, float(counts.sum()) - 2, 2 * skewness)
+def units_for(pilot: PairedDrops, margin: float, alpha: float) -> int | None:
+    """About how many units certify a map without a drop at a margin, with 80 % power, if it is as noisy as the pilot.
+
+    By the formula of `units_needed`; None where no number would do, or where the pilot holds fewer than two clusters.
+    """
+    totals = totals_of(pilot.d, pilot.units)
+    if totals.count < 2:
+        return None
+    noise = Drop(0.0, totals.error, pilot.rows, totals.count, pilot.changed)
+    return units_needed(noise, margin, alpha, worst=_unseen(pilot, totals).drop * totals.count / totals.whole or None)
+
+
+def _unseen(pilot: PairedDrops, totals: Totals) -> Cluster:
+    """The cluster that nobody has seen, beyond a mean of 0: the worst there can be, or the farthest of the pilot."""
+    at = int(np.abs(totals.beyond).argmax())
+    return worst_cluster(pilot, totals) or Cluster(float(abs(totals.beyond[at])), float(totals.weights[at]))
+
+
+def _bounds(z: Floats, weights: Floats, counts: Floats, unseen: Cluster, alpha: float) -> list[float]:
+    """`paired.bound_with` of samples that hold each cluster as often as a row of `counts`, [samples, clusters], says."""
+    z, weights = np.append(z, unseen.drop), np.append(weights, unseen.weight)
+    counts = np.column_stack((counts, np.ones(len(counts))))
+    whole = counts @ weights
+    mean = counts @ z / whole
+    beyond = z - mean[:, None] * weights
+    squares = (counts * beyond**2).sum(1)
+    error = np.sqrt((counts * beyond**2 / (1 - weights / whole[:, None])).sum(1)) / whole
+    cubes = (counts * beyond**3).sum(1)
+    skewness = np.divide(cubes, squares**1.5, out=np.zeros(len(counts)), where=squares > 0)
+    freedom = float(counts[0].sum()) - 2
+    return [float(m + e * quantile(alpha, freedom, 2 * s)) for m, e, s in zip(mean, error, skewness, strict=True)]
 
 
 def least_margin(nothing: PairedDrops, clusters: int, alpha: float) -> float:
@@ -68,7 +87,8 @@ def least_margin(nothing: PairedDrops, clusters: int, alpha: float) -> float:
         return math.inf
     if lost is None:
         return 0.0
-    return bound_with(Totals(np.zeros(clusters), np.full(clusters, totals.whole / totals.count)), alpha, lost)
+    weight = np.array([totals.whole / totals.count])
+    return _bounds(np.zeros(1), weight, np.array([[float(clusters)]]), lost, alpha)[0]
 
 
 def units_needed(drop: Drop, margin: float, alpha: float, power: float = 0.8, worst: float | None = None) -> int | None:

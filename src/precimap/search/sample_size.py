@@ -8,13 +8,14 @@ layer low: most maps do better, so that only what even a map without any change 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from precimap.layers.inventory import Inventory
 from precimap.layers.target import EMULATED
 from precimap.metrics.guard import Guard
 from precimap.metrics.metric import PairedDrops
 from precimap.metrics.paired import paired_drop
-from precimap.metrics.power import least_margin, smallest_margin
+from precimap.metrics.power import least_margin, smallest_margin, units_for
 from precimap.metrics.sight import LEAST_RARE, Sight, sight_of
 from precimap.metrics.totals import totals_of
 from precimap.numerics.schemes import Scheme, scheme_key
@@ -33,7 +34,8 @@ class Outlook:
 
     least: the margin below which the certify split certifies no map, not even one that changes nothing. detectable: the
     margin at which it certifies a map without a drop with 80 % power, if that is as noisy as everything low is. enough:
-    units that each split needs for `least` to reach the margin; about: for `detectable` to; None: more than anyone has.
+    units that each split needs for `least` to reach the margin; about: for such a map to be certified at it; None: no number
+    does.
     impossible: why no map can be certified, None where one can.
     """
 
@@ -49,7 +51,7 @@ class Outlook:
     impossible: str | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Pilot:
     """One metric of a task, measured on some units; of a guard with its own margin, None for the gate.
 
@@ -63,7 +65,7 @@ class Pilot:
     nothing: PairedDrops
     noisy: PairedDrops
 
-    @property
+    @cached_property
     def sight(self) -> Sight:
         return sight_of(self.nothing, totals_of(self.nothing.d, self.nothing.units))
 
@@ -126,11 +128,9 @@ def outlook(pilot: Pilot, margin: float, certify_share: float, alpha: float) -> 
     def least(of: float) -> float:
         return pilot.least(of, alpha)
 
-    def detectable(of: float) -> float:
-        return pilot.detectable(of, alpha)
-
     enough = _enough(least, margin, pilot.fewest_units)
-    about = None if enough is None else _enough(detectable, margin, enough)
+    noisy = units_for(pilot.noisy, margin, alpha)
+    about = None if enough is None or noisy is None else max(enough, noisy)
     why = None
     for split, share in (("search", 1.0), ("certify", certify_share)):
         shortage, bound = sight.scaled(share).shortage, least(units * share)
@@ -148,7 +148,7 @@ def outlook(pilot: Pilot, margin: float, certify_share: float, alpha: float) -> 
         search_units=units,
         certify_units=round(units * certify_share),
         least=least(units * certify_share),
-        detectable=detectable(units * certify_share),
+        detectable=pilot.detectable(units * certify_share, alpha),
         enough=enough,
         about=about,
         impossible=None if why is None else f"{pilot.label}: {why}. {_takes(margin, enough, about)}",

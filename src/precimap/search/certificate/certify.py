@@ -148,7 +148,7 @@ def _guard_answer(guard: Guard, baseline: Scored, found: Comparison, alpha: floa
             f"the certify split cannot judge the guard {guard.label}: it has no two units (or clusters) of it"
         )
     judged = found.guards[guard.label].found
-    held = judged.upper <= guard.margin and judged.sight.shortage is None
+    held = judged.proves(guard.margin)
     limit = judged.sight.limit or judged.largest
     return GuardAnswer(
         held=held,
