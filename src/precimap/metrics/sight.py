@@ -58,7 +58,10 @@ class Sight:
             worth = "" if self.effective > 0.99 * self.clusters else f" are worth {self.effective:.3g} of equal weight,"
             return f"{self.clusters:,} {self.noun}s{worth} and a certificate needs at least {least}"
         if self.rare is not None and self.rare < LEAST_RARE - 1e-9:
-            return f"{self.rare:.3g} {self.named}s among them, and a certificate needs at least {LEAST_RARE}"
+            count = f"{self.rare:.3g} {self.named}s"
+            if self.noun == CLUSTER:
+                count = f"{self.named}s that are worth {self.rare:.3g} independent ones, as they lie in clusters"
+            return f"{count}, and a certificate needs at least {LEAST_RARE}"
         return None
 
     def blind_spot(self, size: float, margin: float, alpha: float) -> BlindSpot | None:
