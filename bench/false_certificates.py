@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from false_cells import ALPHA, Cell, click_cells, cluster_cells, independent_cells, outcome
 from harness import Claim, at_most, print_claims, print_machine, write_json
@@ -25,8 +26,8 @@ def allowed(draws: int) -> float:
     return ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / draws)
 
 
-def rows_of(cells: Iterable[Cell], sizes: tuple[int, ...], draws: int) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
+def rows_of(cells: Iterable[Cell], sizes: tuple[int, ...], draws: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for cell in cells:
         for clusters in sizes:
             found = outcome(cell, clusters, draws)
@@ -40,6 +41,22 @@ def rows_of(cells: Iterable[Cell], sizes: tuple[int, ...], draws: int) -> list[d
     return rows
 
 
+def claims_of(rows: list[dict[str, Any]], draws: int) -> list[Claim]:
+    """What the documentation says of these rows."""
+    worst = max(rows, key=lambda row: row["false"] - row["warned"])
+    lost = [row["power_alone"] - row["power"] for row in rows if row["ordinary"] and not row["refused"]]
+    return [
+        at_most(
+            f"false certificates that their own blind spot does not name, in the worst cell ({worst['cell']})",
+            round(worst["false"] - worst["warned"], 6),
+            allowed(draws),
+        ),
+        at_most(
+            "power that the search split's worst unit costs, at most, on ordinary drops", round(max(lost), 6), 0.05
+        ),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer draws and label rates, under a minute")
@@ -51,20 +68,7 @@ def main() -> int:
     rows += rows_of(cluster_cells(), (100,) if asked.quick else (100, 300), draws)
     rates = (0.02,) if asked.quick else (0.3, 0.02, 0.001)
     rows += rows_of(click_cells(rates), (2000,) if asked.quick else (1000, 10_000), draws)
-    worst = max(rows, key=lambda row: float(str(row["false"])) - float(str(row["warned"])))
-    lost = [
-        float(str(row["power_alone"])) - float(str(row["power"]))
-        for row in rows
-        if row["ordinary"] and not float(str(row["refused"]))
-    ]
-    claims: list[Claim] = [
-        at_most(
-            f"false certificates that their own blind spot does not name, in the worst cell ({worst['cell']})",
-            float(str(worst["false"])) - float(str(worst["warned"])),
-            allowed(draws),
-        ),
-        at_most("power that the search split's worst unit costs, at most, on ordinary drops", max(lost), 0.05),
-    ]
+    claims = claims_of(rows, draws)
     print_claims(claims)
     if asked.json is not None:
         write_json(asked.json, rows, claims)
