@@ -231,8 +231,14 @@ def _alone(directory: Path) -> Iterator[None]:
             raise JournalError(
                 f"{directory} cannot be locked ({error.strerror}); choose a run directory on a local disk"
             ) from error
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        try:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            raise JournalError(
+                f"{directory / LOCK_NAME} could not be written ({error.strerror}); free space on the disk and give the same "
+                "command again"
+            ) from error
         yield
     finally:
         os.close(lock)
