@@ -23,7 +23,7 @@ ORDER = (
     {"search", "runtime"},
     {"report"},
     {"demos"},
-    {"cli_options"},
+    {"cli_options", "cli_ending"},
     {"cli", "__init__", "__main__"},
 )
 STRANGERS = {("search", "runtime"), ("runtime", "search")}

@@ -261,7 +261,7 @@ def _stance() -> str:
 @pytest.mark.parametrize("stance", ["default", "eager_on_recompile"])
 def test_threads_that_overlap_leave_the_user_s_settings(fast_path: bool, stance: str) -> None:
     """The first to come is the first to leave: restoring what each found would leave both settings off for good."""
-    import torch._dynamo  # noqa: F401 - so that there is a stance to keep
+    import torch._dynamo  # so that there is a stance to keep
 
     before = torch.backends.mha.get_fastpath_enabled()
     inside, leave = threading.Event(), threading.Event()
