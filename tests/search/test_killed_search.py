@@ -329,3 +329,20 @@ def test_a_run_that_was_out_of_time_is_valid_and_goes_on_later(
     assert_same_answer(tmp_path, undisturbed.folder)
     assert measured(tmp_path) == measured(undisturbed.folder)
     assert charged(tmp_path) == charged(undisturbed.folder)
+
+
+# --- what lies in the run directory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"{}", b"\xff\x00", b""], ids=["no map", "no text", "empty"])
+def test_a_map_that_cannot_be_read_does_not_cost_the_answer(
+    content: bytes, undisturbed: Attempt, tmp_path: Path
+) -> None:
+    """It is met after certifying; it stays beside the answer under another name."""
+    folder = tmp_path / "again"
+    shutil.copytree(undisturbed.folder, folder)
+    (folder / "run" / "map.json").write_bytes(content)
+    searched(task_of(), folder)
+    assert_same_answer(folder, undisturbed.folder)
+    (kept,) = (folder / "run").glob("unreadable-*.json")
+    assert kept.read_bytes() == content

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from precimap.certificate import Certificate, Rounding
 from precimap.end_to_end import EndToEnd
-from precimap.errors import InputError
+from precimap.errors import InputError, MapError
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
@@ -150,11 +150,19 @@ def _checked(schemes: Sequence[str | Scheme], target: Target) -> tuple[Scheme, .
 
 
 def _save(precision_map: PrecisionMap, run: Path) -> None:
-    """Write the run's answer; the map that another question was answered with stays, under its fingerprint."""
+    """Write the run's answer; the map that another question was answered with stays, under its fingerprint.
+
+    What lies there and is no map any more (edited, damaged, of an older version) stays, too: it must not cost the answer.
+    """
     path = run / "map.json"
-    before = PrecisionMap.load(path) if path.is_file() else None
-    if before is not None and before.fingerprint != precision_map.fingerprint:
-        before.save(run / f"map-{before.fingerprint}.json")
+    if path.is_file():
+        try:
+            before = PrecisionMap.load(path)
+        except MapError:
+            path.replace(run / f"unreadable-{path.stat().st_mtime_ns}.json")
+        else:
+            if before.fingerprint != precision_map.fingerprint:
+                before.save(run / f"map-{before.fingerprint}.json")
     precision_map.save(path)
 
 
