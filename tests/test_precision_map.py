@@ -353,7 +353,7 @@ def test_what_is_changed_in_memory_is_written_as_it_is_or_not_at_all(tmp_path: P
     assert PrecisionMap.load(tmp_path / "map.json") == plain
     other = loaded.model_copy(update={"target": "cpu-int8"})
     assert other.not_certified == "its certificate is of another map"
-    with pytest.raises(MapError, match=r"cannot write .*map\.json: its certificate is of another map"):
+    with pytest.raises(MapError, match=r"cannot write the map: its certificate is of another map"):
         other.save(tmp_path / "map.json")
     assert PrecisionMap.load(tmp_path / "map.json") == plain
     no = CERTIFIED.certificate.model_copy(update={"certified": False, "verdict": "no: the drop is above the margin"})

@@ -7,7 +7,8 @@ certified), 2 the input is wrong, 70 an error that precimap did not expect, 74 t
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -40,11 +41,12 @@ from precimap.cli_options import (
     TargetOption,
     TaskArgument,
     TimingOption,
+    allowed_of,
     check_margin,
     sizes_of,
 )
 from precimap.demos.demo import run_demo, unused_directory
-from precimap.errors import InputError, MapError
+from precimap.errors import InputError, MapError, UncertifiedMapWarning
 from precimap.hardware_profile import HardwareProfile
 from precimap.layers.discover import discover
 from precimap.numerics.schemes import SCHEMES, range_rule_from_row
@@ -147,7 +149,7 @@ def search(
             cutoff=cutoff,
             target=TARGETS[target],
             pinned=pin or (),
-            allowed=_allowed(allow or ()),
+            allowed=allowed_of(allow or ()),
             alpha_budget=alpha_budget,
             effort=_effort(probe, screen_memory, replay_memory, rounding_draws, timing_seconds, max_minutes),
             serving=_serving(batch_sizes, profile, peak_tflops),
@@ -187,16 +189,6 @@ def _effort(
 def _serving(batch_sizes: str, profile: Path | None, peak_tflops: float | None) -> Serving:
     planned_for = None if profile is None else HardwareProfile.load(profile)
     return Serving(sizes_of(batch_sizes), planned_for, None if peak_tflops is None else 1e12 * peak_tflops)
-
-
-def _allowed(rules: Sequence[str]) -> dict[str, list[str]]:
-    found = {}
-    for text in rules:
-        pattern, equals, names = text.rpartition("=")
-        if not equals:
-            raise InputError(f"expected --allow PATTERN=SCHEME,SCHEME (or PATTERN= for none), got {text!r}")
-        found[pattern] = [name for name in names.split(",") if name]
-    return found
 
 
 @command
@@ -247,16 +239,25 @@ def deploy(
     if not given.low:
         raise MapError(f"{precision_map}: the map keeps every layer at base precision; there is nothing to deploy")
     started = time.perf_counter()
-    deployed = deploy_map(loaded.model, given, target=None if target is None else target.value, task=loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UncertifiedMapWarning)  # said below, in the result
+        deployed = deploy_map(loaded.model, given, target=None if target is None else target.value, task=loaded)
     found = deployment_of(deployed).agreement
     assert found is not None
     save_deployed(deployed, loaded.model, output)
-    row = {"file": str(output), "layers": len(given.low), "target": (target or given.target), **asdict(found)}
+    row = {
+        "file": str(output),
+        "layers": len(given.low),
+        "target": (target or given.target),
+        "not_certified": given.not_certified,
+        **asdict(found),
+    }
     lines = [
         f"{len(given.low)} layers deployed for {marked(row['target'])} in {time.perf_counter() - started:.1f} s",
         f"difference to the emulation: rms {found.rms_difference:.2g}, largest {found.largest_difference:.2g}, "
         f"of scores up to {found.largest_output:.3g} (n = {found.units})",
         f"saved {output}",
+        *([] if given.not_certified is None else [f"NOT CERTIFIED: {given.not_certified}"]),
     ]
     return Result(row, lines_of(lines), as_json)
 

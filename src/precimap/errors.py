@@ -14,10 +14,11 @@
     |-- AlphaSpent              the certify split has no confidence left for another map
     `-- JournalError            a run directory of another premise, or in use
 
-and one warning:
+and two warnings:
 
     UserWarning
-    `-- BatchSizeWarning        a deployed model serves batches that its times do not speak of
+    |-- BatchSizeWarning        a deployed model serves batches that its times do not speak of
+    `-- UncertifiedMapWarning   a map is deployed of which nothing is proved
 
 Each message says what was expected, what came, and what to do. A "no" of the statistics is not an error: it is a
 `Certificate` whose verdict says so.
@@ -78,3 +79,7 @@ class JournalError(PrecimapError):
 
 class BatchSizeWarning(UserWarning):
     """A deployed model is given batches outside the sizes that its map was timed with."""
+
+
+class UncertifiedMapWarning(UserWarning):
+    """A map is deployed that has no certificate, one that says no, or that of another map."""

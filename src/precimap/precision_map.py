@@ -172,13 +172,17 @@ class PrecisionMap(Record):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
-        """Write the map as JSON; on any failure what was there before survives.
+        """Write the map as JSON; on any failure what was there before survives. Raises SaveError, MapError as `text`."""
+        write_text(Path(path), self.text(indent=2) + "\n")
 
-        Raises SaveError, and MapError for a map that would not load again: one that was changed and kept its certificate.
+    def text(self, indent: int | None = None) -> str:
+        """The map as JSON, to be read by `parse`.
+
+        Raises MapError for a map that would not load again: one that was changed and kept its certificate.
         """
         for contradiction in self.contradictions():
-            raise MapError(f"cannot write {path}: {contradiction}; {_WHAT_TO_DO}")
-        write_text(Path(path), self.model_dump_json(indent=2) + "\n")
+            raise MapError(f"cannot write the map: {contradiction}; {_WHAT_TO_DO}")
+        return self.model_dump_json(indent=indent)
 
     @classmethod
     def load(cls, path: str | Path) -> "PrecisionMap":
