@@ -33,6 +33,11 @@ class Splits:
     certify: Batches
 
 
+def can_be_written(name: Any) -> bool:
+    """Whether a name is a text with an encoding: Python's strings may also hold halves of characters (surrogates)."""
+    return isinstance(name, str) and name.encode(errors="ignore").decode() == name
+
+
 def default_labels(batch: Any) -> Any:
     """`batch["labels"]` or `batch["label"]` of a mapping, the last item of a tuple or list."""
     if isinstance(batch, Mapping):
@@ -82,6 +87,9 @@ class Task:
         names = [metric.name for metric in self.reported]
         if len(set(names)) < len(names):
             raise TaskError(f"expected reported metrics with names of their own, got {', '.join(names)}")
+        for name in (self.name, self.metric.name, *names, *(guard.label for guard in self.guarded)):
+            if not can_be_written(name):
+                raise TaskError(f"expected names that can be written to a file, got {name!r}, which is no Unicode text")
 
     @property
     def guarded(self) -> tuple[Guard, ...]:

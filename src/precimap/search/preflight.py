@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from precimap.errors import ModelError, TaskError
 from precimap.fingerprints import SplitFingerprint, of_split
@@ -29,7 +30,7 @@ from precimap.search.batch_invariance import BatchDependence
 from precimap.search.batches import along_units
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import prepare
-from precimap.task import Scored, Task, first_batch, labels_of, score
+from precimap.task import Scored, Task, can_be_written, first_batch, labels_of, score
 
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
 INFLUENCE_TOLERANCE = 1e-4
@@ -89,9 +90,19 @@ def _check_disjoint(search: SplitFingerprint, certify: SplitFingerprint) -> None
 
 
 def check_weights(task: Task) -> None:
-    """Raises ModelError for a model in training mode or with parameters that are not finite."""
+    """Raises ModelError for a model in training mode, without weights, or with parameters that are not finite."""
     if task.model.training:
         raise ModelError("expected a model in evaluation mode, got one in training mode; call model.eval() first")
+    tensors = dict((*task.model.named_parameters(), *task.model.named_buffers()))
+    unnamed = [name for name in tensors if not can_be_written(name)]
+    if unnamed:
+        raise ModelError(f"expected names that can be written to a file, got {unnamed[0]!r}, which is no Unicode text")
+    empty = [plain_name(name) for name, x in tensors.items() if x.is_meta or is_lazy(x)]
+    if empty:
+        raise ModelError(
+            f"expected a model with its weights, got none yet in {', '.join(empty[:5])} (on the meta device, or of a lazy "
+            "module that no batch has run through); load them first"
+        )
     broken = [plain_name(n) for n, p in task.model.named_parameters() if not torch.isfinite(p).all()]
     if broken:
         raise ModelError(f"expected finite weights, got NaN or Inf in {', '.join(broken[:5])}; repair the model first")
