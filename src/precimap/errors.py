@@ -77,6 +77,26 @@ class JournalError(PrecimapError):
     """A run directory that belongs to another premise or to another process."""
 
 
+# What a call into a model, or into torch on one layer of it, raises when it cannot be done: an answer about that call, where
+# it can be done without it. Neither an interrupt nor a process that is out of memory.
+FAILURES = (
+    PrecimapError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
+
+
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """What an error says, as a part of a sentence."""
+    lines = str(error).splitlines()
+    return lines[0][:longest] if lines else type(error).__name__
+
+
 class BatchSizeWarning(UserWarning):
     """A deployed model is given batches outside the sizes that its map was timed with."""
 

@@ -203,6 +203,8 @@ def labels_of(task: Task, batch: Any) -> Any:
     if all(isinstance(metric, Loss) for metric in metrics):
         return None
     labels = task.labels(batch)
+    if isinstance(labels, list | tuple) and labels and isinstance(labels[0], float):
+        return torch.tensor(labels, dtype=torch.float64)  # whatever the default dtype is
     if labels is None:
         raise TaskError(f"{task.metric.name} reads labels, and Task(labels=...) returned None for this batch")
     return labels
@@ -276,7 +278,9 @@ def _clusters(values: Any, units: int) -> np.ndarray:
 
 
 def _column(values: Any, units: int, what: str, columns: bool = False) -> np.ndarray:
-    column = torch.as_tensor(values).detach().double().cpu().numpy()
+    column = (
+        (values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).detach().double().cpu().numpy()
+    )
     if column.shape[:1] != (units,) or column.ndim > 1 + columns:
         raise TaskError(f"expected {what} to give one value per unit, [{units}], got the shape {column.shape}")
     if not np.isfinite(column).all():

@@ -14,10 +14,12 @@ from precimap.errors import AlphaSpent, InputError, JournalError, ModelError, Pr
 from precimap.journal import open_journal
 from precimap.layers.quantized import quantize_map, quantized
 from precimap.metrics import NDCG, LogLoss, Loss
+from precimap.metrics.metric import Metric
 from precimap.precision_map import Verdict
 from precimap.report.run_record import STAGES, read_run
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.search.certificate.recertify import recertify
+from precimap.search.limits import Effort
 from precimap.search.preflight import Preflight
 from precimap.task import score
 from small_tasks import COUNTED_INT8, batches, planted_task
@@ -398,3 +400,22 @@ def test_a_spent_split_hides_nothing_of_the_search(tmp_path: Path) -> None:
     assert "alpha of the certify split is spent" in record.answer
     assert any(row["measured"] is not None for row in record.chain)
     assert not record.certificates
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("metric", [Loss(), NDCG(5)], ids=lambda metric: metric.name)
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype, metric: Metric, tmp_path: Path) -> None:
+    """Code that loads a model in BF16 may leave it set; ranges were once fitted in it."""
+    task = planted_task(units=250, metric=metric)
+    asked: dict[str, Any] = {
+        "schemes": ["fp8-tensor", "int8-static"],
+        "margin": 0.2,
+        "effort": Effort(rounding_draws=2),
+    }
+    expected = search(task, **asked, ledger=tmp_path / "one").map
+    torch.set_default_dtype(dtype)
+    try:
+        found = search(task, **asked, ledger=tmp_path / "other").map
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from precimap.errors import ModelError
+from precimap.errors import FAILURES, ModelError, first_line
 from precimap.layers.contents import version_of
 from precimap.layers.groups import fused_by_engines
 from precimap.layers.influence import InfluenceTrace, confirmed_dead
@@ -59,6 +59,7 @@ class _Discovery(Interception):
         self.readers: dict[str, list[str]] = defaultdict(list)
         self.computed_from: dict[int, tuple[Tensor, frozenset[str], str]] = {}
         self.hidden: dict[str, str] = {}
+        self.undescribed: set[str] = set()
         self.hidden_flops: dict[str, int] = defaultdict(int)
         self.products: dict[tuple[str, Shape, Shape], tuple[int, int]] = {}  # calls, FLOPs
         self.trace = InfluenceTrace()
@@ -67,6 +68,19 @@ class _Discovery(Interception):
 
     def on_weight(self, call: WeightCall) -> Any:
         output = call.run()
+        name = call.view.name
+        if name not in self.undescribed:
+            try:
+                self._describe(call, output)
+            except FAILURES as error:
+                self.undescribed.add(name)
+                self.seen.pop(name, None)
+                self.hidden[name] = f"a call of {call.op.name} on it could not be described ({first_line(error)})"
+        self._note_readers(call.func, _without_operand(call))
+        self.trace.after(call.func, call.arguments, output, layer=name)
+        return output
+
+    def _describe(self, call: WeightCall, output: Any) -> None:
         seen = self.seen[call.view.name]
         seen.ops.append(call.op.name)
         seen.calls += 1
@@ -81,9 +95,6 @@ class _Discovery(Interception):
         if not call.op.lookup:
             self._kept_alive.append(call.input)  # so that its storage is not taken by a later tensor of this batch
             seen.inputs.append(_identity(call.input))
-        self._note_readers(call.func, _without_operand(call))
-        self.trace.after(call.func, call.arguments, output, layer=call.view.name)
-        return output
 
     def on_other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = super().on_other(func, args, kwargs)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from precimap.errors import FAILURES
 from precimap.layers.ops import OPS, Arguments, Contraction, Op, einsum_op
 from precimap.layers.views import View, WeightViews
 
@@ -125,7 +126,12 @@ class Interception(TorchFunctionMode):
             return None
         if not isinstance(left, Tensor) or not isinstance(right, Tensor):
             return None
-        contraction = op.contraction(left, right, arguments)
+        try:
+            contraction = op.contraction(left, right, arguments)
+        except FAILURES:
+            return None  # arguments in a form that the table does not know: then it is another call
+        if not op.lookup and not (contraction.left and contraction.right):
+            return None  # an outer product: nothing is summed, so there is no channel and no product of a matrix unit
         return WeightCall(op, func, arguments, contraction, view, weight_on_left=view is left_view)
 
     def __enter__(self) -> Self:

@@ -8,7 +8,7 @@ measurement is in the journal before it is used: the same call takes up a run th
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,10 +33,10 @@ from precimap.search.asked import Asked
 from precimap.search.batch_invariance import batch_dependence
 from precimap.search.calibrate import Calibration, calibrated
 from precimap.search.certificate.rounding_draws import rounding_of
-from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility, open_pairs
-from precimap.search.evidence.floor import rounding_floor
+from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility, open_pairs, refusing
+from precimap.search.evidence.floor import floor_pairs, rounding_floor
 from precimap.search.evidence.gather import Evidence, gather
-from precimap.search.evidence.probe import Comparison
+from precimap.search.evidence.probe import Comparison, failures
 from precimap.search.latency.planned import Latency
 from precimap.search.latency.serving import HERE, Serving, foreseen, timed_here
 from precimap.search.limits import USUAL_EFFORT, Effort, Limits, state_directory
@@ -44,6 +44,7 @@ from precimap.search.progress import Progress, silent
 from precimap.search.proof import conclude, proved, stand_of
 from precimap.search.realign import Realigner
 from precimap.search.run import Parts, Run, scored
+from precimap.search.trial import tried
 from precimap.search.whole.assemble import Findings, premise_of
 from precimap.search.whole.choosing import chosen_maps, to_certify
 from precimap.search.whole.whole_maps import Joint
@@ -175,19 +176,20 @@ class _Seen:
     inventory: Inventory
     allowed: Eligibility
     latency: Latency | None
+    failed: Mapping[tuple[str, str], str] = field(default_factory=dict)  # what the trial refused
 
 
 def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
     run, task, alpha, inventory = search.run, search.run.task, search.limits.alpha, seen.inventory
     calibration = calibrated(run, inventory, search.schemes)
-    seen = _with_times(search, seen, calibration)
+    seen = _with_times(search, _tried(search, seen, calibration), calibration)
     timed = seen.latency
     stand = stand_of(search, inventory, calibration, seen.allowed, timed)
     savings = None if timed is None else timed.savings
     baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
     preflight.check_baseline(task, baseline.whole)
     checked = _preflight(search, seen, calibration, baseline, ledger)
-    floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha)
+    floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha, seen.failed)
     run.journal.conclude("floor", "all layers", asdict(floor))
     pairs = open_pairs(seen.allowed, search.schemes)
     realigner = None if search.realigned_at is None else Realigner(task, search.realigned_at)
@@ -203,6 +205,7 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
         0 if realigner is None else realigner.outputs,
         savings,
     )
+    seen, evidence = _without_failures(search, seen, evidence)
     limit = cutoff_of(search.limits, inventory, evidence.known)
     findings = Findings(
         inventory,
@@ -238,6 +241,25 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
     )
 
 
+def _tried(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
+    """Without the pairs that cannot be computed on the first batch."""
+    task, inventory = search.run.task, seen.inventory
+    pairs = [*open_pairs(seen.allowed, search.schemes), *floor_pairs(inventory)]
+    failed = tried(task, inventory, calibration, pairs)
+    return replace(seen, allowed=refusing(seen.allowed, failed, inventory, search.schemes), failed=failed)
+
+
+def _without_failures(search: Asked, seen: _Seen, evidence: Evidence) -> tuple[_Seen, Evidence]:
+    """Without the pairs that failed when they were probed, and what engines fuse with them."""
+    failed = failures(search.run, open_pairs(seen.allowed, search.schemes))
+    if not failed:
+        return seen, evidence
+    allowed = refusing(seen.allowed, failed, seen.inventory, search.schemes)
+    left = set(allowed.open_pairs())
+    known = tuple(found for found in evidence.known if (found.layer, found.scheme) in left)
+    return replace(seen, allowed=allowed), replace(evidence, known=known)
+
+
 def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
     """With the times of a profile, or of this machine, and without the pairs that save none."""
     run, pairs = search.run, open_pairs(seen.allowed, search.schemes)
@@ -245,7 +267,8 @@ def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
     if times is None:
         return seen
     run.journal.conclude("latency", "search", times.row())
-    allowed = replace(seen.allowed, slower=times.slower)
+    refused = refusing(seen.allowed, times.failed, seen.inventory, search.schemes)
+    allowed = replace(refused, slower=times.slower)
     return replace(seen, allowed=allowed, latency=times, notes=(*seen.notes, *times.notes))
 
 
@@ -256,7 +279,13 @@ def _preflight(
     n = sum(baseline.sizes)
     units = round(n * seen.prints.certify.batches / seen.prints.search.batches)
     drop = preflight.detectable(
-        task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
+        task,
+        inventory,
+        calibration,
+        baseline.whole,
+        open_pairs(seen.allowed, search.schemes),
+        search.limits.alpha,
+        max(2, units),
     )
     coupled = batch_dependence(task, inventory, calibration, search.schemes, seen.allowed.open_pairs())
     doubts = preflight.doubts(task, baseline.whole, search.limits.margin)

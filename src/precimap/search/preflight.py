@@ -18,7 +18,6 @@ from precimap.errors import ModelError, TaskError
 from precimap.fingerprints import SplitFingerprint, of_split
 from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantized
-from precimap.layers.refusals import refusal
 from precimap.layers.views import plain_name
 from precimap.metrics.auc import AUC, GAUC
 from precimap.metrics.click import NE, LogLoss
@@ -221,19 +220,18 @@ def detectable(
     inventory: Inventory,
     calibration: Calibration,
     baseline: Scored,
-    schemes: Sequence[Scheme],
+    pairs: Sequence[tuple[str, Scheme]],
     alpha: float,
     n: int,
 ) -> float:
     """The drop that `n` units can tell from zero with 80 % power, from the spread that quantising everything causes.
 
-    Takes the first search batch, all layers in the first scheme they can take: the noisiest map there is.
+    pairs: that may be tried. Takes the first search batch, all layers in the first scheme they can take: the noisiest map
+    there is.
     """
-    choice = {}
-    for layer in inventory.layers:
-        possible = [scheme for scheme in schemes if refusal(layer, scheme) is None]
-        if possible:
-            choice[layer.name] = possible[0]
+    choice: dict[str, Scheme] = {}
+    for name, scheme in pairs:
+        choice.setdefault(name, scheme)
     first = next(iter(task.splits.search))
     with quantized(task.model, prepare(task, inventory, calibration, choice)):
         scored = score(task, task.model, [first])

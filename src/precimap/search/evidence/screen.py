@@ -197,7 +197,7 @@ def add_changes(
         elif tapped.layer in plan.routed and (tapped.gradient is None or not tapped.gradient.any()):
             continue  # an expert without tokens
         else:  # called otherwise than in the batch of the plan: `_seen_throughout` takes the layer out
-            changes = {scheme: torch.full((count,), torch.nan) for scheme in tapped.errors}
+            changes = {scheme: torch.full((count,), torch.nan, dtype=torch.float32) for scheme in tapped.errors}
         for scheme, change in changes.items():
             into[plan.rows[tapped.layer, scheme]] += change.numpy()
 
@@ -207,7 +207,7 @@ def _add_outputs(
 ) -> None:
     """One random direction of a batch's scores: over many units that is as good as many directions for a few."""
     generator = torch.Generator().manual_seed(PROBE_SEED + number)
-    direction = torch.randn(scores.shape, generator=generator).to(scores.device)
+    direction = torch.randn(scores.shape, generator=generator, dtype=torch.float32).to(scores.device)
     with torch.enable_grad():
         mode.backward((scores.float() * direction).sum())
     change = np.zeros_like(into)
