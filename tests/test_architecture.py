@@ -10,7 +10,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Left may never import right; parts of one step may import each other unless they are listed as strangers.
 ORDER = (
-    {"errors", "durable", "journal"},
+    {"errors", "durable", "journal", "user_code"},
     {"numerics"},
     {"certificate"},
     {"hardware_profile"},
@@ -18,6 +18,7 @@ ORDER = (
     {"decisions", "precision_map"},
     {"layers", "fingerprints"},
     {"metrics"},
+    {"per_unit"},
     {"task", "task_file"},
     {"data"},
     {"search", "runtime"},
@@ -30,6 +31,7 @@ STRANGERS = {("search", "runtime"), ("runtime", "search")}
 TORCH_FREE = (
     *(
         "errors",
+        "user_code",
         "durable",
         "journal",
         "certificate",

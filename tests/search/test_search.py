@@ -153,7 +153,7 @@ def test_the_model_is_the_same_to_the_bit_after_an_exception_inside_a_search(tmp
 
     with torch.no_grad():
         plain = task.model(task.splits.search[0]["x"])
-    with pytest.raises(RuntimeError, match="planted"):
+    with pytest.raises(TaskError, match="planted"):
         search(replace(task, forward=failing), schemes=["fp8"], margin=MARGIN, ledger=tmp_path)
     assert calls > 20
     assert all(torch.equal(before[name], tensor) for name, tensor in task.model.state_dict().items())
@@ -237,7 +237,11 @@ BROKEN = {
     "training mode": (lambda t: t.model.train(), ModelError, r"model\.eval\(\)"),
     "nan weight": (lambda t: t.model.first.weight.data[0].fill_(float("nan")), ModelError, "first.weight"),
     "nan input": (lambda t: t.splits.search[0]["x"][0].fill_(float("nan")), TaskError, "NaN"),
-    "nan calibration": (lambda t: t.splits.calibration[0]["x"][0].fill_(float("nan")), ModelError, "first.weight"),
+    "nan calibration": (
+        lambda t: t.splits.calibration[1]["x"][7].fill_(float("nan")),
+        TaskError,
+        "batch 1 of the calibration split: .*NaN .*row 7 ",
+    ),
 }
 
 
@@ -358,8 +362,9 @@ def test_an_unseen_layer_on_the_calibration_split_is_named(tmp_path: Path) -> No
 
     small = batches(task.model, 10, 9, size=10)
     changed = replace(task, forward=skipping, splits=replace(task.splits, calibration=small))
-    with pytest.raises(TaskError, match="never called on the calibration split"):
-        search(changed, schemes=["fp8-static"], margin=MARGIN, ledger=tmp_path)
+    found = search(changed, schemes=["fp8-static"], margin=MARGIN, ledger=tmp_path)
+    assert "no row of the calibration split reached it" in found.map.layers["first.weight"].reason
+    assert found.map.layers["last.weight"].verdict != "ineligible"
 
 
 def test_the_metric_beside_the_gate_is_reported(tmp_path: Path) -> None:
@@ -402,9 +407,8 @@ def test_a_spent_split_hides_nothing_of_the_search(tmp_path: Path) -> None:
     assert not record.certificates
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("metric", [Loss(), NDCG(5)], ids=lambda metric: metric.name)
-def test_the_default_dtype_changes_nothing(dtype: torch.dtype, metric: Metric, tmp_path: Path) -> None:
+def test_the_default_dtype_changes_nothing(metric: Metric, tmp_path: Path) -> None:
     """Code that loads a model in BF16 may leave it set; ranges were once fitted in it."""
     task = planted_task(units=250, metric=metric)
     asked: dict[str, Any] = {
@@ -413,7 +417,7 @@ def test_the_default_dtype_changes_nothing(dtype: torch.dtype, metric: Metric, t
         "effort": Effort(rounding_draws=2),
     }
     expected = search(task, **asked, ledger=tmp_path / "one").map
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16)
     try:
         found = search(task, **asked, ledger=tmp_path / "other").map
     finally:

@@ -32,6 +32,7 @@ from precimap.layers.ops import (
 )
 from precimap.layers.owners import Owners, owners, why_not_packed
 from precimap.layers.views import check_visible, parameter_names, tied_names
+from precimap.user_code import called
 
 Forward = Callable[[Any, Any], Tensor]
 Shape = tuple[int, ...]
@@ -172,12 +173,12 @@ def discover(model: nn.Module, forward: Forward, batch: Any) -> Inventory:
     """The inventory of `model` as `forward(model, batch)` runs it.
 
     Runs the batch once, and once more for each layer that seems to be dead. The model is not modified.
-    Raises ModelError for TorchScript, for a forward that fails, and for one that returns no tensor.
+    Raises ModelError for TorchScript and for a forward that returns no tensor, TaskError for one that fails.
     """
     check_visible(model)
     weights = parameter_names(model)
     mode = _Discovery(weights, {id(buffer) for buffer in model.buffers()})
-    with owners(model) as owned, torch.no_grad(), mode:
+    with owners(model) as owned, torch.no_grad(), mode, called("forward", "the first batch"):
         output = forward(model, batch)
     if not isinstance(output, Tensor):
         raise ModelError(f"expected the forward to return one tensor of scores, got {type(output).__name__}")

@@ -23,7 +23,8 @@ from precimap.numerics.ranges import fit
 from precimap.numerics.schemes import Scheme, scheme_key
 from precimap.search.progress import Progress
 from precimap.search.run import Run
-from precimap.task import Task, to_device
+from precimap.task import Task, to_device, units_of
+from precimap.user_code import called
 
 SAMPLE_SIZE = 65_536
 SAMPLE_OF_A_CALL = 8_192
@@ -146,13 +147,19 @@ def _range_row(seen: Calibration, name: str, scheme: Scheme) -> dict[str, Any]:
 
 
 def calibrate(task: Task, layers: tuple[str, ...], progress: Progress) -> Calibration:
-    """Run the calibration split once and keep what static ranges need, or why a layer has no range."""
+    """Run the calibration split once and keep what static ranges need, or why a layer has no range.
+
+    Raises TaskError for scores that are NaN: that is more than one layer.
+    """
     weights = parameter_names(task.model)
     mode = _Inputs({name: weights[name] for name in layers})
     batches = list(task.splits.calibration)
     with torch.no_grad(), mode:
         for number, batch in enumerate(batches):
-            task.forward(task.model, to_device(batch, task.device))
+            place = f"batch {number} of the calibration split"
+            with called("forward", place):
+                scores = task.forward(task.model, to_device(batch, task.device))
+            units_of(scores, place)
             progress("calibrate", number + 1, len(batches))
     sampled = {name: _sample(seen) for name, seen in mode.seen.items() if name not in mode.refused}
     return Calibration(sampled, refused=mode.refused)

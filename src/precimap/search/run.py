@@ -15,7 +15,7 @@ import torch
 
 from precimap.journal import Journal, Measurement
 from precimap.search.progress import Progress
-from precimap.task import NAMED, Batches, Scored, ScoredPart, Task, join_parts, score_batch, to_device
+from precimap.task import NAMED, SPLITS, Batches, Scored, ScoredPart, Task, join_parts, score_batch, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,8 @@ def scored(
             if found is None:
                 model = stack.enter_context(running()) if model is None else model
                 started = time.perf_counter()
-                part = score_batch(run.task, model, to_device(batch, run.task.device), number)
+                place = f"batch {number} of the {split_of(run.task, batches)} split"
+                part = score_batch(run.task, model, to_device(batch, run.task.device), place)
                 check(model)
                 record_part(run.journal, kind, batch_subject(subject, number), part, time.perf_counter() - started)
             else:
@@ -87,6 +88,11 @@ def scored(
             parts.append(part)
             after_batch(len(parts))
     return Parts(run.task, tuple(parts))
+
+
+def split_of(task: Task, batches: Batches) -> str:
+    """What a split is called."""
+    return next((name for name in SPLITS if getattr(task.splits, name) is batches), "given")
 
 
 def scattered(sizes: Sequence[int], units: int) -> tuple[int, ...]:

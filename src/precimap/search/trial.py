@@ -20,6 +20,7 @@ from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import Scheme
 from precimap.search.calibrate import Calibration, codes
 from precimap.task import Task, first_batch
+from precimap.user_code import called
 
 Key = tuple[str, str]  # layer, scheme name
 
@@ -36,7 +37,7 @@ def tried(
         except FAILURES as error:
             failed[name, scheme.name] = first_line(error).removeprefix(f"{name}: ")
     mode = _Trial(parameter_names(task.model), layers)
-    with torch.no_grad(), mode:
+    with torch.no_grad(), mode, called("forward", "the first batch of the search split"):
         task.forward(task.model, first_batch(task, task.splits.search))
     return failed | mode.failed
 

@@ -61,6 +61,11 @@ def certify(run: Run, target: Target, chain: Sequence[PrecisionMap], question: Q
     return tuple(certificates)
 
 
+def baseline_to_certify(run: Run, target: Target, split: str) -> Scored:
+    """The baseline on the certify split, which every certificate needs and no map has chosen: to be looked at first."""
+    return _certify_split(run, target, split, None)
+
+
 def _certify_split(run: Run, target: Target, split: str, precision_map: PrecisionMap | None) -> Scored:
     """The certify split as the target runs the map (None: the baseline); quantised only if a batch is to be scored."""
     task = run.task

@@ -191,11 +191,11 @@ def _probe_batch(
 ) -> bool:
     """Probe one batch under each layer. False when time ran out before the last."""
     task, weights = run.task, parameter_names(run.task.model)
-    batch = to_device(batch, task.device)
+    batch, place = to_device(batch, task.device), f"batch {number} of the search split"
     recording = Recording(replay_memory)
     with torch.no_grad():
         with Replay(weights, {}, {}, recording):
-            score_batch(task, task.model, batch, number)
+            score_batch(task, task.model, batch, place)
         for (name, scheme), (layer, decoded) in layers:
             if run.out_of_time:
                 return False
@@ -203,11 +203,11 @@ def _probe_batch(
             weight = layer.weight() if decoded is None else decoded
             try:
                 with Replay(weights, {name: layer}, {name: weight}, recording):
-                    part = score_batch(task, task.model, batch, number)
+                    part = score_batch(task, task.model, batch, place)
             except FAILURES as error:
                 with quantized(task.model, {}):  # if this fails, too, it is not the layer
-                    score_batch(task, task.model, batch, number)
-                reason = f"in {scheme.name} it fails on batch {number} of the search split: {first_line(error)}"
+                    score_batch(task, task.model, batch, place)
+                reason = f"in {scheme.name} it cannot be probed: {first_line(error)}"
                 run.journal.record(FAILED, name, {"reason": reason}, scheme_key(scheme))
                 continue
             subject, seconds = batch_subject(name, number), time.perf_counter() - started

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from precimap.errors import FAILURES, first_line
 from precimap.layers.first_order import FirstOrder, routed_changes, routed_rows, row_changes, row_weights
 from precimap.layers.inventory import Inventory
 from precimap.search.calibrate import Calibration
@@ -94,9 +95,23 @@ def screen(
     for number, batch in enumerate(run.task.splits.search):
         if number in wanted:
             run.progress("screen", len(batches), len(wanted))
-            batches[number] = _screened(run, plan, decoded, batch, number)
+            try:
+                batches[number] = _screened(run, plan, decoded, batch, number)
+            except _NotScreenedError as error:
+                run.progress("screen", len(wanted), len(wanted))
+                return _nothing(plan, f"batch {number} of the search split cannot be screened ({error})")
     run.progress("screen", len(wanted), len(wanted))
     return _seen_throughout(Screen(plan.by_scores, plan.rows, batches, plan.unseen, plan))
+
+
+class _NotScreenedError(Exception):
+    """A pass with gradients failed."""
+
+
+def _nothing(plan: ScreenPlan, why: str) -> Screen:
+    """A screen that saw no layer: each is probed instead, and where the model itself fails, the probe says so."""
+    none = replace(plan, rows={}, layouts={}, routed=frozenset(), passes=())
+    return Screen(plan.by_scores, {}, {}, {**plan.unseen, **{name: why for name, _ in plan.rows}}, none)
 
 
 def _seen_throughout(screen: Screen) -> Screen:
@@ -116,7 +131,10 @@ def _screened(
     found = run.journal.find("screen", f"@{number}", plan.digest)
     if found is None:
         started = time.perf_counter()
-        screened, backwards = _screen_batch(run.task, plan, decoded, to_device(batch, run.task.device), number)
+        try:
+            screened, backwards = _screen_batch(run.task, plan, decoded, to_device(batch, run.task.device), number)
+        except FAILURES as error:
+            raise _NotScreenedError(first_line(error)) from error
         arrays: dict[str, NDArray[Any]] = {
             "changes": screened.changes,
             "scores": screened.scores,
