@@ -115,8 +115,8 @@ def check_weights(task: Task) -> None:
 def check_task(task: Task) -> str | None:
     """Look at every batch; score the first search batch twice and with one unit replaced.
 
-    Returns a note if units could not be told apart. Raises TaskError as `check_splits`, for a forward that fails, that is not
-    deterministic, or whose units influence each other.
+    Returns a note if units could not be told apart. Raises TaskError as `check_splits`, for a forward that fails, that is
+    not deterministic, or whose units influence each other.
     """
     check_splits(task)
     check_tables(task.model)
