@@ -10,7 +10,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Left may never import right; parts of one step may import each other unless they are listed as strangers.
 ORDER = (
-    {"errors", "durable", "journal", "user_code"},
+    {"errors", "durable", "journal", "packed_arrays", "user_code"},
     {"numerics"},
     {"certificate"},
     {"hardware_profile"},
@@ -32,6 +32,7 @@ TORCH_FREE = (
     *(
         "errors",
         "user_code",
+        "packed_arrays",
         "durable",
         "journal",
         "certificate",

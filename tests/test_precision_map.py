@@ -6,49 +6,18 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precimap.certificate import Certificate, GuardAnswer, Rounding, Unrepaired
 from precimap.errors import MapError, PremiseMismatch, SaveError
 from precimap.numerics.schemes import SCHEMES
-from precimap.precision_map import Decision, Evidence, PrecisionMap, Premise, Realignment, Verdict
+from precimap.precision_map import PrecisionMap
+from small_maps import a_map, certified, decision
 
 SCHEMA = Path(__file__).parent.parent / "docs" / "precision_map.schema.json"
-
-
-def decision(scheme: str | None = None, **changes: object) -> Decision:
-    static = scheme is not None and SCHEMES[scheme].needs_calibration
-    fields: dict[str, object] = {
-        "scheme": scheme,
-        "verdict": Verdict.TOLERANT if scheme else Verdict.SENSITIVE,
-        "reason": "measured",
-        "shape": (32, 16),
-        "ops": ("linear",),
-        "contracted": (1,),
-        "input_scale": 0.0625 if static else None,
-        "input_zero": 3 if static else None,
-        "evidence": {
-            "fp8": Evidence(drop=1e-4, error=2e-5, lower=6e-5, upper=1.4e-4, n=900, clusters=900, changed=812)
-        },
-        "flops_share": 0.5,
-        "bytes": 2048,
-    }
-    return Decision(**{**fields, **changes})
-
-
-def a_map(**layers: Decision) -> PrecisionMap:
-    premise = Premise(
-        weights="w" * 16, task="t", metric="loss", calibration="c", search="s", certify="v", base_precision="float32",
-        device="cpu", precimap="0", torch="2",
-    )  # fmt: skip
-    return PrecisionMap(
-        target="emulated", schemes={n: s.row() for n, s in SCHEMES.items()}, layers=layers, premise=premise
-    )
 
 
 EXAMPLE = a_map(a=decision("fp8"), b=decision(), c=decision("int8-static"))
@@ -174,27 +143,7 @@ def test_the_documented_schema_is_the_code_s() -> None:
 # --- maps that cannot lie -----------------------------------------------------------------------------------------
 
 
-def certified() -> PrecisionMap:
-    """The example with everything that a search may claim of it."""
-    plain = EXAMPLE.model_copy(update={"realignment": Realignment(layer="c", scale=(1.01,), shift=(0.1,), n=90)})
-    held = GuardAnswer(
-        held=True, drop=-0.002, error=1e-3, upper=0.004, margin=0.005, unit="", baseline=1.0, n=900, clusters=300,
-        needed=None,
-    )  # fmt: skip
-    found = Certificate(
-        metric="loss", certified=True, verdict="certified", claim="codes", drop=0.001, error=4e-4, upper=0.0018,
-        margin=0.002, alpha=0.05, spent_alpha=0.05, bound="t", baseline=0.7, n=1000, clusters=300, changed=812, needed=None,
-        guards={"calibration": held}, reported={"AUC": (1e-4, 2e-4)},
-        unrepaired=Unrepaired(drop=0.003, error=5e-4, upper=0.004), split="v", map=plain.fingerprint,
-    )  # fmt: skip
-    drops = (0.001, 0.002, 0.0025)
-    draws = Rounding(
-        shipped=0.001, error_over_units=1e-3, n=128, drops=drops, mean=fmean(drops), sd=stdev(drops), common=1e-4
-    )
-    return plain.model_copy(update={"certificate": found, "rounding": draws})
-
-
-CERTIFIED = certified()
+CERTIFIED = certified(EXAMPLE, realigned_at="c")
 CERTIFIED_ROW = json.loads(CERTIFIED.model_dump_json())
 
 

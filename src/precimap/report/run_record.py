@@ -67,7 +67,7 @@ def read_run(directory: str | Path) -> RunRecord:
     directory = Path(directory)
     try:
         return _read(directory)
-    except (ValidationError, MapError, KeyError, TypeError) as error:
+    except (ValidationError, MapError, LookupError, TypeError, AttributeError, RecursionError) as error:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise JournalError(
             f"{directory}: expected what a search wrote down, got something else ({said}); the run was edited or damaged: "
