@@ -61,7 +61,9 @@ class PrecisionMap(Record):
     @model_validator(mode="after")
     def _schemes_fit(self) -> Self:
         if self.version != MAP_VERSION:
-            raise ValueError(f"expected version {MAP_VERSION}, got {self.version}")
+            raise ValueError(
+                f"expected version {MAP_VERSION}, got {self.version}; make the map again with this precimap"
+            )
         try:
             known = {name: scheme_from_row(name, row) for name, row in self.schemes.items()}
         except SchemeError as error:
@@ -208,6 +210,10 @@ class PrecisionMap(Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the whole"
+            if first["type"] == "value_error":  # of a check of our own, which says a whole sentence
+                raise MapError(
+                    f"{name}: not a map that can be used: {first['msg'].removeprefix('Value error, ')}"
+                ) from error
             raise MapError(f"{name}: not a precision map of version {MAP_VERSION}: {where}: {first['msg']}") from error
         except (ValueError, RecursionError) as error:
             raise MapError(

@@ -358,3 +358,16 @@ def test_clusters_given_as_numpy_and_labels_as_lists_are_taken() -> None:
     assert len(score(task, task.model, task.splits.search).values) == 100
     auc = click_task(clusters=lambda b: np.asarray(b["user"]))
     check_splits(replace(auc, metric=AUC()))
+
+
+def test_labels_that_are_not_one_for_each_unit_are_no_fault() -> None:
+    """A label for each candidate, two a unit: clusters, weights and slices count units all the same."""
+    task = task_of(
+        labels=lambda b: b["labels"].repeat_interleave(2),
+        metric=Loss(),
+        reported=(),
+        clusters=lambda b: b["user"],
+        weights=lambda b: b["weight"],
+    )
+    for metric in (Loss(), NDCG(5)):
+        check_splits(replace(task, metric=metric))

@@ -105,8 +105,8 @@ def warn_of(precision_map: PrecisionMap) -> None:
     why = precision_map.not_certified
     if why is not None:
         warnings.warn(
-            f"this map is not certified: {why}. Nothing bounds what it costs in {precision_map.premise.metric}; judge it "
-            "with precimap certify before it serves",
+            f"this map is not certified: {why}. Nothing bounds what it costs in {precision_map.premise.metric!r}; judge "
+            "it with precimap certify before it serves",
             UncertifiedMapWarning,
             stacklevel=3,
         )

@@ -97,9 +97,23 @@ def _look(task: Task, batch: Any, place: str, into: _Given | None) -> None:
     if labels.is_floating_point() and not torch.isfinite(labels).all():
         broken = ~torch.isfinite(labels).reshape(len(labels), -1).all(1)
         raise TaskError(f"{place}: expected labels that are numbers, got NaN or infinity in {rows_said(broken)}")
-    into.units += len(labels)
     into.labels.append(labels)
-    into.beside.append(given_beside(task, batch, len(labels), place))
+    if _counts(task, batch, place) <= {len(labels)}:  # elsewhere what a unit is shows when it is scored
+        into.units += len(labels)
+        into.beside.append(given_beside(task, batch, len(labels), place))
+
+
+def _counts(task: Task, batch: Any, place: str) -> set[int]:
+    """How many units the task's own functions speak of."""
+    given = {"clusters": task.clusters, "weights": task.weights}
+    given |= {f"where of the guard {guard.label}": guard.where for guard in task.guarded}
+    counts = set()
+    for what, function in given.items():
+        if function is not None:
+            with called(what, place):
+                values = function(batch)
+            counts.add(len(values) if hasattr(values, "__len__") else 0)
+    return counts
 
 
 def _floats(batch: Any) -> Iterator[Tensor]:
