@@ -371,3 +371,20 @@ def test_labels_that_are_not_one_for_each_unit_are_no_fault() -> None:
     )
     for metric in (Loss(), NDCG(5)):
         check_splits(replace(task, metric=metric))
+
+
+@pytest.mark.parametrize(
+    "effort", [Effort(rounding_draws=2), Effort(rounding_draws=0, screen_units=2, audit_units=2, check_units=2)]
+)
+@pytest.mark.parametrize("metric", [Loss(), NDCG(5)], ids=lambda metric: metric.name)
+def test_a_batch_for_each_user_is_no_single_cluster(effort: Effort, metric: Any, tmp_path: Path) -> None:
+    """A few batches stand for the split in the screen, the audit, the floor and the draws: one alone has no spread."""
+    task = task_of(clusters=lambda b: b["user"], metric=metric)
+    for split in (task.splits.search, task.splits.certify):
+        for number, batch in enumerate(split):
+            batch["user"][:] = number
+    found = search(task, schemes=["fp8-tensor"], margin=5.0, effort=effort, ledger=tmp_path)
+    assert found.certified
+    assert all(
+        row.clusters > 1 for d in found.map.layers.values() for row in (*d.evidence.values(), *d.predicted.values())
+    )

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from precimap.journal import Journal, Measurement
@@ -42,6 +43,20 @@ class Parts:
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(len(part.values) for part in self.each)
+
+    def scattered(self, units: int, among: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Numbers of batches (of all, or `among` these) as `scattered` gives them, of at least two clusters where there are.
+
+        A batch may hold one user, and the spread of one cluster tells nothing.
+        """
+        numbers = range(len(self.each)) if among is None else among
+        sizes = [self.sizes[number] for number in numbers]
+        while True:
+            chosen = tuple(numbers[place] for place in scattered(sizes, units))
+            ids = {int(cluster) for number in chosen for cluster in np.unique(self.each[number].clusters)}
+            if self.task.clusters is None or len(ids) > 1 or len(chosen) == len(numbers):
+                return chosen
+            units = sum(self.sizes[number] for number in chosen) + 1
 
     def only(self, numbers: Sequence[int]) -> Scored:
         """The batches of these numbers, in the order of the split."""

@@ -10,7 +10,7 @@ from precimap.layers.target import EMULATED
 from precimap.numerics.schemes import BF16_FLOOR, Scheme
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import Comparison, compare, prepare
-from precimap.search.run import Parts, Run, scattered, scored
+from precimap.search.run import Parts, Run, scored
 
 
 def floor_pairs(inventory: Inventory) -> list[tuple[str, Scheme]]:
@@ -27,7 +27,7 @@ def rounding_floor(
     """
     task = run.task
     alive = {name: scheme for name, scheme in floor_pairs(inventory) if (name, scheme.name) not in failed}
-    numbers = scattered(baseline.sizes, units)
+    numbers = baseline.scattered(units)
     parts = scored(
         run,
         "floor",

@@ -11,8 +11,9 @@ reason, and is for the probe. Measuring every layer on its own, the alternative,
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,17 +81,20 @@ def screen(
     memory: int,
     sizes: Sequence[int],
     units: int,
+    of_units: Callable[[int], tuple[int, ...]] | None = None,
 ) -> Screen:
     """Screen the search split, or batches of it with `units` units where a row is a unit: spreads need no more.
 
-    sizes: units of each batch. memory: bytes that one batch's errors and saved tensors may take. A batch that would
-    take more is screened one scheme at a time, and if that is too much every layer is `unseen`. So it is when neither
-    the scores nor the losses carry a gradient. The model is not modified.
+    sizes: units of each batch. of_units: which batches stand for a number of units, `scattered` if not given. memory:
+    bytes that one batch's errors and saved tensors may take. A batch that would take more is screened one scheme at a
+    time, and if that is too much every layer is `unseen`. So it is when neither the scores nor the losses carry a gradient,
+    and when a pass with gradients fails. The model is not modified.
     """
     plan = plan_screen(run.task, inventory, calibration, pairs, memory)
     # Decoding costs a tenth of a pass; one scheme at a time is asked for when memory is short, so it is not kept then.
     decoded = decode(plan.passes[0]) if len(plan.passes) == 1 else None
-    wanted = scattered(sizes, sum(sizes) if plan.by_scores else units) if plan.passes else ()
+    chosen = partial(scattered, sizes) if of_units is None else of_units
+    wanted = chosen(sum(sizes) if plan.by_scores else units) if plan.passes else ()
     batches: dict[int, ScreenedBatch] = {}
     for number, batch in enumerate(run.task.splits.search):
         if number in wanted:
