@@ -33,8 +33,9 @@ from precimap.search.eligibility import eligibility
 from precimap.search.evidence.probe import Probe, prepare, probe
 from precimap.search.evidence.screen_plan import Pair
 from precimap.search.limits import USUAL_EFFORT, Effort
-from precimap.search.pipeline import SearchResult, search
+from precimap.search.pipeline import search
 from precimap.search.progress import silent
+from precimap.search.result import SearchResult
 from precimap.search.run import Parts, Run, scored
 from precimap.task import Batches, Task, first_batch, score
 

@@ -10,29 +10,33 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # Left may never import right; parts of one step may import each other unless they are listed as strangers.
 ORDER = (
-    {"errors", "durable", "journal"},
+    {"errors", "durable", "journal", "packed_arrays", "user_code"},
     {"numerics"},
     {"certificate"},
     {"hardware_profile"},
     {"end_to_end"},
-    {"precision_map"},
+    {"decisions", "precision_map"},
     {"layers", "fingerprints"},
     {"metrics"},
+    {"per_unit"},
     {"task", "task_file"},
     {"data"},
     {"search", "runtime"},
     {"report"},
     {"demos"},
-    {"cli_options"},
+    {"cli_options", "cli_ending"},
     {"cli", "__init__", "__main__"},
 )
 STRANGERS = {("search", "runtime"), ("runtime", "search")}
 TORCH_FREE = (
     *(
         "errors",
+        "user_code",
+        "packed_arrays",
         "durable",
         "journal",
         "certificate",
+        "decisions",
         "precision_map",
         "hardware_profile",
         "end_to_end",

@@ -1,17 +1,31 @@
 """A write either happens as a whole or not at all, and when it does it is on the disk."""
 
+import contextlib
 import errno
+import fcntl
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import precimap.durable
 from precimap.durable import write_bytes, write_text
-from precimap.errors import SaveError
+from precimap.errors import JournalError, SaveError
+from precimap.journal import LOCK_NAME, run_journal
+from precimap.search.certificate.ledger import Ledger
+
+# The package without what imports torch: a process then starts in a moment, not in seconds.
+ALONE = f"""
+import sys, types
+sys.modules["precimap"] = package = types.ModuleType("precimap")
+package.__path__ = [{str(Path(precimap.durable.__file__).parent)!r}]
+"""
 
 
 def names(folder: Path) -> list[str]:
@@ -142,6 +156,75 @@ def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
         write_text(tmp_path / "nowhere" / "map.json", "new")
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import precimap.durable as module
+module.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+module.write_text(Path(sys.argv[1]), "never")
+"""
+
+WRITING = """
+import sys
+from pathlib import Path
+import precimap.durable as module
+def waiting(source, target, replace=module.os.replace):
+    print(source, flush=True)
+    sys.stdin.readline()
+    replace(source, target)
+module.os.replace = waiting
+module.write_text(Path(sys.argv[1]), "at last")
+"""
+
+
+def process(code: str, path: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", ALONE + code, str(path)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_what_killed_processes_left_is_gone_after_the_next_write(tmp_path: Path) -> None:
+    for number in range(3):
+        with process(KILLED, tmp_path / f"{number}.json") as killed:
+            killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+        assert [name[:10] for name in names(tmp_path)] == [".precimap-"], "what the one before left is gone"
+    (tmp_path / ".precimap-of-the-user.txt").write_text("stays")
+    write_text(tmp_path / "map.json", "new")
+    assert names(tmp_path) == [".precimap-of-the-user.txt", "map.json"]
+
+
+def test_what_another_process_writes_just_now_is_left_alone(tmp_path: Path) -> None:
+    with process(WRITING, tmp_path / "other.json") as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        aside = Path(other.stdout.readline().rstrip("\n"))
+        write_text(tmp_path / "map.json", "new")
+        assert names(tmp_path) == sorted([aside.name, "map.json"])
+        other.stdin.write("\n")
+        other.stdin.flush()
+    assert other.returncode == 0
+    assert names(tmp_path) == ["map.json", "other.json"]
+    assert (tmp_path / "other.json").read_text() == "at last"
+
+
+def test_a_file_that_was_taken_for_abandoned_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, taken = fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not taken:
+            taken.extend(tmp_path.glob(".precimap-*.tmp"))
+            taken[0].unlink()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    write_text(tmp_path / "map.json", "new")
+    assert len(taken) == 1
+    assert names(tmp_path) == ["map.json"]
+    assert (tmp_path / "map.json").read_text() == "new"
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB; needs the right to mount one."""
@@ -168,3 +251,22 @@ def test_a_full_disk_leaves_the_old_file(small_disk: Path) -> None:
     assert names(small_disk) == ["map.json"]
     write_text(path, "and there is room again")
     assert path.read_text() == "and there is room again"
+
+
+def test_a_disk_without_a_byte_free_is_an_error_of_our_own(small_disk: Path) -> None:
+    """The lock of a run and the one of a ledger are files, too."""
+    for folder in ("run", "ledger"):
+        (small_disk / folder).mkdir()
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with (
+        pytest.raises(JournalError, match=rf"{LOCK_NAME} could not be written \(No space left on device\); free space"),
+        run_journal(small_disk / "run", {}),
+    ):
+        pass
+    with pytest.raises(SaveError, match="No space left on device"):
+        Ledger.open(small_disk / "ledger", "split", 0.05).spend("chain", 0.05, "what it is")
+    assert not list((small_disk / "ledger").glob("*.json"))
+    (small_disk / "filler").unlink()
+    assert Ledger.open(small_disk / "ledger", "split", 0.05).spend("chain", 0.05, "what it is") == 0.05

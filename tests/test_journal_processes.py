@@ -79,17 +79,19 @@ with run_journal(Path(sys.argv[1]), {"weights": "1"}) as journal:
 
 
 def test_kill_9_loses_nothing_that_was_measured(tmp_path: Path) -> None:
-    pause, told = random.Random(20), 0
+    """Each process is killed after a number of reported measurements, none or a few: whatever the machine is busy with."""
+    chance, told = random.Random(20), 0
     for kill in range(24):
         with python(RECORD, tmp_path) as process:
             assert process.stdout is not None
-            if kill % 4:  # every fourth is killed during the start, at any moment from the interpreter's first
-                process.stdout.readline()
-                time.sleep(pause.uniform(0, 0.04))
+            lines = []
+            if not kill % 4:  # during its start, wherever that is by then
+                time.sleep(chance.uniform(0, 0.4))
             else:
-                time.sleep(pause.uniform(0.05, 0.4))
+                lines = [process.stdout.readline() for _ in range(1 + chance.randint(0, 5))]
             process.send_signal(signal.SIGKILL)
-            lines = process.stdout.read().splitlines()
+            lines += process.stdout.read().splitlines()
+        assert process.returncode == -signal.SIGKILL
         reported = [int(line.split()[1]) for line in lines if line.startswith("row") and line.split()[1:]]
         assert all(number >= told for number in reported), "measured again"
         told = max(told, *(number + 1 for number in reported), 0)
@@ -104,6 +106,29 @@ def test_kill_9_loses_nothing_that_was_measured(tmp_path: Path) -> None:
     for row in rows:
         expected = np.random.default_rng(row.value["number"]).standard_normal(row.value["number"] % 7 * 400)
         assert row.arrays["rows"].tobytes() == expected.tobytes()
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from precimap.errors import JournalError
+from precimap.journal import run_journal
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    with run_journal(Path(sys.argv[1]), {"weights": "1"}):
+        print("got in")
+except JournalError as error:
+    print(error)
+"""
+
+
+def test_a_lock_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    """A process that may write no byte: as on a full disk, without the right to mount one."""
+    with python(LIMITED, tmp_path) as process:
+        said = process.communicate()[0]
+    assert said.startswith(f"{tmp_path / 'run.lock'} could not be written (File too large); free space")
+    with run_journal(tmp_path, PREMISE):
+        pass
 
 
 HALFWAY = """

@@ -21,8 +21,9 @@ from precimap.search.allocation.rules import Knapsack, Threshold
 from precimap.search.latency.serving import Serving
 from precimap.search.latency.timed import bench_device
 from precimap.search.limits import Effort
-from precimap.search.pipeline import SearchResult, search
+from precimap.search.pipeline import search
 from precimap.search.planning import Plan, plan
+from precimap.search.result import SearchResult
 from precimap.task import Splits, Task
 
 __all__ = [

@@ -1,9 +1,18 @@
 """What is said of a whole map: its certificate, the answers of the guards, and the lottery of its rounding grids.
 
 Invariant: plain numbers with their n and their errors, that JSON holds to the bit; nothing here can change what a map runs.
+What contradicts itself is none of these values: a certificate cannot say "certified" above its own margin.
 """
 
-from pydantic import BaseModel, ConfigDict, Field
+import math
+import statistics
+from collections.abc import Iterator
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+CERTIFIED = "certified"  # how the verdict of a certified map begins, and of no other
+_SLACK = 1e-9  # of sums that are taken again
 
 
 class Record(BaseModel):
@@ -65,7 +74,7 @@ class GuardAnswer(Record):
 
     held: bool
     drop: float
-    error: float
+    error: float = Field(ge=0)
     upper: float | None
     margin: float = Field(gt=0)
     unit: str
@@ -76,6 +85,12 @@ class GuardAnswer(Record):
     needed: tuple[int, int | None] | None
     blind_spot: BlindSpot | None
 
+    def contradictions(self) -> Iterator[str]:
+        """What its fields say against each other, a phrase each."""
+        if self.held and not _within(self.drop, self.upper, self.margin):
+            yield f"it is held, with {_bound_said(self.drop, self.upper, self.margin)}"
+        yield from _sizes(self.n, self.clusters, self.effective, self.needed)
+
 
 class Unrepaired(Record):
     """What a map with a realigned last logit drops without it, on the same units; it decides nothing.
@@ -84,7 +99,7 @@ class Unrepaired(Record):
     """
 
     drop: float
-    error: float
+    error: float = Field(ge=0)
     upper: float | None
     guards: dict[str, tuple[float, float]] = Field(default_factory=dict)
 
@@ -107,11 +122,11 @@ class Certificate(Record):
     verdict: str
     claim: str
     drop: float
-    error: float
+    error: float = Field(ge=0)
     upper: float | None
     margin: float = Field(gt=0)
-    alpha: float = Field(gt=0, lt=1)
-    spent_alpha: float = Field(gt=0)
+    alpha: float = Field(gt=0, le=0.5)
+    spent_alpha: float = Field(gt=0, lt=1)
     bound: str
     baseline: float
     n: int = Field(ge=1)
@@ -125,6 +140,28 @@ class Certificate(Record):
     unrepaired: Unrepaired | None = None
     split: str
     map: str
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        for contradiction in self._contradictions():
+            raise ValueError(f"the certificate contradicts itself: {contradiction}")
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """Without what one number says of another only under one bound or one metric."""
+        if self.certified != self.verdict.startswith(CERTIFIED):
+            yield f"certified is {str(self.certified).lower()}, and its verdict is {self.verdict!r}"
+        if self.certified and not _within(self.drop, self.upper, self.margin):
+            yield f"it is certified, with {_bound_said(self.drop, self.upper, self.margin)}"
+        for name, guard in self.guards.items():
+            if self.certified and not guard.held:
+                yield f"it is certified, and its guard {name} is not held"
+            yield from (f"guard {name}: {found}" for found in guard.contradictions())
+        if not self.changed <= self.n:
+            yield f"{self.changed} of {self.n} units changed"
+        yield from _sizes(self.n, self.clusters, self.effective, self.needed)
+        if self.alpha > self.spent_alpha + _SLACK:
+            yield f"alpha {self.alpha:g} was spent, and {self.spent_alpha:g} in all"
 
     def __str__(self) -> str:
         return " ".join((f"{self.verdict}: {self.statement}", *self.guard_statements, *self.blind_spots, self.claim))
@@ -182,9 +219,40 @@ class Rounding(Record):
     """
 
     shipped: float
-    error_over_units: float
+    error_over_units: float = Field(ge=0)
     n: int = Field(ge=1)
-    drops: tuple[float, ...]
+    drops: tuple[float, ...] = Field(min_length=2)
     mean: float
     sd: float = Field(ge=0)
     common: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _agrees_with_its_draws(self) -> Self:
+        told = {"mean": (self.mean, statistics.fmean(self.drops)), "sd": (self.sd, statistics.stdev(self.drops))}
+        for what, (said, found) in told.items():
+            if not math.isclose(said, found, rel_tol=_SLACK, abs_tol=1e-12):
+                raise ValueError(f"the {what} of the rounding draws is {found:g}, not {said:g}")
+        if self.common > self.sd * (1 + _SLACK):
+            raise ValueError(
+                f"of a spread of {self.sd:g} over the draws, {self.common:g} cannot be common to all units"
+            )
+        return self
+
+
+def _sizes(n: int, clusters: int, effective: float, needed: tuple[int, int | None] | None) -> Iterator[str]:
+    if clusters > n:
+        yield f"{clusters} clusters of {n} units"
+    if effective > clusters * (1 + _SLACK):
+        yield f"{clusters} clusters that are worth {effective:g} of equal weight"
+    if needed is not None and needed[1] is not None and needed[0] > needed[1]:
+        yield f"it needs at least {needed[0]} units and at most {needed[1]}"
+
+
+def _within(drop: float, upper: float | None, margin: float) -> bool:
+    """Whether the bound is at most the margin, and the drop, of whatever sign, at most the bound."""
+    return upper is not None and drop <= upper + _SLACK * (1 + abs(upper)) and upper <= margin
+
+
+def _bound_said(drop: float, upper: float | None, margin: float) -> str:
+    bound = "no upper bound" if upper is None else f"the upper bound {upper:g}"
+    return f"a drop of {drop:g}, {bound} and the margin {margin:g}"

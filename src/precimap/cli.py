@@ -1,21 +1,21 @@
 """The command line: parses, calls one verb, prints. Nobody else prints.
 
 stdout is the result (`--json` for machines), stderr is progress and errors. Exit codes: 0 done, 1 the answer is no (not
-certified), 2 the input is wrong.
+certified), 2 the input is wrong, 70 an error that precimap did not expect, 74 the result cannot be printed, 130 interrupted.
 """
 
-import json
+import functools
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, ParamSpec
 
 import typer
-from rich.console import Console, RenderableType
-from rich.markup import escape
 
+from precimap.cli_ending import DONE, NO, Result, ended, unexpected
 from precimap.cli_options import (
     TARGETS,
     AllowOption,
@@ -41,11 +41,12 @@ from precimap.cli_options import (
     TargetOption,
     TaskArgument,
     TimingOption,
+    allowed_of,
     check_margin,
     sizes_of,
 )
 from precimap.demos.demo import run_demo, unused_directory
-from precimap.errors import InputError, MapError, PrecimapError
+from precimap.errors import InputError, MapError, UncertifiedMapWarning
 from precimap.hardware_profile import HardwareProfile
 from precimap.layers.discover import discover
 from precimap.numerics.schemes import SCHEMES, range_rule_from_row
@@ -57,6 +58,7 @@ from precimap.report.progress_bar import progress_bar
 from precimap.report.proof import certificate_text
 from precimap.report.run_record import read_run
 from precimap.report.tables import preflight_text, run_page
+from precimap.report.terminal import Terminal, lines_of
 from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cuda_fp8 import EXPERIMENTAL, marked
 from precimap.runtime.deploy import deploy as deploy_map
@@ -78,19 +80,31 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_errors = Console(stderr=True)
+_errors = Terminal(stderr=True)
+Asked = ParamSpec("Asked")
 
 
-@app.command()
-def layers(task: TaskArgument, as_json: JsonOption = False) -> None:
+def command(function: Callable[Asked, Result]) -> Callable[Asked, None]:
+    """A verb of the command line: what it returns is printed, and it ends with the exit code of that."""
+
+    @app.command()
+    @functools.wraps(function)
+    def verb(*args: Asked.args, **kwargs: Asked.kwargs) -> None:
+        raise typer.Exit(ended(lambda: function(*args, **kwargs)))
+
+    return verb
+
+
+@command
+def layers(task: TaskArgument, as_json: JsonOption = False) -> Result:
     """List every layer of the model, and why the other parameters are none."""
     loaded = load_task(task)
     check_weights(loaded)
     inventory = discover(loaded.model, loaded.forward, first_batch(loaded, loaded.splits.search))
-    _show(asdict(inventory), inventory_table(inventory), as_json)
+    return Result(asdict(inventory), inventory_table(inventory), as_json)
 
 
-@app.command()
+@command
 def search(
     task: TaskArgument,
     margin: MarginOption,
@@ -119,7 +133,7 @@ def search(
     timing_seconds: TimingOption = USUAL_EFFORT.timing_seconds,
     peak_tflops: PeakOption = None,
     as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""
     asked = range_rule_from_row(input_range)
     schemes = [found.with_range(asked) if found.needs_calibration else found for found in map(scheme_by_name, scheme)]
@@ -135,7 +149,7 @@ def search(
             cutoff=cutoff,
             target=TARGETS[target],
             pinned=pin or (),
-            allowed=_allowed(allow or ()),
+            allowed=allowed_of(allow or ()),
             alpha_budget=alpha_budget,
             effort=_effort(probe, screen_memory, replay_memory, rounding_draws, timing_seconds, max_minutes),
             serving=_serving(batch_sizes, profile, peak_tflops),
@@ -145,8 +159,7 @@ def search(
             on_preflight=lambda found: _errors.print(preflight_text(asdict(found))),
         )
     record = read_run(run)
-    _show(record.as_row(), run_page(record), as_json)
-    raise typer.Exit(0 if result.certified else 1)
+    return Result(record.as_row(), run_page(record), as_json, DONE if result.certified else NO)
 
 
 def _rule(name: RuleName, knapsack: Knapsack) -> Rule:
@@ -178,17 +191,7 @@ def _serving(batch_sizes: str, profile: Path | None, peak_tflops: float | None) 
     return Serving(sizes_of(batch_sizes), planned_for, None if peak_tflops is None else 1e12 * peak_tflops)
 
 
-def _allowed(rules: Sequence[str]) -> dict[str, list[str]]:
-    found = {}
-    for text in rules:
-        pattern, equals, names = text.rpartition("=")
-        if not equals:
-            raise InputError(f"expected --allow PATTERN=SCHEME,SCHEME (or PATTERN= for none), got {text!r}")
-        found[pattern] = [name for name in names.split(",") if name]
-    return found
-
-
-@app.command()
+@command
 def certify(
     task: TaskArgument,
     precision_map: MapArgument,
@@ -197,7 +200,7 @@ def certify(
     alpha_budget: BudgetOption = None,
     output: Annotated[Path | None, typer.Option(help="Write the map with its new certificate here.")] = None,
     as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Judge one map on the certify split. Exit code 1 when it is not certified."""
     loaded, given = load_task(task), PrecisionMap.load(precision_map)
     check_margin(margin, loaded.metric)
@@ -217,11 +220,11 @@ def certify(
     assert certified.certificate is not None
     if output is not None:
         certified.save(output)
-    _show(certified.certificate.model_dump(), certificate_text(certified.certificate), as_json)
-    raise typer.Exit(0 if certified.certificate.certified else 1)
+    code = DONE if certified.certificate.certified else NO
+    return Result(certified.certificate.model_dump(), certificate_text(certified.certificate), as_json, code)
 
 
-@app.command()
+@command
 def deploy(
     task: TaskArgument,
     precision_map: MapArgument,
@@ -230,36 +233,46 @@ def deploy(
         TargetName | None, typer.Option(help=f"Default: the map's own; cuda-fp8 is {EXPERIMENTAL}.")
     ] = None,
     as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Deploy a map, compare it with its emulation on one batch, and save it."""
     loaded, given = load_task(task), PrecisionMap.load(precision_map)
     if not given.low:
         raise MapError(f"{precision_map}: the map keeps every layer at base precision; there is nothing to deploy")
     started = time.perf_counter()
-    deployed = deploy_map(loaded.model, given, target=None if target is None else target.value, task=loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UncertifiedMapWarning)  # said below, in the result
+        deployed = deploy_map(loaded.model, given, target=None if target is None else target.value, task=loaded)
     found = deployment_of(deployed).agreement
     assert found is not None
     save_deployed(deployed, loaded.model, output)
-    row = {"file": str(output), "layers": len(given.low), "target": (target or given.target), **asdict(found)}
-    text = (
-        f"{len(given.low)} layers deployed for {marked(row['target'])} in {time.perf_counter() - started:.1f} s\n"
+    row = {
+        "file": str(output),
+        "layers": len(given.low),
+        "target": (target or given.target),
+        "not_certified": given.not_certified,
+        **asdict(found),
+    }
+    lines = [
+        f"{len(given.low)} layers deployed for {marked(row['target'])} in {time.perf_counter() - started:.1f} s",
         f"difference to the emulation: rms {found.rms_difference:.2g}, largest {found.largest_difference:.2g}, "
-        f"of scores up to {found.largest_output:.3g} (n = {found.units})\nsaved {output}"
-    )
-    _show(row, text, as_json)
+        f"of scores up to {found.largest_output:.3g} (n = {found.units})",
+        f"saved {output}",
+        *([] if given.not_certified is None else [f"NOT CERTIFIED: {given.not_certified}"]),
+    ]
+    return Result(row, lines_of(lines), as_json)
 
 
-@app.command()
+@command
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Print a run's tables again."""
     record = read_run(run)
-    _show(record.as_row(), run_page(record), as_json)
+    return Result(record.as_row(), run_page(record), as_json)
 
 
-@app.command()
+@command
 def bench_device(
     task: TaskArgument,
     output: Annotated[Path, typer.Option(help="The profile to write, JSON.")],
@@ -267,7 +280,7 @@ def bench_device(
     batch_sizes: BatchSizesOption = "",
     scheme: Annotated[list[str] | None, typer.Option(help="Several, if need be; default all that run here.")] = None,
     as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Time the layers of a task's model on this machine, for `search --profile` here or elsewhere."""
     loaded = load_task(task)
     schemes = [scheme_by_name(name) for name in scheme or SCHEMES]
@@ -276,10 +289,10 @@ def bench_device(
             loaded, target=TARGETS[target], batch_sizes=sizes_of(batch_sizes), schemes=schemes, progress=progress
         )
     found.save(output)
-    _show(found.model_dump(mode="json"), profile_page(found, output), as_json)
+    return Result(found.model_dump(mode="json"), profile_page(found, output), as_json)
 
 
-@app.command()
+@command
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="A new directory; default precimap-runs/demo, demo-2, ...", show_default=False)
@@ -288,24 +301,19 @@ def demo(
         str | None, typer.Option(help="A local folder or Hugging Face id instead of the packaged model.")
     ] = None,
     as_json: JsonOption = False,
-) -> None:
+) -> Result:
     """Semantic search over the Python documentation on this machine: two maps, certified, one deployed and timed."""
     with progress_bar(_errors) as progress:
         result = run_demo(out or unused_directory(Path("precimap-runs/demo")), model, progress)
-    _show(result.as_row(), result.page(), as_json)
-
-
-def _show(row: dict[str, Any], page: RenderableType, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(row, default=str))
-    else:
-        Console(width=80 if not sys.stdout.isatty() else None).print(page)
+    return Result(result.as_row(), result.page(), as_json)
 
 
 def main() -> None:
-    """The entry point: one clear message and exit code 2 for wrong input, no traceback."""
+    """The entry point: one clear message and the exit code for whatever goes wrong, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without a letter shows its number
     try:
         app(prog_name="precimap")
-    except PrecimapError as error:
-        _errors.print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
-        sys.exit(2)
+    except Exception as error:  # noqa: BLE001 - of the command line itself: an exit code of 1 would be the answer no
+        sys.exit(unexpected(error))

@@ -3,6 +3,7 @@
 Invariant: no option is defined that no command reads. A value that a user can mistype is a StrEnum or has a parser here.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -115,6 +116,17 @@ RealignOption = Annotated[
 BytesOption = Annotated[
     float, typer.Option(help="What saving all bytes is worth, where saving all of the layers' time is worth 1.")
 ]
+
+
+def allowed_of(rules: Sequence[str]) -> dict[str, list[str]]:
+    """Pattern -> names of schemes, of rules such as "tower.*=fp8,int8-static". Raises InputError for another form."""
+    found = {}
+    for text in rules:
+        pattern, equals, names = text.rpartition("=")
+        if not equals:
+            raise InputError(f"expected --allow PATTERN=SCHEME,SCHEME (or PATTERN= for none), got {text!r}")
+        found[pattern] = [name for name in names.split(",") if name]
+    return found
 
 
 def sizes_of(text: str) -> tuple[int, ...]:

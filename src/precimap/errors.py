@@ -14,10 +14,11 @@
     |-- AlphaSpent              the certify split has no confidence left for another map
     `-- JournalError            a run directory of another premise, or in use
 
-and one warning:
+and two warnings:
 
     UserWarning
-    `-- BatchSizeWarning        a deployed model serves batches that its times do not speak of
+    |-- BatchSizeWarning        a deployed model serves batches that its times do not speak of
+    `-- UncertifiedMapWarning   a map is deployed of which nothing is proved
 
 Each message says what was expected, what came, and what to do. A "no" of the statistics is not an error: it is a
 `Certificate` whose verdict says so.
@@ -76,5 +77,29 @@ class JournalError(PrecimapError):
     """A run directory that belongs to another premise or to another process."""
 
 
+# What a call into a model, or into torch on one layer of it, raises when it cannot be done: an answer about that call, where
+# it can be done without it. Neither an interrupt nor a process that is out of memory.
+FAILURES = (
+    PrecimapError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
+
+
+def first_line(error: BaseException, longest: int = 200) -> str:
+    """What an error says, as a part of a sentence."""
+    lines = str(error).splitlines()
+    return lines[0][:longest] if lines else type(error).__name__
+
+
 class BatchSizeWarning(UserWarning):
     """A deployed model is given batches outside the sizes that its map was timed with."""
+
+
+class UncertifiedMapWarning(UserWarning):
+    """A map is deployed that has no certificate, one that says no, or that of another map."""

@@ -10,12 +10,9 @@ parser of its own to ask anything of it, and leaves half a line behind.
 """
 
 import fcntl
-import io
 import json
 import os
 import sqlite3
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from precimap.errors import JournalError
+from precimap.packed_arrays import UNREADABLE, packed, unpacked
 
 SCHEMA_VERSION = 3
 FILE_NAME = "measurements.sqlite"
@@ -40,6 +38,7 @@ _TABLES = (
     f"""create table conclusion (number integer primary key, {_MADE_AT}, kind text not null, subject text not null,
         value text not null, unique (kind, subject))""",
 )
+_FAULTS = (sqlite3.Error, UnicodeError, OverflowError)  # of a damaged file the text of an error may be damaged, too
 _COLUMNS = "kind, subject, scheme, value, names, arrays, made_at"
 
 # What a person can do, by the second word of SQLite's error name (SQLITE_READONLY_DIRECTORY: READONLY).
@@ -91,7 +90,7 @@ class Journal:
         arrays: numbers of any shape and dtype, which come back bit for bit.
         Raises JournalError when (kind, subject, scheme) was measured before: it is to be found, not measured again.
         """
-        names, blob = _packed(arrays or {}, f"{kind} of {subject}")
+        names, blob = packed(arrays or {}, f"{kind} of {subject}")
         row = (kind, subject, scheme, json.dumps(value), names, blob)
         try:
             self._write(
@@ -146,14 +145,14 @@ class Journal:
     def _read(self, query: str, parameters: tuple[str, ...]) -> list[Any]:
         try:
             return self._connection.execute(query, parameters).fetchall()
-        except sqlite3.Error as error:
+        except _FAULTS as error:
             raise _refusal(self._where, "could not be read", error) from error
 
     def _measurement(self, row: Any) -> Measurement:
         kind, subject, scheme, value, names, blob, made_at = row
         try:
-            return Measurement(kind, subject, scheme, json.loads(value), _unpacked(names, blob), made_at)
-        except (ValueError, TypeError, KeyError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+            return Measurement(kind, subject, scheme, json.loads(value), unpacked(names, blob), made_at)
+        except UNREADABLE as error:
             raise JournalError(f"{self._where}: {kind} of {subject} could not be read ({error}); {_DAMAGED}") from error
 
 
@@ -180,7 +179,7 @@ def run_journal(directory: Path | None, premise: Mapping[str, str]) -> Iterator[
             if _is_blank(connection):
                 _begin(connection, premise)
             _check(connection, where)
-        except sqlite3.Error as error:
+        except _FAULTS as error:
             raise _refusal(where, "cannot be used", error) from error
         journal = Journal(connection, where)
         _check_premise(journal.premise(), premise, where)
@@ -205,7 +204,7 @@ def open_journal(directory: Path) -> Iterator[Journal]:
             if _is_blank(connection):
                 raise JournalError(f"{path} holds no run: its search ended before it began; give its command again")
             _check(connection, str(path))
-        except sqlite3.Error as error:
+        except _FAULTS as error:
             raise _refusal(str(path), "cannot be read", error) from error
         yield Journal(connection, str(path))
 
@@ -231,8 +230,14 @@ def _alone(directory: Path) -> Iterator[None]:
             raise JournalError(
                 f"{directory} cannot be locked ({error.strerror}); choose a run directory on a local disk"
             ) from error
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        try:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            raise JournalError(
+                f"{directory / LOCK_NAME} could not be written ({error.strerror}); free space on the disk and give the same "
+                "command again"
+            ) from error
         yield
     finally:
         os.close(lock)
@@ -288,25 +293,6 @@ def _check_premise(was: Mapping[str, str], given: Mapping[str, str], where: str)
             f"{where} belongs to another premise: {'; '.join(changed)}. Choose another run directory, or give the old "
             "premise to take the run up again"
         )
-
-
-def _packed(arrays: Mapping[str, np.ndarray], what: str) -> tuple[str, bytes | None]:
-    """The names as JSON, and compressed .npz bytes. Names stay outside: some are no good as members of an .npz."""
-    if not arrays:
-        return "[]", None
-    for name, array in arrays.items():
-        if array.dtype.hasobject:
-            raise JournalError(f"{what}: expected arrays of numbers, got objects in {name}; convert it first")
-    file = io.BytesIO()
-    np.savez_compressed(file, *arrays.values())
-    return json.dumps(list(arrays)), file.getvalue()
-
-
-def _unpacked(names: str, blob: bytes | None) -> dict[str, np.ndarray]:
-    if blob is None:
-        return {}
-    with np.load(io.BytesIO(blob), allow_pickle=False) as archive:
-        return {name: archive[f"arr_{number}"] for number, name in enumerate(json.loads(names))}
 
 
 def _refusal(where: str, what: str, error: Exception) -> JournalError:

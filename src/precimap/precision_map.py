@@ -2,112 +2,50 @@
 
 Invariant: a map names every layer of the model, also those kept at base precision, each with its verdict and reason; and
 it says what it was made from, so that using it elsewhere raises. It is the only thing that passes from choosing to
-running. A list of exceptions to a default (as `ignore` lists are) was not taken: a layer nobody looked at would run in
-low precision unseen. JSON, validated by pydantic; `docs/precision_map.schema.json` is its schema.
+running. A file carries a digest of all it says, and a certificate the fingerprint of what it is about: a file that was
+edited or damaged does not load (`docs/trust.md` says against what that helps, and against whom not). A list of exceptions
+to a default (as `ignore` lists are) was not taken: a layer nobody looked at would run in low precision unseen. JSON,
+validated by pydantic; `docs/precision_map.schema.json` is its schema.
 """
 
 import hashlib
 import json
-from enum import StrEnum
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 
 from precimap.certificate import Certificate, Record, Rounding
+from precimap.decisions import Decision, Evidence, Premise, Realignment, Verdict
 from precimap.durable import write_text
 from precimap.end_to_end import EndToEnd
 from precimap.errors import MapError, PremiseMismatch, SchemeError
 from precimap.numerics.schemes import Scheme, scheme_from_row
 
-MAP_VERSION = 1
+__all__ = ["Decision", "Evidence", "PrecisionMap", "Premise", "Realignment", "Verdict"]
+
+MAP_VERSION = 2  # 1 had no digest
+_WHAT_TO_DO = (
+    "take the map as it was written; or, to use one of your own, delete certificate, rounding, end_to_end and digest and "
+    "certify it (precimap certify)"
+)
+_LOW_VERDICTS = (Verdict.TOLERANT, Verdict.UNDECIDED)  # of layers that a search puts in low precision
 LARGEST_FILE = 256 * 2**20  # a map of 100,000 layers is about 50 MB
 
 
-class Verdict(StrEnum):
-    """Why a layer has the precision it has."""
-
-    TOLERANT = "tolerant"  # its own drop is below the cutoff
-    SENSITIVE = "sensitive"  # its own drop is above the cutoff
-    SLOWER = "slower"  # low precision saves no time there
-    INELIGIBLE = "ineligible"  # it cannot take any of the schemes
-    PINNED = "pinned"  # the user keeps it
-    UNDECIDED = "undecided"  # its own drop cannot be told from the cutoff at this sample size
-
-
-class Evidence(Record):
-    """One layer alone under one scheme, on (a part of) the search split: drop, standard error, one-sided bounds."""
-
-    drop: float
-    error: float
-    lower: float | None
-    upper: float | None
-    n: int = Field(ge=1)
-    clusters: int = Field(ge=1)
-    changed: int = Field(ge=0)
-
-
-class Decision(Record):
-    """What one layer does. `scheme` None means base precision; the input range belongs to static schemes.
-
-    `contracted` are the dims of the weight that its ops sum over, None where they differ: with the shape, all that
-    is needed to make the layer's codes again without looking at a batch. `evidence` was measured by a direct probe,
-    `predicted` by the screen: by scheme, either or both may lack one.
-    """
-
-    scheme: str | None
-    verdict: Verdict
-    reason: str
-    shape: tuple[int, ...]
-    ops: tuple[str, ...]
-    contracted: tuple[int, ...] | None
-    input_scale: float | None = Field(default=None, gt=0)
-    input_zero: int | None = None
-    evidence: dict[str, Evidence] = Field(default_factory=dict)
-    predicted: dict[str, Evidence] = Field(default_factory=dict)
-    flops_share: float = Field(default=0.0, ge=0, le=1)
-    bytes: int = Field(default=0, ge=0, lt=2**63)
-
-
-class Premise(Record):
-    """What a map was made from."""
-
-    weights: str
-    task: str
-    metric: str
-    calibration: str
-    search: str
-    certify: str
-    base_precision: str
-    device: str
-    precimap: str
-    torch: str
-
-
-class Realignment(Record):
-    """A scale and a shift of each output of `layer`, the nn.Linear that makes the scores, to be folded into it.
-
-    Fitted without labels on the n logits of each output on the calibration split, so that scale * quantised + shift
-    gives the probabilities of the baseline as nearly as it can.
-    """
-
-    layer: str
-    scale: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
-    shift: tuple[float, ...]
-    n: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _one_of_each(self) -> Self:
-        if len(self.shift) != len(self.scale):
-            raise ValueError(f"expected as many shifts as scales, {len(self.scale)}, got {len(self.shift)}")
-        return self
-
-    def __str__(self) -> str:
-        return ", ".join(f"x {scale:.5f} {shift:+.5f}" for scale, shift in zip(self.scale, self.shift, strict=True))
-
-
 class PrecisionMap(Record):
-    """Layer -> scheme for one model. Make it with `precimap.search`, read it with `PrecisionMap.load`."""
+    """Layer -> scheme for one model. Make it with `precimap.search`, read it with `PrecisionMap.load`.
+
+    digest: SHA-256 of everything else, in the file alone: it is computed when a map is written and compared when it is
+    read. A map that was made by hand needs none, as long as it claims nothing (`claims`).
+    """
 
     version: int = MAP_VERSION
     target: str
@@ -118,11 +56,14 @@ class PrecisionMap(Record):
     rounding: Rounding | None = None
     realignment: Realignment | None = None
     end_to_end: EndToEnd | None = None
+    digest: str | None = None
 
     @model_validator(mode="after")
     def _schemes_fit(self) -> Self:
         if self.version != MAP_VERSION:
-            raise ValueError(f"expected version {MAP_VERSION}, got {self.version}")
+            raise ValueError(
+                f"expected version {MAP_VERSION}, got {self.version}; make the map again with this precimap"
+            )
         try:
             known = {name: scheme_from_row(name, row) for name, row in self.schemes.items()}
         except SchemeError as error:
@@ -135,6 +76,55 @@ class PrecisionMap(Record):
             if known[decision.scheme].needs_calibration and decision.input_scale is None:
                 raise ValueError(f"layer {name}: scheme {decision.scheme} needs an input_scale")
         return self
+
+    @model_validator(mode="after")
+    def _is_as_it_was_written(self, info: ValidationInfo) -> Self:
+        given = self.digest
+        object.__setattr__(self, "digest", None)  # of the file: this value may be changed by model_copy
+        if info.mode == "json" and given is None and self.claims:
+            raise ValueError(f"it has {' and '.join(self.claims)} and no digest; {_WHAT_TO_DO}")
+        if given is not None and given != self.model_dump(mode="json")["digest"]:
+            raise ValueError(f"its digest is of another content: the file was edited or damaged; {_WHAT_TO_DO}")
+        for contradiction in self.contradictions():
+            raise ValueError(f"{contradiction}; {_WHAT_TO_DO}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _with_digest(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        row: dict[str, Any] = written(self)
+        if "digest" in row:
+            row["digest"] = _digest({name: value for name, value in row.items() if name != "digest"})
+        return row
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """What the map says of itself that somebody measured."""
+        return tuple(name for name in ("certificate", "rounding", "end_to_end") if getattr(self, name) is not None)
+
+    def contradictions(self) -> Iterator[str]:
+        """What its parts say against each other, a sentence each; of a map that a search made, nothing."""
+        found = self.certificate
+        if found is not None and found.map != self.fingerprint:
+            yield f"its certificate is of another map ({found.map}) than this one ({self.fingerprint})"
+        if found is not None and found.metric != self.premise.metric:
+            yield f"its certificate is in {found.metric}, and the map was made for {self.premise.metric}"
+        if found is not None and found.unrepaired is not None and self.realignment is None:
+            yield "its certificate speaks of a realigned last logit, and the map has none"
+        if self.end_to_end is not None and self.end_to_end.map != self.fingerprint:
+            yield f"its times are of another map ({self.end_to_end.map}) than this one ({self.fingerprint})"
+        if self.claims:
+            for name, decision in self.layers.items():
+                if decision.scheme is not None and decision.verdict not in _LOW_VERDICTS:
+                    yield f"layer {name} is {decision.verdict.value}, and in {decision.scheme}"
+
+    @property
+    def not_certified(self) -> str | None:
+        """Why nothing is proved of the map as it stands, or None for a certified one."""
+        if self.certificate is None:
+            return "it has no certificate"
+        if self.certificate.map != self.fingerprint:
+            return "its certificate is of another map"
+        return None if self.certificate.certified else f"its certificate says {self.certificate.verdict!r}"
 
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme of a layer, None for base precision. Raises KeyError for a layer that is not in the map."""
@@ -184,8 +174,17 @@ class PrecisionMap(Record):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
-        """Write the map as JSON; on any failure what was there before survives. Raises SaveError."""
-        write_text(Path(path), self.model_dump_json(indent=2) + "\n")
+        """Write the map as JSON; on any failure what was there before survives. Raises SaveError, MapError as `text`."""
+        write_text(Path(path), self.text(indent=2) + "\n")
+
+    def text(self, indent: int | None = None) -> str:
+        """The map as JSON, to be read by `parse`.
+
+        Raises MapError for a map that would not load again: one that was changed and kept its certificate.
+        """
+        for contradiction in self.contradictions():
+            raise MapError(f"cannot write the map: {contradiction}; {_WHAT_TO_DO}")
+        return self.model_dump_json(indent=indent)
 
     @classmethod
     def load(cls, path: str | Path) -> "PrecisionMap":
@@ -211,6 +210,10 @@ class PrecisionMap(Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the whole"
+            if first["type"] == "value_error":  # of a check of our own, which says a whole sentence
+                raise MapError(
+                    f"{name}: not a map that can be used: {first['msg'].removeprefix('Value error, ')}"
+                ) from error
             raise MapError(f"{name}: not a precision map of version {MAP_VERSION}: {where}: {first['msg']}") from error
         except (ValueError, RecursionError) as error:
             raise MapError(
@@ -265,6 +268,12 @@ def _said(decision: Decision | None) -> str:
 
 def _repair(realignment: Realignment | None) -> str:
     return "none" if realignment is None else str(realignment)
+
+
+def _digest(row: dict[str, Any]) -> str:
+    """SHA-256 of a map's content, whatever its white space and the order of its keys: numbers as Python reads them back."""
+    text = json.dumps(row, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

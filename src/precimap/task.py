@@ -17,6 +17,8 @@ from precimap.errors import TaskError
 from precimap.metrics.guard import Guard, Guards, as_guards
 from precimap.metrics.metric import Loss, Metric
 from precimap.metrics.units import Units
+from precimap.per_unit import clusters_of, column_of, rows_said, slice_of
+from precimap.user_code import called
 
 Batches = Iterable[Any]
 
@@ -31,6 +33,14 @@ class Splits:
     calibration: Batches
     search: Batches
     certify: Batches
+
+
+SPLITS = ("calibration", "search", "certify")
+
+
+def can_be_written(name: Any) -> bool:
+    """Whether a name is a text with an encoding: Python's strings may also hold halves of characters (surrogates)."""
+    return isinstance(name, str) and name.encode(errors="ignore").decode() == name
 
 
 def default_labels(batch: Any) -> Any:
@@ -82,6 +92,9 @@ class Task:
         names = [metric.name for metric in self.reported]
         if len(set(names)) < len(names):
             raise TaskError(f"expected reported metrics with names of their own, got {', '.join(names)}")
+        for name in (self.name, self.metric.name, *names, *(guard.label for guard in self.guarded)):
+            if not can_be_written(name):
+                raise TaskError(f"expected names that can be written to a file, got {name!r}, which is no Unicode text")
 
     @property
     def guarded(self) -> tuple[Guard, ...]:
@@ -159,7 +172,7 @@ def score(task: Task, model: Any, batches: Batches, after_batch: Callable[[int],
     done = 0
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            part = score_batch(task, model, to_device(batch, task.device), number)
+            part = score_batch(task, model, to_device(batch, task.device), f"batch {number}")
             parts.append(part)
             done += len(part.values)
             if after_batch is not None:
@@ -195,91 +208,80 @@ def labels_of(task: Task, batch: Any) -> Any:
     if all(isinstance(metric, Loss) for metric in metrics):
         return None
     labels = task.labels(batch)
+    if isinstance(labels, list | tuple) and labels and isinstance(labels[0], float):
+        return torch.tensor(labels, dtype=torch.float64)  # whatever the default dtype is
     if labels is None:
         raise TaskError(f"{task.metric.name} reads labels, and Task(labels=...) returned None for this batch")
     return labels
 
 
-def score_batch(task: Task, model: Any, batch: Any, number: int) -> ScoredPart:
-    """Score one batch, already on the model's device; `number` is how messages call it. Raises TaskError as `score`."""
-    return judge_scores(task, task.forward(model, batch), batch, number)
+def score_batch(task: Task, model: Any, batch: Any, place: str) -> ScoredPart:
+    """Score one batch, already on the model's device; `place` is how messages call it. Raises TaskError as `score`."""
+    with called("forward", place):
+        scores = task.forward(model, batch)
+    return judge_scores(task, scores, batch, place)
 
 
-def judge_scores(task: Task, scores: Any, batch: Any, number: int) -> ScoredPart:
+def judge_scores(task: Task, scores: Any, batch: Any, place: str) -> ScoredPart:
     """The loss and the metrics of scores that a forward returned for a batch, or that were predicted for it."""
-    if not isinstance(scores, Tensor) or scores.dim() == 0:
-        raise TaskError(
-            f"batch {number}: expected forward to return a tensor with one row per unit, got {scores!r:.60}"
-        )
-    if torch.isnan(scores).any():
-        raise TaskError(f"batch {number}: forward returned NaN scores; the model or this batch is broken")
-    losses: Any = task.loss(scores, batch)
-    units = scores.shape[0]
+    units = units_of(scores, place)
+    with called("loss", place):
+        losses: Any = task.loss(scores, batch)
     if not isinstance(losses, Tensor) or losses.shape != (units,):
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise TaskError(f"batch {number}: expected loss to return one value per unit, [{units}], got {shape}")
-    labels = labels_of(task, batch)
-    empty = np.zeros(0)
+        raise TaskError(f"{place}: expected loss to return one value per unit, [{units}], got {shape}")
+    with called("labels", place):
+        labels = labels_of(task, batch)
 
     def kept(metric: Metric) -> np.ndarray:
-        return _column(metric.per_unit(scores, labels, losses), units, metric.name, columns=True)
+        with called(f"the metric {metric.name}", place):
+            found = metric.per_unit(scores, labels, losses)
+        return column_of(found, units, metric.name, place, columns=True)
 
     return ScoredPart(
         values=kept(task.metric),
-        losses=_column(losses, units, "loss"),
+        losses=column_of(losses, units, "loss", place),
         reported={metric.name: kept(metric) for metric in task.reported},
         guards={guard.label: kept(guard.metric) for guard in task.guarded},
-        slices={
-            guard.label: _slice(guard.where(batch), units, guard.label)
-            for guard in task.guarded
-            if guard.where is not None
-        },
-        clusters=empty if task.clusters is None else _clusters(task.clusters(batch), units),
-        weights=empty if task.weights is None else _column(task.weights(batch), units, "weights"),
+        **given_beside(task, batch, units, place),
     )
 
 
-def _slice(values: Any, units: int, label: str) -> np.ndarray:
-    """bool [units]; numbers are refused, for a comparison that was forgotten would make everything a slice."""
-    found = torch.as_tensor(values).detach().cpu()
-    if found.shape != (units,) or found.dtype != torch.bool:
+def units_of(scores: Any, place: str) -> int:
+    """How many units forward scored. Raises TaskError for anything but one row of numbers for each, at least one."""
+    if not isinstance(scores, Tensor) or scores.dim() == 0:
+        raise TaskError(f"{place}: expected forward to return a tensor with one row per unit, got {scores!r:.60}")
+    if not len(scores):
+        raise TaskError(f"{place}: expected at least one unit, got none; leave empty batches out")
+    broken = torch.isnan(scores).reshape(len(scores), -1).any(1)
+    if broken.any():
         raise TaskError(
-            f"expected where of {label} to give True or False for each unit, [{units}], got {found.dtype} "
-            f"{tuple(found.shape)}; compare something, such as batch['age'] < 7"
+            f"{place}: forward returned NaN scores for {rows_said(broken)}; the model or these units are broken"
         )
-    return found.numpy()
+    return len(scores)
 
 
-def _clusters(values: Any, units: int) -> np.ndarray:
-    """int64 [units], never by way of floats: ids above 2**53 would run together."""
-    try:
-        found = torch.as_tensor(values).detach().cpu()
-    except (TypeError, ValueError) as error:
-        raise TaskError(
-            f"expected clusters to give integers, got {type(values).__name__} ({error}); "
-            "number them with np.unique(ids, return_inverse=True)[1]"
-        ) from error
-    if found.shape != (units,) or found.is_floating_point() or found.is_complex():
-        raise TaskError(
-            f"expected clusters to give one integer per unit, [{units}], got {found.dtype} {tuple(found.shape)}; "
-            "number them with np.unique(ids, return_inverse=True)[1]"
-        )
-    return found.to(torch.int64).numpy()
-
-
-def _column(values: Any, units: int, what: str, columns: bool = False) -> np.ndarray:
-    column = torch.as_tensor(values).detach().double().cpu().numpy()
-    if column.shape[:1] != (units,) or column.ndim > 1 + columns:
-        raise TaskError(f"expected {what} to give one value per unit, [{units}], got the shape {column.shape}")
-    if not np.isfinite(column).all():
-        faulty = (~np.isfinite(column)).reshape(units, -1).any(1)
-        raise TaskError(f"{what} is NaN or infinite for {int(faulty.sum())} of {units} units")
-    return column
+def given_beside(task: Task, batch: Any, units: int, place: str) -> dict[str, Any]:
+    """slices, clusters and weights of a batch, as in `ScoredPart`: what the task says of units without a look at scores."""
+    found: dict[str, Any] = {"slices": {}, "clusters": np.zeros(0), "weights": np.zeros(0)}
+    for guard in task.guarded:
+        if guard.where is not None:
+            with called(f"where of the guard {guard.label}", place):
+                found["slices"][guard.label] = slice_of(guard.where(batch), units, guard.label, place)
+    if task.clusters is not None:
+        with called("clusters", place):
+            found["clusters"] = clusters_of(task.clusters(batch), units, place)
+    if task.weights is not None:
+        with called("weights", place):
+            found["weights"] = column_of(task.weights(batch), units, "weights", place)
+    return found
 
 
 def first_batch(task: Task, batches: Batches) -> Any:
     """The first batch of a split, on the model's device."""
-    return to_device(next(iter(batches)), task.device)
+    for batch in batches:
+        return to_device(batch, task.device)
+    raise TaskError("expected batches in the split, got none (a generator can be read only once: give a list)")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -1,5 +1,7 @@
 """Every call site of a weight is seen, whatever its spelling; and the model stays as it was."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from precimap.errors import MapError, ModelError
 from precimap.layers.discover import discover
+from precimap.layers.interception import Interception
 from precimap.layers.quantized import quantize_layer, quantized
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import fake_quantize
@@ -246,3 +249,44 @@ def test_names_are_those_of_the_first_registration() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4)})
     model["b"] = model["a"]
     assert list(parameter_names(model)) == ["a.weight", "a.bias"]
+
+
+def _stance() -> str:
+    import torch._dynamo.eval_frame as frames
+
+    return str(frames._stance.stance)
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+@pytest.mark.parametrize("stance", ["default", "eager_on_recompile"])
+def test_threads_that_overlap_leave_the_user_s_settings(fast_path: bool, stance: str) -> None:
+    """The first to come is the first to leave: restoring what each found would leave both settings off for good."""
+    import torch._dynamo  # so that there is a stance to keep
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    inside, leave = threading.Event(), threading.Event()
+    seen = []
+
+    def watch() -> None:
+        with Interception({}):
+            inside.set()
+            leave.wait(30)
+            seen.append((torch.backends.mha.get_fastpath_enabled(), _stance()))
+
+    torch.backends.mha.set_fastpath_enabled(fast_path)
+    try:
+        with torch.compiler.set_stance(stance):
+            other = threading.Thread(target=watch)
+            with Interception({}):
+                other.start()
+                assert inside.wait(30)
+            seen.append((torch.backends.mha.get_fastpath_enabled(), _stance()))  # the other still watches
+            leave.set()
+            other.join(30)
+            assert seen == [(False, "force_eager")] * 2
+            assert (torch.backends.mha.get_fastpath_enabled(), _stance()) == (fast_path, stance)
+            with Interception({}), Interception({}):
+                assert not torch.backends.mha.get_fastpath_enabled()
+            assert (torch.backends.mha.get_fastpath_enabled(), _stance()) == (fast_path, stance)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

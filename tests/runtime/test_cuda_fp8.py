@@ -43,7 +43,7 @@ from precimap.runtime.cuda_graphs import Captured
 from precimap.runtime.cuda_timer import CudaTimer
 from precimap.runtime.deploy import deployment_of
 from precimap.runtime.fp8_linear import Fp8Linear
-from precimap.search.pipeline import SearchResult
+from precimap.search.result import SearchResult
 from precimap.task import Task
 from small_tasks import planted_task
 

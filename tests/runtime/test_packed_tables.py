@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from precimap import CPU_INT8, PrecisionMap, Splits, Task, deploy, load_deployed, save_deployed
-from precimap.errors import DeployError, MapError
+from precimap.errors import DeployError
 from precimap.layers.discover import discover
 from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer, quantized
 from precimap.layers.refusals import refusal
@@ -26,6 +26,9 @@ from precimap.search.whole.assemble import premise_of
 
 ROWS = ("int8-row", "int4-row")
 GENERATOR = torch.Generator().manual_seed(11)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:this map is not certified")  # they are made by hand
 
 
 def layer_of(module: nn.Module, name: str, of: str = "weight") -> dict[str, QuantizedLayer]:
@@ -235,7 +238,7 @@ def test_codes_come_back_from_the_rows() -> None:
 
 
 def test_a_checkpoint_of_tables_computes_the_same_bits(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     task, path = task_of(ranker()), tmp_path / "model.safetensors"
     fast = deploy(task.model, mixed_map(task))
@@ -254,10 +257,6 @@ def test_a_checkpoint_of_tables_computes_the_same_bits(tmp_path: Path) -> None:
         torch.testing.assert_close(run(emulated, ranker_batch()), run(fast, ranker_batch()), rtol=1e-5, atol=1e-5)
     save_deployed(loaded, task.model, tmp_path / "again.safetensors")  # from rows to codes once more
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "again.safetensors").items())
-    metadata = {"precimap_map": mixed_map(task).model_dump_json()}
-    save_file({k: v for k, v in tensors.items() if k != "user.weight.offset"}, tmp_path / "cut.safetensors", metadata)
-    with pytest.raises(MapError, match=r"user\.weight: offsets and scheme int4-row"):
-        load_deployed(skeleton, tmp_path / "cut.safetensors")
 
 
 @pytest.mark.parametrize("name", ROWS)

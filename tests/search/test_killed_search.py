@@ -17,7 +17,7 @@ import torch
 
 import search_attempts
 from precimap import PrecisionMap, Task
-from precimap.errors import JournalError
+from precimap.errors import JournalError, TaskError
 from precimap.journal import open_journal
 from precimap.metrics import NDCG
 from precimap.numerics.schemes import SCHEMES, Percentile
@@ -183,11 +183,18 @@ def test_kill_9_changes_no_decision_and_repeats_no_measurement(
     assert executed(attempts, always) - executed([undisturbed], always) <= 2 * kills
 
 
-# Before the certify split is looked at (alpha is spent), within a probe, between measuring and committing.
-@pytest.mark.parametrize("dies_at", ["missing\tcertify", "forward\t302", "commits\tprobe", "missing\tdraw"])
+# Before the certify split is looked at (its baseline alone: nothing is spent; the first map: alpha is), within a probe,
+# between measuring and committing.
+@pytest.mark.parametrize(
+    "dies_at",
+    ["missing\tcertify\tbaseline", "missing\tcertify\tmap", "forward\t302", "commits\tprobe", "missing\tdraw"],
+)
 def test_a_kill_at_the_worst_moment(start: Start, undisturbed: Attempt, tmp_path: Path, dies_at: str) -> None:
-    assert start(tmp_path / "killed", dies_at).ended() == -signal.SIGKILL
-    if dies_at == "missing\tcertify":
+    first = concluded(undisturbed.folder)["certificates"]["certificates"][0]["map"]
+    assert start(tmp_path / "killed", dies_at.replace("\tmap", f"\t{first}")).ended() == -signal.SIGKILL
+    if dies_at == "missing\tcertify\tbaseline":
+        assert not list((tmp_path / "killed" / "ledger").glob("*.json"))
+    if dies_at == "missing\tcertify\tmap":
         assert charged(tmp_path / "killed") == charged(undisturbed.folder), "spent before the split is looked at"
     assert start(tmp_path / "killed").ended() == 0
     assert_same_answer(tmp_path / "killed", undisturbed.folder)
@@ -212,7 +219,7 @@ def test_a_second_search_of_the_same_run_is_refused(start: Start, undisturbed: A
 
 
 def test_a_run_that_a_fault_interrupted_goes_on_when_it_is_repaired(undisturbed: Attempt, tmp_path: Path) -> None:
-    faults = (26, 30, 35, 40)  # forwards until the next one
+    faults = (27, 31, 36, 41)  # forwards until the next one
     stages = []
     for fault in faults:
         left = iter(range(fault))
@@ -221,7 +228,9 @@ def test_a_run_that_a_fault_interrupted_goes_on_when_it_is_repaired(undisturbed:
             if next(left, None) is None:
                 raise RuntimeError("the data server is away")
 
-        with pytest.raises(RuntimeError, match="the data server is away"):
+        with pytest.raises(
+            TaskError, match=r"forward failed on .* \(test_killed_search\.py, .*the data server is away"
+        ):
             searched(task_of(failing), tmp_path)
         assert not (tmp_path / "run" / "map.json").exists()
         with open_journal(tmp_path / "run") as journal:
@@ -329,3 +338,20 @@ def test_a_run_that_was_out_of_time_is_valid_and_goes_on_later(
     assert_same_answer(tmp_path, undisturbed.folder)
     assert measured(tmp_path) == measured(undisturbed.folder)
     assert charged(tmp_path) == charged(undisturbed.folder)
+
+
+# --- what lies in the run directory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"{}", b"\xff\x00", b""], ids=["no map", "no text", "empty"])
+def test_a_map_that_cannot_be_read_does_not_cost_the_answer(
+    content: bytes, undisturbed: Attempt, tmp_path: Path
+) -> None:
+    """It is met after certifying; it stays beside the answer under another name."""
+    folder = tmp_path / "again"
+    shutil.copytree(undisturbed.folder, folder)
+    (folder / "run" / "map.json").write_bytes(content)
+    searched(task_of(), folder)
+    assert_same_answer(folder, undisturbed.folder)
+    (kept,) = (folder / "run").glob("unreadable-*.json")
+    assert kept.read_bytes() == content

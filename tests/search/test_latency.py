@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from precimap import CPU_INT8, EMULATED, HardwareProfile, SearchResult, Serving, Task, bench_device, discover, search
-from precimap.errors import InputError, JournalError, ProfileError
+from precimap.errors import DeployError, InputError, JournalError, ProfileError
 from precimap.hardware_profile import Device, LowTimes, Row, Times
 from precimap.layers.inventory import Inventory, Layer, Read
 from precimap.layers.quantized import QuantizedLayer
@@ -481,3 +481,28 @@ def test_one_thread_is_timed_by_the_processor_and_several_by_the_wall() -> None:
         assert CPU_INT8.timer.device().clock == "processor time"
     with threads(2):
         assert CPU_INT8.timer.device().clock == "wall time"
+
+
+class Failing(TableTimer):
+    """A timer whose kernel for one size cannot run."""
+
+    def seconds(self, module: Any, forms: Any, rows: int, each: int) -> Any:
+        if forms and (module.in_features, module.out_features) == (128, 64):
+            raise DeployError("planted: no kernel of this size")
+        return super().seconds(module, forms, rows, each)
+
+
+def test_a_layer_that_cannot_be_timed(tmp_path: Path) -> None:
+    timer = Failing(PLANTED)
+    result = searched(timer, tmp_path, run=tmp_path / "run")
+    assert result.certified
+    assert result.map.low == ("first.weight",)
+    assert result.map.layers["outlier.weight"].verdict == "ineligible"
+    assert result.map.layers["outlier.weight"].reason == (
+        "its kernel fails on 125 rows (planted: no kernel of this size)"
+    )
+    again = searched(TableTimer(PLANTED), tmp_path, run=tmp_path / "run")
+    assert again.map == result.map, "what failed is written down, and not timed again"
+    profile = bench_device(planted_task(), target=Timed(timer))
+    (row,) = [row for row in profile.rows if "in_features=128" in row.module]
+    assert row.low == {}

@@ -163,7 +163,7 @@ def test_one_score_per_unit_is_judged_by_the_users_functions() -> None:
         expected = []
         for number, batch in enumerate(task.splits.search):
             moved = predictor.screen.batches[number].scores + sum(predictor.screen.change([k], number) for k in keys)
-            expected.append(judge_scores(task, torch.from_numpy(moved).float(), batch, number).values)
+            expected.append(judge_scores(task, torch.from_numpy(moved).float(), batch, f"batch {number}").values)
         np.testing.assert_allclose(predictor.scored(keys).values, np.concatenate(expected), atol=1e-6)
         np.testing.assert_allclose(predictor.scored([]).values, predictor.baseline.whole.values, atol=1e-6)
         joint, direct = predictor.comparison(keys), found.comparison(dict(keys))

@@ -90,7 +90,12 @@ def _header(path: Path, line: bytes, comma: bool) -> tuple[str, ...]:
     names = line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
     if not names:
         raise DataError(f"{path}: expected the names of the columns in the first line, got an empty line")
-    return tuple(next(standard_csv.reader([names])) if comma else names.split("\t"))
+    if "\r" in names:
+        raise DataError(f"{path}: expected lines that end with \\n, got \\r alone (of old Macs); convert the file")
+    try:
+        return tuple(next(standard_csv.reader([names])) if comma else names.split("\t"))
+    except standard_csv.Error as error:
+        raise DataError(f"{path}: the names of the columns in the first line cannot be read: {error}") from error
 
 
 def _parsed(path: Path, block: bytes, line: int, names: Sequence[str], columns: Columns, comma: bool) -> Any:

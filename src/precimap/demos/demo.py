@@ -21,6 +21,7 @@ from precimap.journal import run_journal
 from precimap.precision_map import PrecisionMap
 from precimap.report.run_record import RunRecord, read_run
 from precimap.report.tables import run_page
+from precimap.report.terminal import lines_of
 from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8, int8_scheme
 from precimap.runtime.deploy import Agreement, deploy, deployment_of
@@ -71,7 +72,7 @@ class DemoResult:
             self._deployed_text(),
             Text(),
             Rule("files", align="left"),
-            Text("\n".join(f"{what:<22} {path}" for what, path in self.files.items())),
+            lines_of(f"{what:<22} {path}" for what, path in self.files.items()),
         )
 
     def _deployed_text(self) -> Text:
@@ -83,7 +84,7 @@ class DemoResult:
             f"largest {found.largest_difference:.2g}, scores up to {found.largest_output:.3g}",
             self._verdict(),
         ]
-        return Text("\n".join(lines))
+        return lines_of(lines)
 
     def _verdict(self) -> str:
         """Whether INT8 pays here, as a whole: the map may beat the model that it was searched for, and not its rivals."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from precimap.errors import ModelError
+from precimap.errors import FAILURES, ModelError, first_line
 from precimap.layers.contents import version_of
 from precimap.layers.groups import fused_by_engines
 from precimap.layers.influence import InfluenceTrace, confirmed_dead
@@ -32,6 +32,7 @@ from precimap.layers.ops import (
 )
 from precimap.layers.owners import Owners, owners, why_not_packed
 from precimap.layers.views import check_visible, parameter_names, tied_names
+from precimap.user_code import called
 
 Forward = Callable[[Any, Any], Tensor]
 Shape = tuple[int, ...]
@@ -59,6 +60,7 @@ class _Discovery(Interception):
         self.readers: dict[str, list[str]] = defaultdict(list)
         self.computed_from: dict[int, tuple[Tensor, frozenset[str], str]] = {}
         self.hidden: dict[str, str] = {}
+        self.undescribed: set[str] = set()
         self.hidden_flops: dict[str, int] = defaultdict(int)
         self.products: dict[tuple[str, Shape, Shape], tuple[int, int]] = {}  # calls, FLOPs
         self.trace = InfluenceTrace()
@@ -67,6 +69,19 @@ class _Discovery(Interception):
 
     def on_weight(self, call: WeightCall) -> Any:
         output = call.run()
+        name = call.view.name
+        if name not in self.undescribed:
+            try:
+                self._describe(call, output)
+            except FAILURES as error:
+                self.undescribed.add(name)
+                self.seen.pop(name, None)
+                self.hidden[name] = f"a call of {call.op.name} on it could not be described ({first_line(error)})"
+        self._note_readers(call.func, _without_operand(call))
+        self.trace.after(call.func, call.arguments, output, layer=name)
+        return output
+
+    def _describe(self, call: WeightCall, output: Any) -> None:
         seen = self.seen[call.view.name]
         seen.ops.append(call.op.name)
         seen.calls += 1
@@ -81,9 +96,6 @@ class _Discovery(Interception):
         if not call.op.lookup:
             self._kept_alive.append(call.input)  # so that its storage is not taken by a later tensor of this batch
             seen.inputs.append(_identity(call.input))
-        self._note_readers(call.func, _without_operand(call))
-        self.trace.after(call.func, call.arguments, output, layer=call.view.name)
-        return output
 
     def on_other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = super().on_other(func, args, kwargs)
@@ -161,12 +173,12 @@ def discover(model: nn.Module, forward: Forward, batch: Any) -> Inventory:
     """The inventory of `model` as `forward(model, batch)` runs it.
 
     Runs the batch once, and once more for each layer that seems to be dead. The model is not modified.
-    Raises ModelError for TorchScript, for a forward that fails, and for one that returns no tensor.
+    Raises ModelError for TorchScript and for a forward that returns no tensor, TaskError for one that fails.
     """
     check_visible(model)
     weights = parameter_names(model)
     mode = _Discovery(weights, {id(buffer) for buffer in model.buffers()})
-    with owners(model) as owned, torch.no_grad(), mode:
+    with owners(model) as owned, torch.no_grad(), mode, called("forward", "the first batch"):
         output = forward(model, batch)
     if not isinstance(output, Tensor):
         raise ModelError(f"expected the forward to return one tensor of scores, got {type(output).__name__}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from precimap.errors import FAILURES
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate
 
@@ -90,7 +91,7 @@ class FirstOrder(Interception):
         super().__init__({name: weights[name] for name in layers})
         self.taps: list[Tapped] = []
         self.cuts: list[Tensor] = []
-        self.zero = torch.zeros((), requires_grad=True, device=next(iter(weights.values())).device)
+        self.zero = torch.zeros((), dtype=torch.float32, requires_grad=True, device=next(iter(weights.values())).device)
         self._layers = layers
         self._dequantized = dequantized
         self._joint = joint
@@ -132,8 +133,14 @@ class FirstOrder(Interception):
         with torch.no_grad():
             for scheme, layer in self._layers[name].items():
                 inputs = self._inputs.setdefault(scheme, SharedInputs())
-                low = emulate(call, layer, self._dequantized[name, scheme], inputs)
-                errors[scheme] = low.float() - output.float()
+                try:
+                    low = emulate(call, layer, self._dequantized[name, scheme], inputs)
+                    errors[scheme] = low.float() - output.float()
+                except FAILURES:
+                    if self._joint.get(name) == scheme:
+                        raise
+                    # NaN is no prediction: the layer is then probed, and the probe says what is wrong.
+                    errors[scheme] = torch.full_like(output, torch.nan, dtype=torch.float32)
         if name in self._joint:
             output = output + errors[self._joint[name]].to(output.dtype)
         number = self._calls.get(name, 0)
@@ -217,7 +224,7 @@ def find_layout(plain: Tensor, weighed: Tensor, weights: Tensor) -> Layout | Non
 def row_weights(count: int) -> Tensor:
     """One weight for each row, evenly spaced from 0.5 to 2 in a fixed random order: a row is known by its weight."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
-    return 0.5 + 1.5 * order / max(1, count - 1)
+    return 0.5 + 1.5 * order.float() / max(1, count - 1)
 
 
 def routed_rows(plain: Tensor, weighed: Tensor, weights: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from precimap.errors import FAILURES
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.ops import Arguments, call_name
 
@@ -65,8 +66,11 @@ def confirmed_dead(
             before = forward(model, batch)
         dead = {}
         for name in suspects:
-            with _Disturbed({name: weights[name]}):
-                after = forward(model, batch)
+            try:
+                with _Disturbed({name: weights[name]}):
+                    after = forward(model, batch)
+            except FAILURES:  # other values of it are not even possible, so they matter
+                continue
             if torch.equal(before, after):
                 dead[name] = "its result does not reach the output"
     return dead
@@ -76,7 +80,8 @@ def _storages(values: Iterable[Any]) -> list[int]:
     keys = []
     for value in values:
         if isinstance(value, Tensor):
-            keys.append(value.untyped_storage()._cdata)
+            if value.layout is torch.strided:  # a sparse tensor has no storage: what seems dead behind one is disturbed
+                keys.append(value.untyped_storage()._cdata)
         elif isinstance(value, tuple | list):
             keys.extend(_storages(value))
     return keys

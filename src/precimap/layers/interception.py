@@ -9,9 +9,10 @@ calls visible), the fused encoder fast path (off inside the block), and `torch.c
 """
 
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from precimap.errors import FAILURES
 from precimap.layers.ops import OPS, Arguments, Contraction, Op, einsum_op
 from precimap.layers.views import View, WeightViews
 
@@ -124,12 +126,17 @@ class Interception(TorchFunctionMode):
             return None
         if not isinstance(left, Tensor) or not isinstance(right, Tensor):
             return None
-        contraction = op.contraction(left, right, arguments)
+        try:
+            contraction = op.contraction(left, right, arguments)
+        except FAILURES:
+            return None  # arguments in a form that the table does not know: then it is another call
+        if not op.lookup and not (contraction.left and contraction.right):
+            return None  # an outer product: nothing is summed, so there is no channel and no product of a matrix unit
         return WeightCall(op, func, arguments, contraction, view, weight_on_left=view is left_view)
 
     def __enter__(self) -> Self:
         surroundings = ExitStack()
-        surroundings.enter_context(_everything_visible())
+        surroundings.enter_context(_VISIBILITY.everything())
         super().__enter__()  # type: ignore[no-untyped-call]
         self._surroundings.append(surroundings)
         return self
@@ -141,15 +148,40 @@ class Interception(TorchFunctionMode):
             self._surroundings.pop().close()
 
 
-@contextmanager
-def _everything_visible() -> Iterator[None]:
-    """Turn off the two ways in which torch runs many ops as one; both are on again afterwards."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    # Without dynamo nothing is compiled; importing it takes seconds.
-    compiled_code = "torch._dynamo" in sys.modules
-    try:
-        with torch.compiler.set_stance("force_eager") if compiled_code else nullcontext():
+class _Visibility:
+    """The two ways in which torch runs many ops as one, off for the whole process while anybody watches.
+
+    Both settings are torch's global ones. They are kept when the first watcher comes and restored when the last one has
+    left, in whatever order threads come and go: a watcher that restored what it found would leave them off for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watchers = 0
+        self._restoring = ExitStack()
+        self._eager = False
+
+    @contextmanager
+    def everything(self) -> Iterator[None]:
+        """Everything is visible inside the block, in this thread and in the others."""
+        with self._lock:
+            # Without dynamo nothing is compiled; importing it takes seconds. First, for it may refuse.
+            if not self._eager and "torch._dynamo" in sys.modules:
+                self._restoring.enter_context(torch.compiler.set_stance("force_eager"))
+                self._eager = True
+            if not self._watchers:
+                fast_path = torch.backends.mha.get_fastpath_enabled()
+                self._restoring.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._watchers += 1
+        try:
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+        finally:
+            with self._lock:
+                self._watchers -= 1
+                if not self._watchers:
+                    self._eager = False
+                    self._restoring.close()
+
+
+_VISIBILITY = _Visibility()

@@ -132,8 +132,8 @@ if hasattr(F, "grouped_mm"):
 def einsum_op(arguments: Arguments) -> tuple[Op, Arguments] | None:
     """The Op of one `torch.einsum` call of two operands, and its arguments as (equation, left, right).
 
-    None for one or more than two operands, the sublist form, a repeated index or a sum over one operand alone: those
-    are not one contraction.
+    None for one or more than two operands, the sublist form, a repeated index, a sum over one operand alone or none at
+    all: those are not one contraction.
     """
     args = arguments.args
     if len(args) == 2 and isinstance(args[1], list | tuple):
@@ -149,7 +149,7 @@ def einsum_op(arguments: Arguments) -> tuple[Op, Arguments] | None:
     left, right = terms
     kept = _kept_indices(output, left, right) if "->" in args[0] else _implicit_output(left, right)
     summed = [index for index in left if index in right and index not in kept]
-    if any(index not in kept and index not in summed for index in left + right):
+    if not summed or any(index not in kept and index not in summed for index in left + right):
         return None
     dims = Contraction(
         tuple(left.index(i) for i in summed),

@@ -80,7 +80,9 @@ def quantize_layer(
     codes = quantize(values, scheme.weight.format, affine)
     if input_range is None or not scheme.needs_calibration:
         return QuantizedLayer(name, scheme, codes, affine, None, phase)
-    scale = float(torch.tensor(input_range.scale) * phase)  # a float32 value, as every shipped scale
+    scale = float(
+        torch.tensor(input_range.scale, dtype=torch.float32) * phase
+    )  # a float32 value, as every shipped scale
     return QuantizedLayer(name, scheme, codes, affine, InputRange(scale, input_range.zero))
 
 

@@ -72,7 +72,7 @@ class _Outputs(Interception):
 
 def _scales(outputs: int) -> Tensor:
     """Another one for each output: that they lie along the last dim of the scores is part of the question."""
-    return 1.5 + torch.arange(outputs) / outputs
+    return 1.5 + torch.arange(outputs, dtype=torch.float32) / outputs
 
 
 def score_layer(model: nn.Module, forward: Callable[[Any, Any], Tensor], inventory: Inventory, batch: Any) -> str:

@@ -123,7 +123,9 @@ def _relevance(scores: Tensor, labels: Any) -> Tensor:
         refuse_units(~(torch.isfinite(relevance) & (relevance >= 0)).all(dim=1), "a relevance that is not >= 0, finite")
     elif given.shape == scores.shape[:1] and not given.is_floating_point() and given.dtype != torch.bool:
         refuse_units((given < 0) | (given >= scores.shape[1]), f"an index outside 0..{scores.shape[1] - 1} as label")
-        relevance = torch.zeros(scores.shape, device=scores.device).scatter_(1, given.long().unsqueeze(1), 1.0)
+        relevance = torch.zeros(scores.shape, dtype=torch.float32, device=scores.device).scatter_(
+            1, given.long().unsqueeze(1), 1.0
+        )
     else:
         raise TaskError(
             f"an order metric on scores {list(scores.shape)} takes integer labels [units] (the index of the relevant "

@@ -10,4 +10,4 @@ grid_shift.py  other grids for the same tensor: what part of a drop is the lotte
 """
 
 # Part of a run's premise: raised when the same input would give other codes, scales or dequantised values.
-NUMERICS_VERSION = "1"
+NUMERICS_VERSION = "2"

@@ -1,10 +1,10 @@
 """A map timed end to end as a table that fits 80 columns: every form it was served in, its rivals, and what pays."""
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from precimap.end_to_end import BASE, MAP, EndToEnd, FormTimes, SizeTimes
+from precimap.report.terminal import Rows, lines_of
 
 FEW = 100  # turns below which a 99th percentile is little else than the longest
 
@@ -30,7 +30,7 @@ def end_to_end_page(found: EndToEnd) -> RenderableType:
         for name, speed in found.faster()
     ]
     lines += [f"not timed: {name}: {why}" for name, why in found.refused.items()]
-    return Group(*tables, Text("\n".join(lines)))
+    return Group(*tables, lines_of(lines))
 
 
 def _quality(name: str) -> str:
@@ -44,10 +44,8 @@ def _quality(name: str) -> str:
     )
 
 
-def _table(found: EndToEnd, size: SizeTimes) -> Table:
-    table = Table(
-        box=None, pad_edge=False, padding=(0, 1, 0, 0), title=f"batch of {size.units:,}", title_justify="left"
-    )
+def _table(found: EndToEnd, size: SizeTimes) -> Rows:
+    table = Rows(box=None, pad_edge=False, padding=(0, 1, 0, 0), title=f"batch of {size.units:,}", title_justify="left")
     table.add_column("form", no_wrap=True)
     for heading in ("ms", "p99", "units/s", "times as long", "MB", "use"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -7,18 +7,18 @@ leave nothing of the model unsaid.
 import itertools
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from precimap.layers.inventory import Inventory
 from precimap.report.tables import megabytes, short_name
+from precimap.report.terminal import Rows, lines_of
 
 PRODUCTS_SHOWN = 12
 
 
 def inventory_table(inventory: Inventory) -> RenderableType:
     """Every parameter of a model: the layers, the others by reason, the products without a weight, where the FLOPs are."""
-    table = Table(title=f"{len(inventory.layers)} layers", title_justify="left", box=None, pad_edge=False)
+    table = Rows(title=f"{len(inventory.layers)} layers", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
     table.add_column("op", no_wrap=True)
     table.add_column("shape", no_wrap=True)
@@ -37,7 +37,7 @@ def inventory_table(inventory: Inventory) -> RenderableType:
 
 
 def _others(inventory: Inventory) -> RenderableType:
-    table = Table(title="other parameters", title_justify="left", box=None, pad_edge=False)
+    table = Rows(title="other parameters", title_justify="left", box=None, pad_edge=False)
     table.add_column("count", justify="right")
     table.add_column("values", justify="right")
     table.add_column("why precision is not chosen for them")
@@ -51,7 +51,7 @@ def _others(inventory: Inventory) -> RenderableType:
 
 def _products(inventory: Inventory) -> RenderableType:
     title = "activation x activation products"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Rows(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("op", no_wrap=True, max_width=16)
     for heading in ("left", "right"):
         table.add_column(heading, no_wrap=True)
@@ -78,7 +78,7 @@ def _coverage(inventory: Inventory) -> RenderableType:
     ]
     lines += [f"hidden from layers: {reason}, {flops:,} FLOPs" for reason, flops in inventory.hidden_flops]
     lines += [f"dead: {layer.name}: {layer.dead}" for layer in inventory.layers if layer.dead]
-    return Text("\n".join(lines))
+    return lines_of(lines)
 
 
 def _table_share(inventory: Inventory) -> float:

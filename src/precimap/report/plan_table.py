@@ -1,16 +1,15 @@
 """How many units a margin takes, as a page: the answer first, then a row for each margin."""
 
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
+from precimap.report.terminal import Rows, lines_of
 from precimap.search.planning import Plan
 from precimap.search.sample_size import Outlook
 
 
 def plan_page(plan: Plan) -> RenderableType:
     """Units that each of the two splits needs, beside those that they have."""
-    table = Table(box=None, pad_edge=False)
+    table = Rows(box=None, pad_edge=False)
     table.add_column("metric", no_wrap=True)
     for heading in ("margin", "at least", "about", "search", "certify"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -26,8 +25,10 @@ def plan_page(plan: Plan) -> RenderableType:
         "of 5 cases, a map that costs nothing and is as noisy as one with every layer in low precision; quieter maps need "
         "fewer, a map that costs a part of the margin needs more."
     )
-    notes = [Text(f"note: {note}") for note in plan.notes]
-    return Group(Text(_answer(plan), style="bold"), Text(), table, Text(), Text(said, style="dim"), *notes)
+    notes = lines_of(f"note: {note}" for note in plan.notes)
+    return Group(
+        lines_of([_answer(plan), ""], "bold"), table, lines_of(["", said], "dim"), *([notes] if plan.notes else ())
+    )
 
 
 def _answer(plan: Plan) -> str:

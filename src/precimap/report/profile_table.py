@@ -4,16 +4,15 @@ under each scheme."""
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from precimap.hardware_profile import HardwareProfile
+from precimap.report.terminal import Rows, lines_of
 from precimap.runtime.cuda_fp8 import marked
 
 
 def profile_page(profile: HardwareProfile, path: Path) -> RenderableType:
     """One line for each module, number of rows and scheme; the quartiles stand beside every ratio."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Rows(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("module", max_width=34)
     for heading in ("rows", "base us"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -33,4 +32,4 @@ def profile_page(profile: HardwareProfile, path: Path) -> RenderableType:
         f"{marked(profile.target)} on {profile.device}",
         f"medians [quartiles] of n = {' or '.join(map(str, n))} turns, batch {sizes}; saved {path}",
     ]
-    return Group(table, Text("\n".join(lines)))
+    return Group(table, lines_of(lines))

@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+from precimap.report.terminal import Terminal, lines_of
 from precimap.search.progress import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -37,7 +38,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 @contextmanager
 def reading_bar(console: Console | None = None) -> Iterator[Progress]:
     """The same for `done` and `total` in bytes, on stderr if no console is given."""
-    with _bars(console or Console(stderr=True), DownloadColumn(), decimal) as progress:
+    with _bars(console or Terminal(stderr=True), DownloadColumn(), decimal) as progress:
         yield progress
 
 
@@ -83,6 +84,6 @@ def _lines(console: Console, said: Callable[[int], str]) -> Progress:
         if new or now - last_line >= SECONDS_BETWEEN_LINES:
             last_line = now
             left = f", about {(now - begun) * (total - done) / done:.0f} s left" if done and now > begun else ""
-            console.print(f"{stage}: {said(done)} of {said(total)}{left}", markup=False, highlight=False)
+            console.print(lines_of([f"{stage}: {said(done)} of {said(total)}{left}"]))
 
     return advance

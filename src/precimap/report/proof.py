@@ -6,9 +6,9 @@ Every number stands with its error and its n.
 import math
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from precimap.certificate import Certificate, GuardAnswer, Rounding, units_said, worth
+from precimap.report.terminal import lines_of
 
 
 def certificate_text(certificate: Certificate) -> RenderableType:
@@ -33,8 +33,8 @@ def certificate_text(certificate: Certificate) -> RenderableType:
         lines += [f"  guard {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in plain.guards.items()]
     lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
     lines += [*certificate.blind_spots, certificate.claim]
-    head = Text(certificate.verdict.upper(), style="bold green" if certificate.certified else "bold yellow")
-    return Group(head, Text("\n".join(f"  {line}" for line in lines)))
+    head = lines_of([certificate.verdict.upper()], "bold green" if certificate.certified else "bold yellow")
+    return Group(head, lines_of(f"  {line}" for line in lines))
 
 
 def _selected(certificate: Certificate) -> list[str]:
@@ -66,7 +66,7 @@ def rounding_text(rounding: Rounding) -> RenderableType:
         "grids),",
         f"    of which {there[2].lstrip('+')} does not average out over more units",
     ]
-    return Text("\n".join(lines))
+    return lines_of(lines)
 
 
 def _told(error: float, *values: float | None) -> tuple[str, ...]:

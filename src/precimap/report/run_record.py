@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from precimap.certificate import Certificate
 from precimap.end_to_end import EndToEnd
+from precimap.errors import JournalError, MapError
 from precimap.journal import Journal, open_journal
 from precimap.precision_map import PrecisionMap
 
@@ -60,8 +63,19 @@ class RunRecord:
 
 
 def read_run(directory: str | Path) -> RunRecord:
-    """Read the journal in `directory`. Raises JournalError when there is none."""
+    """Read the journal in `directory`. Raises JournalError when there is none, or it does not hold what a search writes."""
     directory = Path(directory)
+    try:
+        return _read(directory)
+    except (ValidationError, MapError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise JournalError(
+            f"{directory}: expected what a search wrote down, got something else ({said}); the run was edited or damaged: "
+            "restore it from a backup, or choose another run directory"
+        ) from error
+
+
+def _read(directory: Path) -> RunRecord:
     with open_journal(directory) as journal:
         summary, whole = _only(journal, "summary"), _only(journal, "whole model")
         return RunRecord(

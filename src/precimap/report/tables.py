@@ -9,13 +9,13 @@ from collections import Counter
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from precimap.precision_map import Decision, Evidence, PrecisionMap, Verdict
 from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.proof import certificate_text, rounding_text
 from precimap.report.run_record import RunRecord
+from precimap.report.terminal import Rows, lines_of, shown
 from precimap.search.latency.savings import Savings
 
 NAME_WIDTH = 36
@@ -34,7 +34,7 @@ _STYLE = {
 
 def short_name(name: str, width: int = NAME_WIDTH) -> str:
     """A layer's name without `.weight`, and without the leading parts that do not fit: the end tells layers apart."""
-    name = name.removesuffix(".weight")
+    name = shown(name.removesuffix(".weight"))
     parts = name.split(".")
     while len(name) > width and len(parts) > 1:
         parts = parts[1:]
@@ -45,7 +45,7 @@ def short_name(name: str, width: int = NAME_WIDTH) -> str:
 def map_table(precision_map: PrecisionMap) -> RenderableType:
     """Layer by layer: the drop of that layer alone, as predicted and as probed, and what was decided."""
     unit = _unit(precision_map)
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Rows(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
     for heading in ("FLOPs", "predicted ±", "probed ±"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -57,11 +57,12 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
         runs = (decision.scheme or "base")[:SCHEME_WIDTH]
         table.add_row(short_name(name, NARROW_NAME_WIDTH), f"{decision.flops_share:.1%}", *cells, verdict, runs)
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
-    notes = [Text(f"{count} x {reason}", style="dim") for reason, count in reasons.items()]
+    notes = lines_of((f"{count} x {reason}" for reason, count in reasons.items()), "dim")
     said = f"drops of single layers in {precision_map.premise.metric} x {unit:.0e}, {_sizes(precision_map)}"
     whose = "; predicted with the last logit realigned, probed without" if precision_map.realignment else ""
     whose += "; of the scheme in the last column, else of the first tried" if len(precision_map.schemes) > 1 else ""
-    return Group(table, *notes, Text(f"{said}; positive is worse{whose}", style="dim"))
+    said = f"{said}; positive is worse{whose}"
+    return Group(table, *([notes] if reasons else []), lines_of([said], "dim"))
 
 
 def _unit(precision_map: PrecisionMap) -> float:
@@ -86,7 +87,7 @@ def chain_table(run: RunRecord) -> RenderableType:
     errors = [row["measured"]["error"] for row in run.chain if row["measured"] is not None and row["measured"]["error"]]
     singles = [abs(row["singles"]) for row in run.chain if row["singles"]]
     unit = _power_of_ten([error / 10 for error in errors or singles])
-    table = Table(
+    table = Rows(
         title=f"drops of whole maps x {unit:.0e}, safest first (upper: one-sided bound)",
         title_justify="left",
         box=None,
@@ -125,7 +126,7 @@ def _broken_guards(run: RunRecord) -> list[Text]:
     for row in run.chain:
         how, found = ("reaches", row["measured"]) if row["measured"] else ("is predicted to reach", row["predicted"])
         lines += [
-            Text(f"{len(row['low'])} low: guard {name} {how} {filled:.1f} times its margin on the search split")
+            lines_of([f"{len(row['low'])} low: guard {name} {how} {filled:.1f} times its margin on the search split"])
             for name, filled in (found["guards"].items() if found else ())
             if filled > 1
         ]
@@ -156,7 +157,7 @@ def audit_text(evidence: dict[str, Any]) -> RenderableType:
         lines += [f"screen not believed for {kind}: probed instead" for kind in audit["distrusted"]]
     lines += [f"not screened, probed: {name}: {why}" for name, why in evidence["unseen"].items()]
     lines += _schemes_compared(evidence["layers"])
-    return Text("\n".join(lines))
+    return lines_of(lines)
 
 
 def _schemes_compared(layers: list[dict[str, Any]]) -> list[str]:
@@ -198,7 +199,7 @@ def run_page(run: RunRecord) -> RenderableType:
     if run.map is not None and run.map.rounding is not None:
         parts += [rounding_text(run.map.rounding)]
     if run.answer is not None:
-        parts += [Text(f"answer: {run.answer}", style="bold")]
+        parts += [lines_of([f"answer: {run.answer}"], "bold")]
     return Group(*parts)
 
 
@@ -206,13 +207,15 @@ def preflight_text(preflight: dict[str, Any]) -> RenderableType:
     """What the splits can tell, and what is worth knowing."""
     lines = [f"{preflight['search_units']:,} units choose, about {preflight['certify_units']:,} certify"]
     lines += [_outlook_line(found) for found in preflight["outlook"]]
-    return Text("\n".join([*lines, *(f"note: {note}" for note in preflight["notes"])]))
+    return lines_of([*lines, *(f"note: {note}" for note in preflight["notes"])])
 
 
 def _outlook_line(found: dict[str, Any]) -> str:
     """What the splits can tell of one metric, beside the margin that was asked for."""
     if found["impossible"] is not None:
         return f"no map can be certified: {found['impossible']}"
+    if found["unmeasured"] is not None and not math.isfinite(found["detectable"]):
+        return f"{found['label']}: how noisy a map is could not be measured beforehand ({found['unmeasured']})"
     line = f"{found['label']}: a map without a drop, as noisy as everything low, passes at margins of "
     line += f"{found['detectable']:.2g} and more" if math.isfinite(found["detectable"]) else "no size"
     if found["detectable"] <= found["margin"]:
@@ -239,7 +242,7 @@ def _savings(
     if floor is not None:
         drop = floor["drop"]
         lines.append(f"noise floor (rounding every layer to BF16): {drop['estimate']:+.1e} ± {drop['error']:.1e}")
-    return Text("\n".join(lines))
+    return lines_of(lines)
 
 
 def _time_saved(precision_map: PrecisionMap, latency: dict[str, Any] | None) -> str:

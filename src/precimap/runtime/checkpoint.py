@@ -3,11 +3,16 @@
 Invariant: what is loaded computes the same bits as what was saved, on the same machine. Packed kernel forms do not travel
 (oneDNN's cannot); they are made again at load. Layout: base tensors under their own names; for a low-precision layer
 `<name>.codes`, `<name>.scale` and, with a zero point, `<name>.zero` or, for rows of a table, `<name>.offset`; the map is
-JSON in the file's metadata. Pickle is not read or written.
+JSON in the file's metadata, beside a digest of the map and of all names, dtypes, shapes and bytes, which is compared before
+anything is made of them. What the digest cannot know (a file that another program wrote) is looked at value by value: a
+model whose bits computed something else would not tell. Pickle is not read or written.
 """
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -18,15 +23,19 @@ from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer, shipped_range
 from precimap.layers.realign import realigned
 from precimap.layers.views import parameter_names, plain_name
+from precimap.numerics.formats import Format, IntegerFormat
 from precimap.numerics.quantize import Affine, storage_dtype
-from precimap.precision_map import PrecisionMap
-from precimap.runtime.deploy import build, deployed_layers, deployment_of, watch_batches
+from precimap.numerics.schemes import Granularity, Scheme
+from precimap.precision_map import Decision, PrecisionMap
+from precimap.runtime.deploy import build, deployed_layers, deployment_of, warn_of, watch_batches
 
 METADATA_KEY = "precimap_map"
+DIGEST_KEY = "precimap_digest"
+PARTS = ("codes", "scale", "zero", "offset")
 
 
 def save_deployed(deployed: nn.Module, base: nn.Module, path: str | Path) -> None:
-    """Write a deployed model; `base` is the model it was deployed from. Raises DeployError, SaveError."""
+    """Write a deployed model; `base` is the model it was deployed from. Raises DeployError, SaveError, MapError."""
     carried = deployment_of(deployed)
     layers = deployed_layers(deployed)
     tensors = _base_tensors(realigned(base, carried.map.realignment), set(layers))
@@ -38,31 +47,54 @@ def save_deployed(deployed: nn.Module, base: nn.Module, path: str | Path) -> Non
         if layer.weight_affine.offset is not None:
             tensors[f"{name}.offset"] = layer.weight_affine.offset
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(Path(path), save(contents, {METADATA_KEY: carried.map.model_dump_json()}))
+    text = carried.map.text()
+    write_bytes(Path(path), save(contents, {METADATA_KEY: text, DIGEST_KEY: _digest(contents, text)}))
 
 
 def load_deployed(model: nn.Module, path: str | Path, *, target: str | None = None) -> nn.Module:
-    """Read a deployed model; `model` gives the architecture, its own weights are neither read nor changed.
+    """Read a deployed model; `model` gives the architecture and its dtypes, its own weights are neither read nor changed.
 
-    Raises MapError for a file that is not such a checkpoint or does not fit the model, DeployError as `deploy` does.
+    Raises MapError for a file that is not such a checkpoint, is damaged or does not fit the model, DeployError as `deploy`
+    does. Warns as `deploy` does of a map that is not certified.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            if text is None:
-                raise MapError(
-                    f"{path}: expected a checkpoint that precimap wrote, got a safetensors file without a map"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise MapError(f"{path}: cannot be read as safetensors ({error})") from error
+    text, tensors = _read(path)
     precision_map = PrecisionMap.parse(text, str(path))
     layers = {name: _layer(name, precision_map, tensors, str(path)) for name in precision_map.low}
     model = realigned(model, precision_map.realignment)  # it may have got a bias; all values come from the file
     loaded = _with_base_tensors(model, tensors, layers, str(path))
     deployed = build(loaded, precision_map, layers, target or precision_map.target)
     watch_batches(deployed)
+    warn_of(precision_map)
     return deployed
+
+
+def _read(path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """The map and the tensors of a file whose digest is theirs."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if METADATA_KEY not in metadata:
+                raise MapError(
+                    f"{path}: expected a checkpoint that precimap wrote, got a safetensors file without a map"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise MapError(f"{path}: cannot be read as safetensors ({error})") from error
+    if metadata.get(DIGEST_KEY) != _digest(tensors, metadata[METADATA_KEY]):
+        raise MapError(
+            f"{path}: its digest is of other tensors or of another map: the file was damaged or edited, or is from before "
+            "digests were written. Take the file as it was written, or deploy the map again"
+        )
+    return metadata[METADATA_KEY], tensors
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 of the map's text and of every tensor: name, dtype, shape, bytes. Tensors are contiguous, on the CPU."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name!r} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _base_tensors(base: nn.Module, low: set[str]) -> dict[str, Tensor]:
@@ -72,29 +104,72 @@ def _base_tensors(base: nn.Module, low: set[str]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items() if name not in low}
 
 
-def _layer(name: str, precision_map: PrecisionMap, tensors: dict[str, Tensor], path: str) -> QuantizedLayer:
+def _layer(name: str, precision_map: PrecisionMap, tensors: Mapping[str, Tensor], path: str) -> QuantizedLayer:
+    """A layer's codes and scales, of the dtypes, shapes and ranges that its scheme and its decision say."""
     scheme, decision = precision_map.scheme_of(name), precision_map.layers[name]
-    codes, scale = tensors.get(f"{name}.codes"), tensors.get(f"{name}.scale")
-    if scheme is None or codes is None or scale is None:
+    assert scheme is not None
+    zeros, offsets = scheme.rows is None and not scheme.weight.symmetric, scheme.rows is not None
+    wanted = dict(zip(PARTS, (True, True, zeros, offsets), strict=True))
+    parts = {part: tensors.get(f"{name}.{part}") for part in PARTS}
+    differing = [part for part in PARTS if (parts[part] is not None) != wanted[part]]
+    if differing:
         raise MapError(
-            f"{path}: layer {name} has no codes or no scale in the file; it is cut or not a precimap checkpoint"
+            f"{path}: layer {name} in {scheme.name} consists of {' and '.join(p for p in PARTS if wanted[p])}; "
+            f"{' and '.join(differing)} {'is' if len(differing) == 1 else 'are'} missing or too many"
         )
-    if codes.dtype != storage_dtype(scheme.weight.format) or tuple(codes.shape) != decision.shape:
-        raise MapError(
-            f"{path}: layer {name}: expected codes {storage_dtype(scheme.weight.format)} {decision.shape}, "
-            f"got {codes.dtype} {tuple(codes.shape)}"
-        )
-    zero, offset = tensors.get(f"{name}.zero"), tensors.get(f"{name}.offset")
-    if (offset is None) != (scheme.rows is None):
-        raise MapError(f"{path}: layer {name}: offsets and scheme {scheme.name} do not belong together")
-    return QuantizedLayer(name, scheme, codes, Affine(scale, zero, offset), shipped_range(decision))
+    shared = _shared_dims(decision, scheme)
+    shape = tuple(1 if dim in shared else size for dim, size in enumerate(decision.shape))
+    expected = {"codes": (storage_dtype(scheme.weight.format), decision.shape)}
+    for part, tensor in parts.items():
+        dtype, size = expected.get(part, (torch.float32, shape))
+        if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != (dtype, size):
+            raise MapError(
+                f"{path}: layer {name}: expected {part} {dtype} {size}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    codes, scale, zero, offset = (parts[part] for part in PARTS)
+    assert codes is not None
+    assert scale is not None
+    layer = QuantizedLayer(name, scheme, codes, Affine(scale, zero, offset), shipped_range(decision))
+    _check_values(layer, path)
+    return layer
+
+
+def _shared_dims(decision: Decision, scheme: Scheme) -> tuple[int, ...]:
+    """The dims of the weight over which a scale is shared, as `quantize_layer` has them."""
+    if scheme.weight.granularity is Granularity.PER_TENSOR or decision.contracted is None:
+        return tuple(range(len(decision.shape)))
+    return decision.contracted
+
+
+def _check_values(layer: QuantizedLayer, path: str) -> None:
+    """Raises MapError for codes and scales that no layer has: they would compute, and something else."""
+    affine, format = layer.weight_affine, layer.scheme.weight.format
+    named = {"scale": affine.scale, "zero": affine.zero, "offset": affine.offset}
+    for part, tensor in named.items():
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise MapError(f"{path}: layer {layer.name}: its {part} holds NaN or infinity")
+    # A row of a table may have the scale 0 or one below it (`numerics.rows`): its values are then around its offset.
+    if affine.offset is None and not (affine.scale > 0).all():
+        raise MapError(f"{path}: layer {layer.name}: expected scales above zero, got {float(affine.scale.min()):g}")
+    if not _are_codes(layer.codes, format):
+        raise MapError(f"{path}: layer {layer.name}: it holds codes that {format.name} does not have")
+
+
+def _are_codes(codes: Tensor, format: Format) -> bool:
+    """Whether each is a code of a finite value. NaN is one of E4M3's codes, -128 is none of INT8's."""
+    if isinstance(format, IntegerFormat):
+        return bool(((codes >= format.minimum) & (codes <= format.maximum)).all())
+    if format.torch_dtype is None:
+        return bool((codes < 2**format.bits).all())
+    return bool(torch.isfinite(codes.float()).all())
 
 
 def _with_base_tensors(
-    model: nn.Module, tensors: dict[str, Tensor], layers: dict[str, QuantizedLayer], path: str
+    model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, QuantizedLayer], path: str
 ) -> nn.Module:
-    """A tree like the model's whose parameters and buffers are those of the file."""
+    """A tree like the model's whose parameters and buffers are those of the file: these, all of them and no others."""
     copied = shared_copy(model)
+    known = {f"{name}.{part}" for name in layers for part in PARTS}
     for owner_name, module in copied.named_modules():
         slots: list[dict[str, Tensor | None]] = [module._parameters, module._buffers]
         for slot in slots:
@@ -102,15 +177,26 @@ def _with_base_tensors(
                 name = plain_name(f"{owner_name}.{attribute}".lstrip("."))
                 if value is None or name in layers:
                     continue
-                if name not in tensors:
-                    raise MapError(
-                        f"{path}: the model has {name}, the file has not; it belongs to another architecture"
-                    )
-                if tensors[name].shape != value.shape:
-                    raise MapError(
-                        f"{path}: {name}: the model has {tuple(value.shape)}, the file {tuple(tensors[name].shape)}"
-                    )
-                # Copied: in the file a tensor lies at any address, and float products round by the alignment of theirs.
-                tensor = tensors[name].to(value.device, copy=True)
+                known.add(name)
+                tensor = _fitting(tensors.get(name), value, name, path)
                 slot[attribute] = nn.Parameter(tensor, requires_grad=False) if slot is module._parameters else tensor
+    unknown = sorted(tensors.keys() - known)
+    if unknown:
+        raise MapError(
+            f"{path}: it has {', '.join(unknown[:3])}, the model has not; it belongs to another architecture"
+        )
     return copied
+
+
+def _fitting(tensor: Tensor | None, value: Tensor, name: str, path: str) -> Tensor:
+    """The tensor of the file on the device of the model's own `value`. Raises MapError for none, or one of another kind."""
+    if tensor is None:
+        raise MapError(f"{path}: the model has {name}, the file has not; it belongs to another architecture")
+    found, expected = ((each.dtype, tuple(each.shape)) for each in (tensor, value))
+    if found != expected:
+        raise MapError(
+            f"{path}: {name}: the model has {expected[0]} {expected[1]}, the file {found[0]} {found[1]}; give the "
+            "architecture in the precision in which it was saved, such as model.bfloat16()"
+        )
+    # Copied: in the file a tensor lies at any address, and float products round by the alignment of theirs.
+    return tensor.to(value.device, copy=True)

@@ -130,7 +130,7 @@ def _inputs(module: nn.Module, rows: int, each: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, nn.Linear):
         size, starts = rows * module.in_features, range(0, 16 * (MOST_KEPT + 2), 16)
-        values = torch.randn(starts[-1] + size, generator=generator).to(module.weight.dtype)
+        values = torch.randn(starts[-1] + size, generator=generator, dtype=torch.float32).to(module.weight.dtype)
         return [values[start : start + size].view(rows, -1) for start in starts]
     assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
     shape = (rows, each) if isinstance(module, nn.EmbeddingBag) else (rows,)

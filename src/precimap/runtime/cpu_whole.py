@@ -68,7 +68,7 @@ class CpuWholeTimer:
         """In every form: a float32 product through MKL may take twice the time of the same through oneDNN."""
         generator, clock = torch.Generator().manual_seed(0), clock_here()[1]
         product = nn.Linear(SIDE, SIDE, bias=False, dtype=dtype).requires_grad_(False)
-        rows, best = torch.randn(SIDE, SIDE, generator=generator).to(dtype), float("inf")
+        rows, best = torch.randn(SIDE, SIDE, generator=generator, dtype=torch.float32).to(dtype), float("inf")
         for make in self.forms(product, {}).values():
             try:
                 form = make()

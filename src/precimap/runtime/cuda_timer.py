@@ -99,7 +99,7 @@ def event_seconds(replays: Mapping[str, Replay], turns: int, device: torch.devic
 
 def _input(module: nn.Module, rows: int, each: int, generator: torch.Generator) -> Tensor:
     if isinstance(module, nn.Linear):
-        return torch.randn(rows, module.in_features, generator=generator).to(module.weight.dtype)
+        return torch.randn(rows, module.in_features, generator=generator, dtype=torch.float32).to(module.weight.dtype)
     assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
     shape = (rows, each) if isinstance(module, nn.EmbeddingBag) else (rows,)
     return torch.randint(module.num_embeddings, shape, generator=generator)

@@ -4,6 +4,7 @@ Invariant: the deployed weights are the codes and scales that were measured (`qu
 compared with the emulation before it is handed out.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from precimap.errors import DeployError
+from precimap.errors import DeployError, UncertifiedMapWarning
 from precimap.fingerprints import of_weights
 from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
 from precimap.layers.realign import realigned
@@ -81,8 +82,9 @@ def deploy(
     on a GPU), `torchrec` or `emulated`; by default the map's own. task: if given, the deployed model and the emulation
     score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel is
     compared with its emulation in any case. A batch outside the sizes that the map was timed with on this target is
-    answered with a BatchSizeWarning, once. Raises PremiseMismatch for a map of other weights, DeployError for what the
-    target cannot run or runs wrongly, MapError for a file that is no map.
+    answered with a BatchSizeWarning, once. A map that is not certified is deployed with an UncertifiedMapWarning. Raises
+    PremiseMismatch for a map of other weights, DeployError for what the target cannot run or runs wrongly, MapError for a
+    file that is no map.
     """
     if not isinstance(precision_map, PrecisionMap):
         precision_map = PrecisionMap.load(precision_map)
@@ -94,7 +96,20 @@ def deploy(
         found = agreement(task, model, deployed, layers)
         _carry(deployed, replace(deployment_of(deployed), agreement=found))
     watch_batches(deployed)
+    warn_of(precision_map)
     return deployed
+
+
+def warn_of(precision_map: PrecisionMap) -> None:
+    """Warn the caller's caller of a map that is not certified, and say why it is not."""
+    why = precision_map.not_certified
+    if why is not None:
+        warnings.warn(
+            f"this map is not certified: {why}. Nothing bounds what it costs in {precision_map.premise.metric!r}; judge "
+            "it with precimap certify before it serves",
+            UncertifiedMapWarning,
+            stacklevel=3,
+        )
 
 
 def watch_batches(deployed: nn.Module) -> None:

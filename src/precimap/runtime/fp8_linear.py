@@ -99,8 +99,10 @@ class Fp8Linear(nn.Module):
         # Kept, so that no call has to fill them: of a static input, its scale; and a scale that does nothing.
         self._static = None if layer.input_range is None else StaticScale(layer.input_range.scale)
         fixed = 1.0 if layer.input_range is None else layer.input_range.scale
-        self.register_buffer("_input_scale", torch.full((1, 1), fixed, device=device), persistent=False)
-        self.register_buffer("_one", torch.ones((1, 1), device=device), persistent=False)
+        self.register_buffer(
+            "_input_scale", torch.full((1, 1), fixed, dtype=torch.float32, device=device), persistent=False
+        )
+        self.register_buffer("_one", torch.ones((1, 1), dtype=torch.float32, device=device), persistent=False)
         self._output_dtype = output_dtype
         self._phase = layer.input_phase
 

@@ -29,10 +29,10 @@ def check_layer(name: str, module: Int8Linear | Fp8Linear) -> None:
     """Compare one kernel with the emulation of the layer it stands for."""
     layer = _on_device(module.layer, module.codes.device)
     outputs, inputs = layer.codes.shape
-    plain = nn.Linear(inputs, outputs, device=layer.codes.device)  # of it only the bias is read
+    plain = nn.Linear(inputs, outputs, dtype=torch.float32, device=layer.codes.device)  # of it only the bias is read
     x = _spread_inputs(layer, inputs)
     with torch.no_grad():
-        plain.bias.copy_(torch.zeros(outputs) if module.bias is None else module.bias)
+        plain.bias.copy_(torch.zeros(outputs, dtype=torch.float32) if module.bias is None else module.bias)
         with quantized(plain, {"weight": layer}):
             expected = plain(x)
         magnitudes = nn.functional.linear(x.abs(), layer.weight().abs(), plain.bias.abs())
@@ -101,18 +101,20 @@ def _spread_inputs(layer: QuantizedLayer, inputs: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (16, inputs)
     if layer.input_range is None or layer.scheme.input is None:
-        x = torch.randn(shape, generator=generator) * 4.0 ** torch.linspace(-3, 2, 16)[:, None]
+        x = torch.randn(shape, generator=generator, dtype=torch.float32)
+        x = x * 4.0 ** torch.linspace(-3, 2, 16, dtype=torch.float32)[:, None]
     else:
         scale, zero, format = layer.input_range.scale, layer.input_range.zero, layer.scheme.input.format
         low, high = (format.minimum - zero) * scale, (format.maximum - zero) * scale
-        x = low + (high - low) * (1.2 * torch.rand(shape, generator=generator) - 0.1)
+        x = low + (high - low) * (1.2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 0.1)
     return x.to(layer.codes.device)
 
 
 def check_stored(module: StoredLinear, layers: Mapping[str, QuantizedLayer]) -> None:
     """Compare the product of a decoded weight with that of the float32 values that its codes stand for."""
     weight = layers[module.layer_name].weight()
-    inputs = torch.randn(16, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(module.weight.dtype)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(16, weight.shape[1], generator=generator, dtype=torch.float32).to(module.weight.dtype)
     expected = nn.functional.linear(inputs.float(), weight, None if module.bias is None else module.bias.float())
     with torch.no_grad():
         found = module(inputs)
@@ -128,7 +130,7 @@ def check_stored(module: StoredLinear, layers: Mapping[str, QuantizedLayer]) -> 
 def check_table(module: PackedTable, layers: Mapping[str, QuantizedLayer]) -> None:
     """Compare rows, spread over the table, as the operator reads them with what their codes stand for."""
     expected = layers[module.layer_name].weight()
-    rows = torch.linspace(0, len(expected) - 1, min(len(expected), CHECKED_ROWS)).long()
+    rows = torch.linspace(0, len(expected) - 1, min(len(expected), CHECKED_ROWS), dtype=torch.float64).long()
     expected = expected[rows]
     found = module.lookup(rows, torch.arange(len(rows)))
     allowed = TOLERANCE[torch.float32] * float(expected.abs().max())

@@ -159,8 +159,11 @@ def _check_reading(made: nn.Module, configs: list[Any], tables: Mapping[str, Qua
     for config in configs:
         for feature in config.feature_names:
             smallest[feature] = min(smallest.get(feature, config.num_embeddings), config.num_embeddings)
-    ids = {feature: torch.linspace(0, rows - 1, CHECKED_ROWS).long() for feature, rows in smallest.items()}
-    ones = torch.ones(len(ids) * CHECKED_ROWS)
+    ids = {
+        feature: torch.linspace(0, rows - 1, CHECKED_ROWS, dtype=torch.float32).long()
+        for feature, rows in smallest.items()
+    }
+    ones = torch.ones(len(ids) * CHECKED_ROWS, dtype=torch.float32)
     features = _torchrec().KeyedJaggedTensor.from_lengths_sync(
         keys=list(ids), values=torch.cat(list(ids.values())), lengths=ones.long(), weights=ones
     )

@@ -143,7 +143,7 @@ class _Scores:
         with torch.no_grad(), quantized(task.model, layers):
             for number, part in enumerate(parts):
                 scores = task.forward(task.model, part)
-                judged.append(judge_scores(task, scores, part, number))
+                judged.append(judge_scores(task, scores, part, f"part {number} of the first search batch"))
                 rows.append(scores.detach().double().cpu().reshape(scores.shape[0], -1))
         if len({each.shape[1] for each in rows}) > 1:
             raise TaskError("a unit has another number of scores in another part")

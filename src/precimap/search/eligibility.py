@@ -5,8 +5,8 @@ Invariant: every pair of the inventory and the schemes has an answer; a refusal 
 
 import fnmatch
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from precimap.errors import InputError
@@ -85,11 +85,26 @@ def eligibility(
         for layer in inventory.layers
         for scheme in schemes
     }
+    return Eligibility(_with_fused(inventory, schemes, refusals, kept), frozenset(kept))
+
+
+def refusing(
+    allowed: Eligibility, failed: Mapping[tuple[str, str], str], inventory: Inventory, schemes: Sequence[Scheme]
+) -> Eligibility:
+    """Without the pairs of which it was found out that they cannot be computed, and those that engines fuse with them."""
+    refusals = {pair: reason or failed.get(pair) for pair, reason in allowed.refusals.items()}
+    return replace(allowed, refusals=_with_fused(inventory, schemes, refusals, allowed.pinned))
+
+
+def _with_fused(
+    inventory: Inventory, schemes: Sequence[Scheme], refusals: dict[tuple[str, str], str | None], kept: Set[str]
+) -> dict[tuple[str, str], str | None]:
+    found = dict(refusals)
     for layer in inventory.layers:
         for scheme in schemes:
-            if refusals[layer.name, scheme.name] is None:
-                refusals[layer.name, scheme.name] = _refused_with(layer, scheme, inventory, refusals, kept)
-    return Eligibility(refusals, frozenset(kept))
+            if found[layer.name, scheme.name] is None:
+                found[layer.name, scheme.name] = _refused_with(layer, scheme, inventory, found, kept)
+    return found
 
 
 def _matching(inventory: Inventory, pattern: str) -> list[str]:
@@ -123,7 +138,7 @@ def _refused_with(
     scheme: Scheme,
     inventory: Inventory,
     refusals: dict[tuple[str, str], str | None],
-    kept: set[str],
+    kept: Set[str],
 ) -> str | None:
     """A layer of a fused group is out when another member is: engines give the group one scheme."""
     if layer.fused is None or layer.name in kept:

@@ -8,13 +8,13 @@ measurement is in the journal before it is used: the same call takes up a run th
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from precimap.certificate import Certificate, Rounding
-from precimap.end_to_end import EndToEnd
+from precimap.certificate import Rounding
+from precimap.errors import MapError
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
@@ -31,52 +31,24 @@ from precimap.search.asked import Asked, schemes_of
 from precimap.search.batch_invariance import batch_dependence
 from precimap.search.calibrate import Calibration, calibrated
 from precimap.search.certificate.rounding_draws import rounding_of
-from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility, open_pairs
-from precimap.search.evidence.floor import rounding_floor
+from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility, open_pairs, refusing
+from precimap.search.evidence.floor import floor_pairs, rounding_floor
 from precimap.search.evidence.gather import Evidence, gather
-from precimap.search.evidence.probe import Comparison
+from precimap.search.evidence.probe import failures
 from precimap.search.latency.planned import Latency
 from precimap.search.latency.serving import HERE, Serving, foreseen, timed_here
+from precimap.search.latency.whole import Stand
 from precimap.search.limits import USUAL_EFFORT, Effort, Limits, state_directory
 from precimap.search.progress import Progress, silent
 from precimap.search.proof import conclude, proved, stand_of
 from precimap.search.realign import Realigner
+from precimap.search.result import SearchResult
 from precimap.search.run import Parts, Run, scored
 from precimap.search.sample_size import Outlook, outlook, pilots
+from precimap.search.trial import tried
 from precimap.search.whole.assemble import Findings, assemble, premise_of
 from precimap.search.whole.choosing import chosen_maps, to_certify
-from precimap.search.whole.whole_maps import Joint
 from precimap.task import Task, first_batch
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class SearchResult:
-    """The answer, and everything it rests on.
-
-    map: the certified one, or all base precision when none passed. certificate: of that map, or of the first map that
-    failed; None when no map got as far as the certify split. end_to_end: the times of the last map that was timed as a
-    whole, or None. floor, evidence: None for a search that ended early, because no map could pass with these splits.
-    `answer` says it in a sentence.
-    """
-
-    map: PrecisionMap
-    certificate: Certificate | None
-    answer: str
-    preflight: preflight.Preflight
-    inventory: Inventory
-    floor: Comparison | None
-    evidence: Evidence | None
-    chain: tuple[Joint, ...]
-    certificates: tuple[Certificate, ...]
-    latency: Latency | None
-    end_to_end: EndToEnd | None
-
-    @property
-    def certified(self) -> bool:
-        return self.certificate is not None and self.certificate.certified
-
-    def __repr__(self) -> str:
-        return f"SearchResult({self.answer!r})"
 
 
 def search(
@@ -141,11 +113,19 @@ def search(
 
 
 def _save(precision_map: PrecisionMap, run: Path) -> None:
-    """Write the run's answer; the map that another question was answered with stays, under its fingerprint."""
+    """Write the run's answer; the map that another question was answered with stays, under its fingerprint.
+
+    What lies there and is no map any more (edited, damaged, of an older version) stays, too: it must not cost the answer.
+    """
     path = run / "map.json"
-    before = PrecisionMap.load(path) if path.is_file() else None
-    if before is not None and before.fingerprint != precision_map.fingerprint:
-        before.save(run / f"map-{before.fingerprint}.json")
+    if path.is_file():
+        try:
+            before = PrecisionMap.load(path)
+        except MapError:
+            path.replace(run / f"unreadable-{path.stat().st_mtime_ns}.json")
+        else:
+            if before.fingerprint != precision_map.fingerprint:
+                before.save(run / f"map-{before.fingerprint}.json")
     precision_map.save(path)
 
 
@@ -158,25 +138,41 @@ class _Seen:
     inventory: Inventory
     allowed: Eligibility
     latency: Latency | None
+    failed: Mapping[tuple[str, str], str] = field(default_factory=dict)  # what the trial refused
 
 
 def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
-    run, task, alpha, inventory = search.run, search.run.task, search.limits.alpha, seen.inventory
+    """Up to where the long work begins: what can be tried at all, and what the splits can tell."""
+    run, task, inventory = search.run, search.run.task, seen.inventory
     calibration = calibrated(run, inventory, search.schemes)
+    seen = _tried(search, seen, calibration)
     baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
     preflight.check_baseline(task, baseline.whole)
     told = _outlook(search, seen, calibration, baseline)
     if any(found.impossible is not None for found in told):
         return _too_small(search, seen, calibration, _preflight(search, seen, calibration, baseline, told, ledger))
     seen = _with_times(search, seen, calibration)
-    timed = seen.latency
-    stand = stand_of(search, inventory, calibration, seen.allowed, timed)
-    savings = None if timed is None else timed.savings
+    stand = stand_of(search, inventory, calibration, seen.allowed, seen.latency)
     checked = _preflight(search, seen, calibration, baseline, told, ledger)
-    floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha)
+    return _decided(search, seen, calibration, baseline, checked, stand, ledger)
+
+
+def _decided(
+    search: Asked,
+    seen: _Seen,
+    calibration: Calibration,
+    baseline: Parts,
+    checked: preflight.Preflight,
+    stand: Stand | None,
+    ledger: Path,
+) -> SearchResult:
+    """From single layers to the proof of a whole map."""
+    run, alpha, inventory, timed = search.run, search.limits.alpha, seen.inventory, seen.latency
+    savings = None if timed is None else timed.savings
+    floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha, seen.failed)
     run.journal.conclude("floor", "all layers", asdict(floor))
     pairs = open_pairs(seen.allowed, search.schemes)
-    realigner = None if search.realigned_at is None else Realigner(task, search.realigned_at)
+    realigner = None if search.realigned_at is None else Realigner(run.task, search.realigned_at)
     evidence = gather(
         run,
         inventory,
@@ -189,21 +185,8 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
         0 if realigner is None else realigner.outputs,
         savings,
     )
-    limit = cutoff_of(search.limits, inventory, evidence.known)
-    findings = Findings(
-        inventory,
-        search.schemes,
-        seen.allowed,
-        calibration,
-        evidence.known,
-        limit,
-        search.target.name,
-        search.premise,
-        alpha,
-        *(() if realigner is None else (partial(realigner.of, run.journal),)),
-    )
-    kept = kept_for_time(search.rule, inventory, evidence.known, search.schemes, savings)
-    findings = replace(findings, kept_for_time=kept)
+    seen, evidence = _without_failures(search, seen, evidence)
+    findings = _findings(search, seen, calibration, evidence, realigner)
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
     proof = proved(search, findings, chosen, stand, timed, seen.prints, ledger)
@@ -224,6 +207,46 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
     )
 
 
+def _findings(
+    search: Asked, seen: _Seen, calibration: Calibration, evidence: Evidence, realigner: Realigner | None
+) -> Findings:
+    """All that a map is written down from."""
+    inventory, savings = seen.inventory, None if seen.latency is None else seen.latency.savings
+    found = Findings(
+        inventory,
+        search.schemes,
+        seen.allowed,
+        calibration,
+        evidence.known,
+        cutoff_of(search.limits, inventory, evidence.known),
+        search.target.name,
+        search.premise,
+        search.limits.alpha,
+        *(() if realigner is None else (partial(realigner.of, search.run.journal),)),
+    )
+    kept = kept_for_time(search.rule, inventory, evidence.known, search.schemes, savings)
+    return replace(found, kept_for_time=kept)
+
+
+def _tried(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
+    """Without the pairs that cannot be computed on the first batch."""
+    task, inventory = search.run.task, seen.inventory
+    pairs = [*open_pairs(seen.allowed, search.schemes), *floor_pairs(inventory)]
+    failed = tried(task, inventory, calibration, pairs)
+    return replace(seen, allowed=refusing(seen.allowed, failed, inventory, search.schemes), failed=failed)
+
+
+def _without_failures(search: Asked, seen: _Seen, evidence: Evidence) -> tuple[_Seen, Evidence]:
+    """Without the pairs that failed when they were probed, and what engines fuse with them."""
+    failed = failures(search.run, open_pairs(seen.allowed, search.schemes))
+    if not failed:
+        return seen, evidence
+    allowed = refusing(seen.allowed, failed, seen.inventory, search.schemes)
+    left = set(allowed.open_pairs())
+    known = tuple(found for found in evidence.known if (found.layer, found.scheme) in left)
+    return replace(seen, allowed=allowed), replace(evidence, known=known)
+
+
 def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
     """With the times of a profile, or of this machine, and without the pairs that save none."""
     run, pairs = search.run, open_pairs(seen.allowed, search.schemes)
@@ -231,7 +254,8 @@ def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
     if times is None:
         return seen
     run.journal.conclude("latency", "search", times.row())
-    allowed = replace(seen.allowed, slower=times.slower)
+    refused = refusing(seen.allowed, times.failed, seen.inventory, search.schemes)
+    allowed = replace(refused, slower=times.slower)
     return replace(seen, allowed=allowed, latency=times, notes=(*seen.notes, *times.notes))
 
 

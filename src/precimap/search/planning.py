@@ -13,11 +13,12 @@ from precimap.numerics.schemes import Scheme
 from precimap.search import preflight
 from precimap.search.asked import schemes_of
 from precimap.search.calibrate import calibrated
-from precimap.search.eligibility import eligibility, open_pairs
+from precimap.search.eligibility import eligibility, open_pairs, refusing
 from precimap.search.limits import Limits
 from precimap.search.progress import Progress, silent
 from precimap.search.run import Run, scored
 from precimap.search.sample_size import Outlook, outlook, pilots
+from precimap.search.trial import tried
 from precimap.task import Task, first_batch
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the margin that was asked for
@@ -69,6 +70,8 @@ def plan(
     with run_journal(None, {}) as journal:
         run = Run(task, journal, progress)
         calibration = calibrated(run, inventory, chosen)
+        failed = tried(task, inventory, calibration, open_pairs(eligible, chosen))
+        eligible = refusing(eligible, failed, inventory, chosen)
         baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
         preflight.check_baseline(task, baseline.whole)
         gate, *guards = pilots(run, inventory, calibration, baseline, open_pairs(eligible, chosen))

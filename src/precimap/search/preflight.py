@@ -9,23 +9,24 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from precimap.errors import ModelError, TaskError
 from precimap.fingerprints import SplitFingerprint, of_split
 from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantized
 from precimap.layers.views import plain_name
-from precimap.metrics.auc import AUC, GAUC
-from precimap.metrics.click import NE, NE_MARGINS, LogLoss
+from precimap.metrics.click import NE, NE_MARGINS
 from precimap.metrics.guard import Head
 from precimap.metrics.metric import RELATIVE
 from precimap.search.batch_invariance import BatchDependence
 from precimap.search.batches import along_units
+from precimap.search.in_place import check_tables, written_by
 from precimap.search.sample_size import Outlook
-from precimap.task import Scored, Task, first_batch, labels_of, score
+from precimap.search.split_checks import check_clusters, check_slice, check_splits
+from precimap.task import Scored, Task, can_be_written, first_batch, join_parts, score_batch
 
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
 INFLUENCE_TOLERANCE = 1e-4
@@ -96,25 +97,42 @@ def _check_disjoint(search: SplitFingerprint, certify: SplitFingerprint) -> None
 
 
 def check_weights(task: Task) -> None:
-    """Raises ModelError for a model in training mode or with parameters that are not finite."""
+    """Raises ModelError for a model in training mode, without weights, or with parameters that are not finite; TaskError
+    inside of torch.inference_mode()."""
+    if torch.is_inference_mode_enabled():
+        raise TaskError(
+            "expected a call outside of torch.inference_mode(), whose tensors take no gradient; leave the block"
+        )
     if task.model.training:
         raise ModelError("expected a model in evaluation mode, got one in training mode; call model.eval() first")
+    tensors = dict((*task.model.named_parameters(), *task.model.named_buffers()))
+    unnamed = [name for name in tensors if not can_be_written(name)]
+    if unnamed:
+        raise ModelError(f"expected names that can be written to a file, got {unnamed[0]!r}, which is no Unicode text")
+    empty = [plain_name(name) for name, x in tensors.items() if x.is_meta or is_lazy(x)]
+    if empty:
+        raise ModelError(
+            f"expected a model with its weights, got none yet in {', '.join(empty[:5])} (on the meta device, or of a lazy "
+            "module that no batch has run through); load them first"
+        )
     broken = [plain_name(n) for n, p in task.model.named_parameters() if not torch.isfinite(p).all()]
     if broken:
         raise ModelError(f"expected finite weights, got NaN or Inf in {', '.join(broken[:5])}; repair the model first")
 
 
 def check_task(task: Task) -> str | None:
-    """Score the first search batch twice and with one unit replaced. Returns a note if units could not be told apart.
+    """Look at every batch; score the first search batch twice and with one unit replaced.
 
-    Raises TaskError for a forward that fails, that is not deterministic, or whose units influence each other.
+    Returns a note if units could not be told apart. Raises TaskError as `check_splits`, for a forward that fails, that is
+    not deterministic, or whose units influence each other.
     """
+    check_splits(task)
+    check_tables(task.model)
     batch = first_batch(task, task.splits.search)
     first, second = _score_one(task, batch), _score_one(task, batch)
     if not (first.losses == second.losses).all():
-        raise TaskError(
-            "the same batch scored twice gives other losses; switch off dropout and sampling, and fix the seed in forward"
-        )
+        why = written_by(task, batch) or "switch off dropout and sampling, and fix the seed in forward"
+        raise TaskError(f"the same batch scored twice gives other losses; {why}")
     n = len(first.losses)
     changed = _with_unit_replaced(batch, n)
     if changed is None:
@@ -130,15 +148,8 @@ def check_task(task: Task) -> str | None:
 
 
 def _score_one(task: Task, batch: Any) -> Scored:
-    try:
-        with quantized(task.model, {}):
-            return score(task, task.model, [batch])
-    except (TaskError, ModelError):
-        raise
-    except Exception as error:
-        raise TaskError(
-            f"forward, loss or metric failed on the first search batch: {type(error).__name__}: {error}"
-        ) from error
+    with torch.no_grad(), quantized(task.model, {}):
+        return join_parts(task, [score_batch(task, task.model, batch, "the first batch of the search split")])
 
 
 def _with_unit_replaced(batch: Any, units: int) -> Any:
@@ -150,31 +161,26 @@ def _with_unit_replaced(batch: Any, units: int) -> Any:
     return along_units(batch, units, replaced) if units > 1 else None
 
 
-def check_baseline(task: Task, baseline: Scored) -> None:
-    """Raises TaskError when the search split's metric cannot show a drop at all."""
+def check_baseline(task: Task, baseline: Scored, split: str = "search") -> None:
+    """Raises TaskError when the split's metric cannot show a drop at all."""
     if len(baseline.values) < 2:
-        raise TaskError(f"expected at least 2 units in the search split, got {len(baseline.values)}")
-    if baseline.units.clusters is not None and (baseline.units.clusters == baseline.units.clusters[0]).all():
-        raise TaskError("every unit of the search split is in one cluster; the spread of a drop needs at least two")
+        raise TaskError(f"expected at least 2 units in the {split} split, got {len(baseline.values)}")
+    if baseline.units.clusters is not None:
+        check_clusters(baseline.units.clusters, split)
     if (baseline.values == baseline.values[0]).all() and task.metric.worst is None:
         raise TaskError(
-            f"{task.metric.name} is {baseline.values[0]} for every unit of the search split; "
+            f"{task.metric.name} is {baseline.values[0]} for every unit of the {split} split; "
             "a constant cannot show a drop. Are the labels right?"
         )
-    _check_values(task, baseline)
-    labels = [labels_of(task, batch) for batch in task.splits.search]
-    # Whole-number labels are classes under log-loss; elsewhere they may index the one relevant candidate.
-    of_classes = isinstance(task.metric, LogLoss | NE | AUC | GAUC)
-    if all(isinstance(x, Tensor) and x.dim() == 1 and (of_classes or x.is_floating_point()) for x in labels):
-        joined = torch.cat([label.detach().cpu() for label in labels])
-        if bool((joined == joined[0]).all()):
-            raise TaskError(f"every label of the search split is {float(joined[0]):g}; it needs both classes")
+    for name, value in _values(task, baseline, split).items():
+        if not isfinite(value):
+            raise TaskError(f"{name} is {value} on the {split} split; it needs labels of both classes")
 
 
 def doubts(task: Task, baseline: Scored, margin: float) -> tuple[str, ...]:
     """What is possible and mostly a mistake: probabilities given as logits, a margin of several times the metric."""
     found = []
-    values = _values(task, baseline)
+    values = _values(task, baseline, "search")
     asked = {task.metric.name: (task.metric, margin), **{g.label: (g.metric, g.margin) for g in task.guarded}}
     for name, (metric, accepted) in asked.items():
         plain = metric.metric if isinstance(metric, Head) else metric
@@ -192,26 +198,13 @@ def doubts(task: Task, baseline: Scored, margin: float) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _check_values(task: Task, baseline: Scored) -> None:
-    """Raises TaskError for a gate or a guard that has no value on the search split."""
-    for name, value in _values(task, baseline).items():
-        if not isfinite(value):
-            raise TaskError(f"{name} is {value} on the search split; it needs labels of both classes")
-
-
-def _values(task: Task, baseline: Scored) -> dict[str, float]:
-    """The gate and the guards on the search split. Raises TaskError for a slice that cannot be judged."""
+def _values(task: Task, baseline: Scored, split: str) -> dict[str, float]:
+    """The gate and the guards on a split. Raises TaskError for a slice that cannot be judged."""
     found = {task.metric.name: task.metric.value(baseline.values, baseline.units)}
     for guard in task.guarded:
-        units, rows = baseline.units, baseline.slices.get(guard.label)
+        rows = baseline.slices.get(guard.label)
         if rows is not None:
-            chosen = units.clusters if units.clusters is not None else np.arange(units.n)
-            clusters = len(np.unique(chosen[rows]))
-            if clusters < 2:
-                raise TaskError(
-                    f"the slice of the guard {guard.label} needs at least two units (or clusters) in the search split, "
-                    f"it has {int(rows.sum())} of {units.n} units, in {clusters} clusters"
-                )
+            check_slice(rows, baseline.units.clusters, guard.label, split)
         found[guard.label] = guard.metric.value(*baseline.of_guard(guard.label))
     return found
 

@@ -19,7 +19,7 @@ from precimap.search.allocation.knapsack import Step
 from precimap.search.answer import answer_of, gain_said, no_gain
 from precimap.search.asked import Asked
 from precimap.search.calibrate import Calibration
-from precimap.search.certificate.certify import Question, certify
+from precimap.search.certificate.certify import Question, baseline_to_certify, certify
 from precimap.search.certificate.ledger import Ledger
 from precimap.search.eligibility import Eligibility
 from precimap.search.evidence.known import BYTES_WORTH
@@ -27,7 +27,7 @@ from precimap.search.evidence.probe import Comparison
 from precimap.search.latency.planned import Latency
 from precimap.search.latency.whole import Stand
 from precimap.search.limits import chain_fingerprint
-from precimap.search.preflight import SplitPrints
+from precimap.search.preflight import SplitPrints, check_baseline
 from precimap.search.run import Run
 from precimap.search.whole.assemble import Findings, assemble
 from precimap.search.whole.whole_maps import Chosen, seen_on_search, sequence
@@ -126,6 +126,8 @@ def _certified(
     certificates: tuple[Certificate, ...] = ()
     if chain:
         limits, run = search.limits, search.run
+        # Alpha is booked only when a comparison can be made: the baseline is scored first, which no map depends on.
+        check_baseline(run.task, baseline_to_certify(run, search.target, prints.certify.whole), "certify")
         spent = Ledger.open(ledger, prints.certify.whole, limits.budget).spend(
             chain_fingerprint(chain, run.task.guarded),
             limits.alpha,

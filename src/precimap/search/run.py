@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from precimap.journal import Journal, Measurement
 from precimap.search.progress import Progress
-from precimap.task import NAMED, Batches, Scored, ScoredPart, Task, join_parts, score_batch, to_device
+from precimap.task import NAMED, SPLITS, Batches, Scored, ScoredPart, Task, join_parts, score_batch, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,20 @@ class Parts:
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(len(part.values) for part in self.each)
+
+    def scattered(self, units: int, among: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Numbers of batches (of all, or `among` these) as `scattered` gives them, of at least two clusters where there are.
+
+        A batch may hold one user, and the spread of one cluster tells nothing.
+        """
+        numbers = range(len(self.each)) if among is None else among
+        sizes = [self.sizes[number] for number in numbers]
+        while True:
+            chosen = tuple(numbers[place] for place in scattered(sizes, units))
+            ids = {int(cluster) for number in chosen for cluster in np.unique(self.each[number].clusters)}
+            if self.task.clusters is None or len(ids) > 1 or len(chosen) == len(numbers):
+                return chosen
+            units = sum(self.sizes[number] for number in chosen) + 1
 
     def only(self, numbers: Sequence[int]) -> Scored:
         """The batches of these numbers, in the order of the split."""
@@ -79,7 +94,8 @@ def scored(
             if found is None:
                 model = stack.enter_context(running()) if model is None else model
                 started = time.perf_counter()
-                part = score_batch(run.task, model, to_device(batch, run.task.device), number)
+                place = f"batch {number} of the {split_of(run.task, batches)} split"
+                part = score_batch(run.task, model, to_device(batch, run.task.device), place)
                 check(model)
                 record_part(run.journal, kind, batch_subject(subject, number), part, time.perf_counter() - started)
             else:
@@ -87,6 +103,11 @@ def scored(
             parts.append(part)
             after_batch(len(parts))
     return Parts(run.task, tuple(parts))
+
+
+def split_of(task: Task, batches: Batches) -> str:
+    """What a split is called."""
+    return next((name for name in SPLITS if getattr(task.splits, name) is batches), "given")
 
 
 def scattered(sizes: Sequence[int], units: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from precimap.errors import FAILURES, first_line
 from precimap.layers.inventory import Inventory
 from precimap.layers.target import EMULATED
 from precimap.metrics.guard import Guard
@@ -33,7 +34,8 @@ class Outlook:
     """What the splits can tell of one metric: of the gate, or of a guard, by `label`.
 
     least: the margin below which the certify split certifies no map, not even one that changes nothing. detectable: the
-    margin at which it certifies a map without a drop with 80 % power, if that is as noisy as everything low is. enough:
+    margin at which it certifies a map without a drop with 80 % power, if that is as noisy as everything low is; infinite
+    where that could not be measured, and `unmeasured` says why. enough:
     units that each split needs for `least` to reach the margin; about: for such a map to be certified at it; None: no number
     does.
     impossible: why no map can be certified, None where one can.
@@ -48,6 +50,7 @@ class Outlook:
     detectable: float
     enough: int | None
     about: int | None
+    unmeasured: str | None
     impossible: str | None
 
 
@@ -56,14 +59,15 @@ class Pilot:
     """One metric of a task, measured on some units; of a guard with its own margin, None for the gate.
 
     nothing: the baseline against itself, on the search split. noisy: everything low against the baseline, on
-    `PILOT_UNITS` of it.
+    `PILOT_UNITS` of it; None where no scheme can be computed in all its layers at once, and `unmeasured` says why.
     """
 
     label: str
     unit: str
     margin: float | None
     nothing: PairedDrops
-    noisy: PairedDrops
+    noisy: PairedDrops | None
+    unmeasured: str | None
 
     @cached_property
     def sight(self) -> Sight:
@@ -84,6 +88,8 @@ class Pilot:
 
     def detectable(self, units: float, alpha: float) -> float:
         """The margin at which a map without a drop is certified with 80 % power, if it is as noisy as everything low."""
+        if self.noisy is None:
+            return math.inf
         totals = totals_of(self.noisy.d, self.noisy.units)
         return smallest_margin(self.noisy, int(units * totals.effective / self.noisy.rows), alpha)
 
@@ -98,14 +104,20 @@ def pilots(
     """The gate and every guard, under the noisiest of the schemes: each in all layers that can take it (`pairs`)."""
     numbers = scattered(baseline.sizes, PILOT_UNITS)
     before, whole = baseline.only(numbers), baseline.whole
-    schemes = dict.fromkeys(scheme for _, scheme in pairs)
-    low = [_all_low(run, inventory, calibration, numbers, scheme, pairs) for scheme in schemes] or [before]
+    low, why = [before], None
+    for scheme in dict.fromkeys(scheme for _, scheme in pairs):
+        try:
+            low.append(_all_low(run, inventory, calibration, numbers, scheme, pairs))
+        except FAILURES as error:  # layers that pass one by one may not do so together
+            why = why or f"all layers at once in {scheme.name}: {first_line(error)}"
+    known = why is None or len(low) > 1
     gate = Pilot(
         run.task.metric.name,
         run.task.metric.unit,
         None,
         _of_gate(run.task, whole, whole),
-        max((_of_gate(run.task, before, other) for other in low), key=_error),
+        max((_of_gate(run.task, before, other) for other in low), key=_error) if known else None,
+        why,
     )
     guards = [
         Pilot(
@@ -113,7 +125,8 @@ def pilots(
             guard.metric.unit,
             guard.margin,
             _of_guard(guard, whole, whole),
-            max((_of_guard(guard, before, other) for other in low), key=_error),
+            max((_of_guard(guard, before, other) for other in low), key=_error) if known else None,
+            why,
         )
         for guard in run.task.guarded
         if guard.where is None or before.slices[guard.label].any()
@@ -129,7 +142,7 @@ def outlook(pilot: Pilot, margin: float, certify_share: float, alpha: float) -> 
         return pilot.least(of, alpha)
 
     enough = _enough(least, margin, pilot.fewest_units)
-    noisy = units_for(pilot.noisy, margin, alpha)
+    noisy = None if pilot.noisy is None else units_for(pilot.noisy, margin, alpha)
     about = None if enough is None or noisy is None else max(enough, noisy)
     why = None
     for split, share in (("search", 1.0), ("certify", certify_share)):
@@ -151,6 +164,7 @@ def outlook(pilot: Pilot, margin: float, certify_share: float, alpha: float) -> 
         detectable=pilot.detectable(units * certify_share, alpha),
         enough=enough,
         about=about,
+        unmeasured=pilot.unmeasured,
         impossible=None if why is None else f"{pilot.label}: {why}. {_takes(margin, enough, about)}",
     )
 

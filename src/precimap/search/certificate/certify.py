@@ -72,6 +72,11 @@ def certify(
     return tuple(certificates)
 
 
+def baseline_to_certify(run: Run, target: Target, split: str) -> Scored:
+    """The baseline on the certify split, which every certificate needs and no map has chosen: to be looked at first."""
+    return _certify_split(run, target, split, None)
+
+
 def _certify_split(run: Run, target: Target, split: str, precision_map: PrecisionMap | None) -> Scored:
     """The certify split as the target runs the map (None: the baseline); quantised only if a batch is to be scored."""
     task = run.task
@@ -124,7 +129,7 @@ def _certificate(
         bound=BOUND_FARTHEST if sight.limit is None else BOUND_WORST,
         baseline=task.metric.value(baseline.values, baseline.units),
         n=found.drop.n,
-        clusters=found.drop.clusters,
+        clusters=sight.clusters,
         changed=found.drop.changed,
         effective=sight.effective,
         needed=needed,
@@ -159,7 +164,7 @@ def _guard_answer(guard: Guard, baseline: Scored, found: Comparison, alpha: floa
         unit=guard.metric.unit,
         baseline=guard.metric.value(*baseline.of_guard(guard.label)),
         n=judged.drop.n,
-        clusters=judged.drop.clusters,
+        clusters=judged.sight.clusters,
         effective=judged.sight.effective,
         needed=_needed(judged.size, judged.upper, guard.margin, alpha, limit),
         blind_spot=judged.sight.blind_spot(judged.size.estimate, guard.margin, alpha) if held else None,

@@ -77,7 +77,7 @@ class Ledger:
             return _parse(self.path.read_text(encoding="utf-8"), self.split)
         except FileNotFoundError:
             return ()
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise JournalError(
                 f"expected the alpha ledger of the certify split in {self.path}, got a file that cannot be read "
                 f"({error}). Restore it from a backup, or certify on fresh data. Do not delete it: the split has been "

@@ -12,12 +12,13 @@ from precimap.journal import run_journal
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
 from precimap.search import preflight
-from precimap.search.certificate.certify import Question, certify, mapped
+from precimap.search.certificate.certify import Question, baseline_to_certify, certify, mapped
 from precimap.search.certificate.ledger import Ledger
 from precimap.search.evidence.probe import Comparison, compare
 from precimap.search.limits import Limits, chain_fingerprint, state_directory
 from precimap.search.progress import Progress, silent
 from precimap.search.run import Run, scored
+from precimap.search.split_checks import check_splits
 from precimap.task import Task
 
 
@@ -45,12 +46,13 @@ def recertify(
     prints = preflight.fingerprint_splits(task)
     if prints.certify.whole == precision_map.premise.search:
         raise TaskError("the map was chosen on this certify split; a certificate needs data that chose nothing")
-    spent = _spent(task, precision_map, limits, prints.certify.whole, Path(ledger) if ledger else state_directory())
-    question = Question(margin, limits.alpha, spent, prints.certify.whole)
+    check_splits(task)
     with run_journal(None, {}) as journal:
-        run = Run(task, journal, progress)
+        run, split = Run(task, journal, progress), prints.certify.whole
+        preflight.check_baseline(task, baseline_to_certify(run, target, split), "certify")
         seen = _on_search(run, target, precision_map, limits.alpha) if _needs_search(task) else None
-        certificates = certify(run, target, [precision_map], question, [seen])
+        spent = _spent(task, precision_map, limits, split, Path(ledger) if ledger else state_directory())
+        certificates = certify(run, target, [precision_map], Question(margin, limits.alpha, spent, split), [seen])
     return precision_map.model_copy(update={"certificate": certificates[0]})
 
 

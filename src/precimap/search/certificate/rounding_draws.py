@@ -26,7 +26,7 @@ from precimap.metrics.units import Units
 from precimap.numerics.grid_shift import GridShift
 from precimap.precision_map import PrecisionMap
 from precimap.search.realign import Realigner
-from precimap.search.run import Parts, Run, scattered, scored
+from precimap.search.run import Parts, Run, scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def rounding_of(
     A realigned map is realigned anew on every grid, as the next retrain would be. None for a map with a scheme whose grid
     cannot be shifted. By emulation, whatever the map's target is.
     """
-    task, numbers = run.task, scattered(baseline.sizes, units)
+    task, numbers = run.task, baseline.scattered(units)
     before = baseline.only(numbers)
 
     def drops(subject: str, shift: GridShift | None) -> PairedDrops:

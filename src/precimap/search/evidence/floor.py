@@ -3,19 +3,31 @@
 Not a choice but a yardstick: a drop below it is what the base precision of most servers costs already.
 """
 
+from collections.abc import Container
+
 from precimap.layers.inventory import Inventory
 from precimap.layers.target import EMULATED
-from precimap.numerics.schemes import BF16_FLOOR
+from precimap.numerics.schemes import BF16_FLOOR, Scheme
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import Comparison, compare, prepare
-from precimap.search.run import Parts, Run, scattered, scored
+from precimap.search.run import Parts, Run, scored
 
 
-def rounding_floor(run: Run, inventory: Inventory, baseline: Parts, units: int, alpha: float) -> Comparison:
-    """The drop under BF16 weights and inputs of all layers, on batches of the search split with about `units` units."""
+def floor_pairs(inventory: Inventory) -> list[tuple[str, Scheme]]:
+    """What is rounded: every layer that is multiplied and not dead."""
+    return [(layer.name, BF16_FLOOR) for layer in inventory.layers if layer.dead is None and not layer.lookup]
+
+
+def rounding_floor(
+    run: Run, inventory: Inventory, baseline: Parts, units: int, alpha: float, failed: Container[tuple[str, str]] = ()
+) -> Comparison:
+    """The drop under BF16 weights and inputs of all layers, on batches of the search split with about `units` units.
+
+    failed: the (layer, scheme name) that cannot be computed.
+    """
     task = run.task
-    alive = {layer.name: BF16_FLOOR for layer in inventory.layers if layer.dead is None and not layer.lookup}
-    numbers = scattered(baseline.sizes, units)
+    alive = {name: scheme for name, scheme in floor_pairs(inventory) if (name, scheme.name) not in failed}
+    numbers = baseline.scattered(units)
     parts = scored(
         run,
         "floor",

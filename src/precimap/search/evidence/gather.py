@@ -25,7 +25,7 @@ from precimap.search.evidence.screen import Screen, screen
 from precimap.search.evidence.screen_plan import Key, Pair
 from precimap.search.latency.savings import Savings
 from precimap.search.limits import Effort, Limits
-from precimap.search.run import Parts, Run, batch_subject, scattered
+from precimap.search.run import Parts, Run, batch_subject
 from precimap.search.whole.whole_maps import bound
 
 AUDIT_SEED = 8
@@ -69,12 +69,13 @@ def gather(
     if effort.probe_all or not pairs:
         numbers = tuple(range(len(baseline.sizes)))
         return _written(run, Evidence(_timed(_probed_only(baseline, probing.on(pairs, numbers)), savings), None, None))
-    screened = screen(run, inventory, calibration, pairs, effort.screen_memory, baseline.sizes, effort.screen_units)
-    numbers = tuple(sorted(screened.batches)) or scattered(baseline.sizes, effort.screen_units)
+    sizes, units = baseline.sizes, effort.screen_units
+    screened = screen(run, inventory, calibration, pairs, effort.screen_memory, sizes, units, baseline.scattered)
+    numbers = tuple(sorted(screened.batches)) or baseline.scattered(effort.screen_units)
     batches = {n: batch for n, batch in enumerate(run.task.splits.search) if n in screened.batches}
     predictor = Predictor(run.task, screened, baseline, batches, limits.alpha, realigned=realigned)
     seen = [pair for pair in pairs if (pair[0], pair[1].name) in screened.pairs]
-    few = tuple(numbers[at] for at in scattered([baseline.sizes[n] for n in numbers], effort.audit_units))
+    few = baseline.scattered(effort.audit_units, among=numbers)
     audits = probing.on(to_audit(inventory, seen, AUDIT_SEED), few) if seen else ()
     found = audit(inventory, predictor, audits)
     direct = [pair for pair in pairs if pair not in seen or _distrusted(inventory, pair, found)]

@@ -129,7 +129,9 @@ class Predictor:
     def _judged(self, scores: Floats, number: int) -> ScoredPart:
         on_device = torch.from_numpy(scores).float().to(self.task.device)
         with torch.no_grad():
-            return judge_scores(self.task, on_device, to_device(self.batches[number], self.task.device), number)
+            return judge_scores(
+                self.task, on_device, to_device(self.batches[number], self.task.device), f"batch {number}"
+            )
 
     def _by_losses(self, keys: Sequence[Key], number: int, bend: float) -> ScoredPart:
         part = self.baseline.each[number]

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from precimap.errors import FAILURES, first_line
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer
+from precimap.layers.quantized import QuantizedLayer, quantized
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.metrics.guard import Guard
@@ -25,6 +26,8 @@ from precimap.search.calibrate import Calibration, codes
 from precimap.search.evidence.screen_plan import Pair
 from precimap.search.run import Parts, Run, batch_subject, part_of, record_part
 from precimap.task import Scored, Task, join_parts, score_batch, to_device
+
+FAILED = "probe failed"  # the kind of what could not be probed, in the journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +147,8 @@ def probe(
     """Measure each pair on the batches `numbers` of the search split; those that the journal holds are read from it.
 
     replay_memory: bytes of recorded results that may be held, and a quarter of it of decoded weights. When the run is
-    out of time, the batches that all pairs have seen are used; pairs that have seen none are left out.
+    out of time, the batches that all pairs have seen are used; pairs that have seen none are left out, and so are those
+    that fail where the model itself does not (`failures` says why).
     """
     codes: dict[Pair, tuple[QuantizedLayer, Tensor | None]] = {}
     room = replay_memory // 4  # for decoded weights: decoding one takes as long as its product with a small batch
@@ -155,7 +159,7 @@ def probe(
         run.progress("probe", len(complete), len(numbers))
         missing = [
             pair
-            for pair in pairs
+            for pair in _without_failures(run, pairs)
             if run.journal.find("probe", batch_subject(pair[0], number), scheme_key(pair[1])) is None
         ]
         for pair in missing:
@@ -170,7 +174,22 @@ def probe(
     run.progress("probe", len(numbers), len(numbers))
     if not complete:
         return ()
-    return tuple(_joined(run, baseline, pair, tuple(complete), alpha) for pair in pairs)
+    return tuple(_joined(run, baseline, pair, tuple(complete), alpha) for pair in _without_failures(run, pairs))
+
+
+def _without_failures(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
+    failed = failures(run, pairs)
+    return [(name, scheme) for name, scheme in pairs if (name, scheme.name) not in failed]
+
+
+def failures(run: Run, pairs: Sequence[Pair]) -> dict[tuple[str, str], str]:
+    """Which of the pairs cannot be probed, and why."""
+    rows = {(row.subject, row.scheme): str(row.value["reason"]) for row in run.journal.measurements(FAILED)}
+    return {
+        (name, scheme.name): rows[name, scheme_key(scheme)]
+        for name, scheme in pairs
+        if (name, scheme_key(scheme)) in rows
+    }
 
 
 def _probe_batch(
@@ -182,18 +201,25 @@ def _probe_batch(
 ) -> bool:
     """Probe one batch under each layer. False when time ran out before the last."""
     task, weights = run.task, parameter_names(run.task.model)
-    batch = to_device(batch, task.device)
+    batch, place = to_device(batch, task.device), f"batch {number} of the search split"
     recording = Recording(replay_memory)
     with torch.no_grad():
         with Replay(weights, {}, {}, recording):
-            score_batch(task, task.model, batch, number)
+            score_batch(task, task.model, batch, place)
         for (name, scheme), (layer, decoded) in layers:
             if run.out_of_time:
                 return False
             started = time.perf_counter()
             weight = layer.weight() if decoded is None else decoded
-            with Replay(weights, {name: layer}, {name: weight}, recording):
-                part = score_batch(task, task.model, batch, number)
+            try:
+                with Replay(weights, {name: layer}, {name: weight}, recording):
+                    part = score_batch(task, task.model, batch, place)
+            except FAILURES as error:
+                with quantized(task.model, {}):  # if this fails, too, it is not the layer
+                    score_batch(task, task.model, batch, place)
+                reason = f"in {scheme.name} it cannot be probed: {first_line(error)}"
+                run.journal.record(FAILED, name, {"reason": reason}, scheme_key(scheme))
+                continue
             subject, seconds = batch_subject(name, number), time.perf_counter() - started
             record_part(run.journal, "probe", subject, part, seconds, scheme_key(scheme))
     return True

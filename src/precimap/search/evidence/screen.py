@@ -11,8 +11,9 @@ reason, and is for the probe. Measuring every layer on its own, the alternative,
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from precimap.errors import FAILURES, first_line
 from precimap.layers.first_order import FirstOrder, routed_changes, routed_rows, row_changes, row_weights
 from precimap.layers.inventory import Inventory
 from precimap.search.calibrate import Calibration
@@ -79,24 +81,41 @@ def screen(
     memory: int,
     sizes: Sequence[int],
     units: int,
+    of_units: Callable[[int], tuple[int, ...]] | None = None,
 ) -> Screen:
     """Screen the search split, or batches of it with `units` units where a row is a unit: spreads need no more.
 
-    sizes: units of each batch. memory: bytes that one batch's errors and saved tensors may take. A batch that would
-    take more is screened one scheme at a time, and if that is too much every layer is `unseen`. So it is when neither
-    the scores nor the losses carry a gradient. The model is not modified.
+    sizes: units of each batch. of_units: which batches stand for a number of units, `scattered` if not given. memory:
+    bytes that one batch's errors and saved tensors may take. A batch that would take more is screened one scheme at a
+    time, and if that is too much every layer is `unseen`. So it is when neither the scores nor the losses carry a gradient,
+    and when a pass with gradients fails. The model is not modified.
     """
     plan = plan_screen(run.task, inventory, calibration, pairs, memory)
     # Decoding costs a tenth of a pass; one scheme at a time is asked for when memory is short, so it is not kept then.
     decoded = decode(plan.passes[0]) if len(plan.passes) == 1 else None
-    wanted = scattered(sizes, sum(sizes) if plan.by_scores else units) if plan.passes else ()
+    chosen = partial(scattered, sizes) if of_units is None else of_units
+    wanted = chosen(sum(sizes) if plan.by_scores else units) if plan.passes else ()
     batches: dict[int, ScreenedBatch] = {}
     for number, batch in enumerate(run.task.splits.search):
         if number in wanted:
             run.progress("screen", len(batches), len(wanted))
-            batches[number] = _screened(run, plan, decoded, batch, number)
+            try:
+                batches[number] = _screened(run, plan, decoded, batch, number)
+            except _NotScreenedError as error:
+                run.progress("screen", len(wanted), len(wanted))
+                return _nothing(plan, f"batch {number} of the search split cannot be screened ({error})")
     run.progress("screen", len(wanted), len(wanted))
     return _seen_throughout(Screen(plan.by_scores, plan.rows, batches, plan.unseen, plan))
+
+
+class _NotScreenedError(Exception):
+    """A pass with gradients failed."""
+
+
+def _nothing(plan: ScreenPlan, why: str) -> Screen:
+    """A screen that saw no layer: each is probed instead, and where the model itself fails, the probe says so."""
+    none = replace(plan, rows={}, layouts={}, routed=frozenset(), passes=())
+    return Screen(plan.by_scores, {}, {}, {**plan.unseen, **{name: why for name, _ in plan.rows}}, none)
 
 
 def _seen_throughout(screen: Screen) -> Screen:
@@ -116,7 +135,10 @@ def _screened(
     found = run.journal.find("screen", f"@{number}", plan.digest)
     if found is None:
         started = time.perf_counter()
-        screened, backwards = _screen_batch(run.task, plan, decoded, to_device(batch, run.task.device), number)
+        try:
+            screened, backwards = _screen_batch(run.task, plan, decoded, to_device(batch, run.task.device), number)
+        except FAILURES as error:
+            raise _NotScreenedError(first_line(error)) from error
         arrays: dict[str, NDArray[Any]] = {
             "changes": screened.changes,
             "scores": screened.scores,
@@ -197,7 +219,7 @@ def add_changes(
         elif tapped.layer in plan.routed and (tapped.gradient is None or not tapped.gradient.any()):
             continue  # an expert without tokens
         else:  # called otherwise than in the batch of the plan: `_seen_throughout` takes the layer out
-            changes = {scheme: torch.full((count,), torch.nan) for scheme in tapped.errors}
+            changes = {scheme: torch.full((count,), torch.nan, dtype=torch.float32) for scheme in tapped.errors}
         for scheme, change in changes.items():
             into[plan.rows[tapped.layer, scheme]] += change.numpy()
 
@@ -207,7 +229,7 @@ def _add_outputs(
 ) -> None:
     """One random direction of a batch's scores: over many units that is as good as many directions for a few."""
     generator = torch.Generator().manual_seed(PROBE_SEED + number)
-    direction = torch.randn(scores.shape, generator=generator).to(scores.device)
+    direction = torch.randn(scores.shape, generator=generator, dtype=torch.float32).to(scores.device)
     with torch.enable_grad():
         mode.backward((scores.float() * direction).sum())
     change = np.zeros_like(into)

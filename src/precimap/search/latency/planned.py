@@ -8,7 +8,7 @@ pays only beside siblings which read the same input stays a candidate: which of 
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from precimap.errors import ProfileError
@@ -49,7 +49,8 @@ def works(inventory: Inventory, layer: Layer, size: int) -> list[Work]:
 @dataclass(frozen=True, slots=True)
 class Latency:
     """What planning knows of time. seconds: of all timed layers in base precision, by batch size. base: each layer's
-    share of them. slower: why a pair is no candidate. notes: what a reader has to know of where the times are from."""
+    share of them. slower: why a pair is no candidate. notes: what a reader has to know of where the times are from. failed:
+    why a pair could not be timed."""
 
     device: Device
     batch_sizes: tuple[int, ...]
@@ -58,6 +59,7 @@ class Latency:
     savings: Savings
     slower: Mapping[Key, str]
     notes: tuple[str, ...]
+    failed: Mapping[Key, str] = field(default_factory=dict)
 
     @property
     def saved(self) -> Mapping[Key, Saved]:

@@ -4,7 +4,7 @@ Invariant: times pass through one form, a `HardwareProfile`; what was timed here
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from precimap.errors import InputError, ProfileError
 from precimap.hardware_profile import Device, HardwareProfile
@@ -13,7 +13,7 @@ from precimap.layers.target import EMULATED, Target, Timer
 from precimap.numerics.schemes import Scheme
 from precimap.search.calibrate import Calibration
 from precimap.search.latency.planned import Latency, planned
-from precimap.search.latency.timed import checked_sizes, form_of, timed
+from precimap.search.latency.timed import checked_sizes, form_of, timed, untimed
 from precimap.search.run import Run
 
 
@@ -77,7 +77,10 @@ def timed_here(
         return None
     sizes = serving.batch_sizes or (inventory.units,)
     profile = timed(run, inventory, calibration, pairs, target.name, target.timer, sizes)
-    return planned(inventory, pairs, profile, sizes, _said_here(profile.device, target.timer))
+    failed = untimed(run, inventory, pairs, sizes)
+    left = [(name, scheme) for name, scheme in pairs if (name, scheme.name) not in failed]
+    found = planned(inventory, left, profile, sizes, _said_here(profile.device, target.timer))
+    return replace(found, failed=failed)
 
 
 def _said_here(device: Device, timer: Timer) -> tuple[str, ...]:

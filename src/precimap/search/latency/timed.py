@@ -8,21 +8,27 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from precimap.errors import InputError, JournalError
+from torch import nn
+
+from precimap.errors import FAILURES, InputError, JournalError, first_line
 from precimap.hardware_profile import Device, HardwareProfile, LowTimes, Row, Times
-from precimap.journal import run_journal
+from precimap.journal import Measurement, run_journal
 from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory
 from precimap.layers.owners import module_of
+from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import BASE, Target, Timer
 from precimap.numerics.schemes import SCHEMES, Amax, Scheme
 from precimap.search.calibrate import Calibration, calibrated, codes
-from precimap.search.eligibility import eligibility, open_pairs
+from precimap.search.eligibility import eligibility, open_pairs, refusing
 from precimap.search.latency.planned import Work, works
 from precimap.search.preflight import check_weights
 from precimap.search.progress import Progress, silent
 from precimap.search.run import Run
+from precimap.search.trial import tried
 from precimap.task import Task, first_batch
+
+FAILED = "latency failed"  # the kind of what could not be timed, in the journal
 
 
 def bench_device(
@@ -49,6 +55,10 @@ def bench_device(
     with run_journal(None, {}) as journal:
         run = Run(task, journal, progress)
         calibration = calibrated(run, inventory, schemes)
+        allowed = refusing(allowed, tried(task, inventory, calibration, pairs), inventory, schemes)
+        pairs = open_pairs(allowed, schemes)
+        if not pairs:
+            raise InputError("; ".join(("nothing to time", *allowed.idle())))
         return timed(run, inventory, calibration, pairs, target.name, timer, sizes or (inventory.units,))
 
 
@@ -68,7 +78,7 @@ def timed(
     timer: Timer,
     sizes: tuple[int, ...],
 ) -> HardwareProfile:
-    """Each work once, from the journal where it holds it."""
+    """Each work once, from the journal where it holds it. What cannot be timed is not in it: `untimed` says why."""
     schemes: dict[str, list[Scheme]] = defaultdict(list)
     for name, scheme in pairs:
         schemes[name].append(scheme)
@@ -90,7 +100,12 @@ def timed(
 
 
 def _known(run: Run, work: Work, forms: Iterable[str]) -> bool:
-    return all(run.journal.find("latency", str(work), name) is not None for name in forms)
+    return all(_row_of(run, work, name) is not None for name in forms)
+
+
+def _row_of(run: Run, work: Work, name: str) -> Measurement | None:
+    """The times of a form, or why it has none."""
+    return run.journal.find("latency", str(work), name) or run.journal.find(FAILED, str(work), name)
 
 
 def _device(run: Run, timer: Timer, needed: bool) -> Device:
@@ -120,22 +135,58 @@ def _time(
     lacking = [
         (layer, scheme)
         for name, (layer, scheme) in forms.items()
-        if scheme is not None and run.journal.find("latency", str(work), name) is None
+        if scheme is not None and _row_of(run, work, name) is None
     ]
     made = codes(run.task, inventory, calibration, lacking)
     module = module_of(run.task.model, forms[BASE][0])
-    found = timer.seconds(module, {layer.scheme.name: layer for layer in made}, work.rows, work.each)
+    named = {layer.scheme.name: layer for layer in made}
+    try:
+        found = timer.seconds(module, named, work.rows, work.each)
+    except FAILURES:
+        fine = _timeable(run, timer, work, module, named)
+        found = timer.seconds(module, fine, work.rows, work.each)  # what the module as it is raises ends the run
     for name, seconds in found.alone.items():
         if run.journal.find("latency", str(work), name) is None:
             value = {"seconds": seconds, "base": found.alone[BASE], "shared": found.shared.get(name)}
             run.journal.record("latency", str(work), value, name)
 
 
+def _timeable(
+    run: Run, timer: Timer, work: Work, module: nn.Module, forms: Mapping[str, QuantizedLayer]
+) -> dict[str, QuantizedLayer]:
+    """The forms that can be timed, each tried by itself; why the others cannot is written down."""
+    fine = {}
+    for name, layer in forms.items():
+        try:
+            timer.seconds(module, {name: layer}, work.rows, work.each)
+        except FAILURES as error:
+            why = f"its kernel fails on {work.rows:,} rows ({first_line(error)})"
+            run.journal.record(FAILED, str(work), {"reason": why}, name)
+        else:
+            fine[name] = layer
+    return fine
+
+
+def untimed(
+    run: Run, inventory: Inventory, pairs: Sequence[tuple[str, Scheme]], sizes: tuple[int, ...]
+) -> dict[tuple[str, str], str]:
+    """Why pairs have no time on this machine."""
+    failed = {}
+    for name, scheme in pairs:
+        for work in (work for size in sizes for work in works(inventory, inventory.layer(name), size)):
+            found = run.journal.find(FAILED, str(work), scheme.name)
+            if found is not None:
+                failed[name, scheme.name] = str(found.value["reason"])
+    return failed
+
+
 def _row(run: Run, work: Work, forms: Iterable[str]) -> Row:
     low, base = {}, None
     for name in forms:
-        found = run.journal.find("latency", str(work), name)
+        found = _row_of(run, work, name)
         assert found is not None
+        if found.kind == FAILED:
+            continue
         seconds, beside, shared = (found.value[key] for key in ("seconds", "base", "shared"))
         if name == BASE:
             base = Times.of(seconds)

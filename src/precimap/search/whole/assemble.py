@@ -3,9 +3,11 @@
 Invariant: the map holds the very scales that were measured; nothing is fitted again after this point.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 
@@ -95,11 +97,16 @@ def _decision(findings: Findings, layer: Layer, chosen: str | None, known: Seque
         contracted=layer.contracted,
         input_scale=None if found is None else found.scale,
         input_zero=None if found is None else found.zero,
-        evidence={known.scheme: known.probed.evidence() for known in known if known.probed is not None},
-        predicted={known.scheme: known.predicted.evidence() for known in known if known.predicted is not None},
+        evidence={found.scheme: found.probed.evidence() for found in known if _told(found.probed)},
+        predicted={found.scheme: found.predicted.evidence() for found in known if _told(found.predicted)},
         flops_share=layer.flops / flops if flops else 0.0,
         bytes=layer.bytes,
     )
+
+
+def _told(found: Comparison | None) -> TypeGuard[Comparison]:
+    """Whether there is one with a spread: units of one cluster have none."""
+    return found is not None and math.isfinite(found.drop.error)
 
 
 def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequence[Known]) -> tuple[Verdict, str]:

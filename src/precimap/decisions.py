@@ -1,0 +1,107 @@
+"""The parts of a precision map: what one layer does and why, what the map was made from, what is done to the last logit.
+
+Invariant: frozen values of a map's file (`certificate.Record`); what says against itself in one part is refused there.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from precimap.certificate import Record
+
+
+class Verdict(StrEnum):
+    """Why a layer has the precision it has."""
+
+    TOLERANT = "tolerant"  # its own drop is below the cutoff
+    SENSITIVE = "sensitive"  # its own drop is above the cutoff
+    SLOWER = "slower"  # low precision saves no time there
+    INELIGIBLE = "ineligible"  # it cannot take any of the schemes
+    PINNED = "pinned"  # the user keeps it
+    UNDECIDED = "undecided"  # its own drop cannot be told from the cutoff at this sample size
+
+
+class Evidence(Record):
+    """One layer alone under one scheme, on (a part of) the search split: drop, standard error, one-sided bounds."""
+
+    drop: float
+    error: float = Field(ge=0)
+    lower: float | None
+    upper: float | None
+    n: int = Field(ge=1)
+    clusters: int = Field(ge=1)
+    changed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if max(self.changed, self.clusters) > self.n:
+            raise ValueError(f"{self.changed} units changed, in {self.clusters} clusters, of {self.n} units in all")
+        if self.lower is not None and self.upper is not None and self.lower > self.upper:
+            raise ValueError(f"the lower bound {self.lower:g} is above the upper bound {self.upper:g}")
+        return self
+
+
+class Decision(Record):
+    """What one layer does. `scheme` None means base precision; the input range belongs to static schemes.
+
+    `contracted` are the dims of the weight that its ops sum over, None where they differ: with the shape, all that
+    is needed to make the layer's codes again without looking at a batch. `evidence` was measured by a direct probe,
+    `predicted` by the screen: by scheme, either or both may lack one.
+    """
+
+    scheme: str | None
+    verdict: Verdict
+    reason: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    ops: tuple[str, ...]
+    contracted: tuple[int, ...] | None
+    input_scale: float | None = Field(default=None, gt=0)
+    input_zero: int | None = None
+    evidence: dict[str, Evidence] = Field(default_factory=dict)
+    predicted: dict[str, Evidence] = Field(default_factory=dict)
+    flops_share: float = Field(default=0.0, ge=0, le=1)
+    bytes: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _dims_are_there(self) -> Self:
+        if not set(self.contracted or ()) <= set(range(len(self.shape))):
+            raise ValueError(f"expected contracted dims of the shape {self.shape}, got {self.contracted}")
+        return self
+
+
+class Premise(Record):
+    """What a map was made from."""
+
+    weights: str
+    task: str
+    metric: str
+    calibration: str
+    search: str
+    certify: str
+    base_precision: str
+    device: str
+    precimap: str
+    torch: str
+
+
+class Realignment(Record):
+    """A scale and a shift of each output of `layer`, the nn.Linear that makes the scores, to be folded into it.
+
+    Fitted without labels on the n logits of each output on the calibration split, so that scale * quantised + shift
+    gives the probabilities of the baseline as nearly as it can.
+    """
+
+    layer: str
+    scale: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
+    shift: tuple[float, ...]
+    n: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if len(self.shift) != len(self.scale):
+            raise ValueError(f"expected as many shifts as scales, {len(self.scale)}, got {len(self.shift)}")
+        return self
+
+    def __str__(self) -> str:
+        return ", ".join(f"x {scale:.5f} {shift:+.5f}" for scale, shift in zip(self.scale, self.shift, strict=True))

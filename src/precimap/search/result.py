@@ -1,0 +1,43 @@
+"""What a search returns: the answer, and the values of all steps that it rests on."""
+
+from dataclasses import dataclass
+
+from precimap.certificate import Certificate
+from precimap.end_to_end import EndToEnd
+from precimap.layers.inventory import Inventory
+from precimap.precision_map import PrecisionMap
+from precimap.search.evidence.gather import Evidence
+from precimap.search.evidence.probe import Comparison
+from precimap.search.latency.planned import Latency
+from precimap.search.preflight import Preflight
+from precimap.search.whole.whole_maps import Joint
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SearchResult:
+    """The answer, and everything it rests on.
+
+    map: the certified one, or all base precision when none passed. certificate: of that map, or of the first map that
+    failed; None when no map got as far as the certify split. end_to_end: the times of the last map that was timed as a
+    whole, or None. floor, evidence: None for a search that ended early, because no map could pass with these splits.
+    `answer` says it in a sentence.
+    """
+
+    map: PrecisionMap
+    certificate: Certificate | None
+    answer: str
+    preflight: Preflight
+    inventory: Inventory
+    floor: Comparison | None
+    evidence: Evidence | None
+    chain: tuple[Joint, ...]
+    certificates: tuple[Certificate, ...]
+    latency: Latency | None
+    end_to_end: EndToEnd | None
+
+    @property
+    def certified(self) -> bool:
+        return self.certificate is not None and self.certificate.certified
+
+    def __repr__(self) -> str:
+        return f"SearchResult({self.answer!r})"

@@ -1,0 +1,68 @@
+"""Maps made by hand, plain and with everything that a search may claim of one."""
+
+from statistics import fmean, stdev
+
+from precimap.certificate import BlindSpot, Certificate, GuardAnswer, Rounding, Unrepaired
+from precimap.numerics.schemes import SCHEMES
+from precimap.precision_map import Decision, Evidence, PrecisionMap, Premise, Realignment, Verdict
+
+
+def decision(scheme: str | None = None, **changes: object) -> Decision:
+    static = scheme is not None and SCHEMES[scheme].needs_calibration
+    fields: dict[str, object] = {
+        "scheme": scheme,
+        "verdict": Verdict.TOLERANT if scheme else Verdict.SENSITIVE,
+        "reason": "measured",
+        "shape": (32, 16),
+        "ops": ("linear",),
+        "contracted": (1,),
+        "input_scale": 0.0625 if static else None,
+        "input_zero": 3 if static else None,
+        "evidence": {
+            "fp8": Evidence(drop=1e-4, error=2e-5, lower=6e-5, upper=1.4e-4, n=900, clusters=900, changed=812)
+        },
+        "flops_share": 0.5,
+        "bytes": 2048,
+    }
+    return Decision(**{**fields, **changes})
+
+
+def a_map(**layers: Decision) -> PrecisionMap:
+    premise = Premise(
+        weights="w" * 16, task="t", metric="loss", calibration="c", search="s", certify="v", base_precision="float32",
+        device="cpu", precimap="0", torch="2",
+    )  # fmt: skip
+    return PrecisionMap(
+        target="emulated", schemes={n: s.row() for n, s in SCHEMES.items()}, layers=layers, premise=premise
+    )
+
+
+def a_blind_spot() -> BlindSpot:
+    return BlindSpot(
+        noun="cluster", looked_at=300, effective=250.0, one_in=84.0, rare="positive", rare_one_in=10.5, cost=0.2,
+        unit="nats", weight=None,
+    )  # fmt: skip
+
+
+def certified(example: PrecisionMap, realigned_at: str | None = None) -> PrecisionMap:
+    """The map with everything that a search may claim of it."""
+    repair, without = None, None
+    if realigned_at is not None:
+        repair = Realignment(layer=realigned_at, scale=(1.01,), shift=(0.1,), n=90)
+        without = Unrepaired(drop=0.003, error=5e-4, upper=0.004)
+    plain = example.model_copy(update={"realignment": repair})
+    held = GuardAnswer(
+        held=True, drop=-0.002, error=1e-3, upper=0.004, margin=0.005, unit="", baseline=1.0, n=900, clusters=300,
+        effective=250.0, needed=None, blind_spot=a_blind_spot(),
+    )  # fmt: skip
+    found = Certificate(
+        metric="loss", certified=True, verdict="certified", claim="codes", drop=0.001, error=4e-4, upper=0.0018,
+        margin=0.002, alpha=0.05, spent_alpha=0.05, bound="t", baseline=0.7, n=1000, clusters=300, changed=812, needed=None,
+        effective=250.0, blind_spot=a_blind_spot(), guards={"calibration": held}, reported={"AUC": (1e-4, 2e-4)},
+        unrepaired=without, split="v", map=plain.fingerprint,
+    )  # fmt: skip
+    drops = (0.001, 0.002, 0.0025)
+    draws = Rounding(
+        shipped=0.001, error_over_units=1e-3, n=128, drops=drops, mean=fmean(drops), sd=stdev(drops), common=1e-4
+    )
+    return plain.model_copy(update={"certificate": found, "rounding": draws})
