@@ -23,6 +23,11 @@ def broken():
     return planted_task().nothing
 def wrong():
     return 3
+def few():
+    from dataclasses import replace
+    made = planted_task()
+    search = [{name: values[:40] for name, values in next(iter(made.splits.search)).items()}]
+    return replace(made, splits=replace(made.splits, search=search))
 def attending():
     def forward(model, batch):
         x = batch["x"]
@@ -108,6 +113,23 @@ def test_search_report_certify_and_deploy(folder: Path, searched: Ran, precimap:
     assert deployed.returncode == 0, deployed.stderr
     assert json.loads(deployed.stdout)["largest_difference"] == 0
     assert (folder / "fast.safetensors").stat().st_size > 1000
+
+
+def test_a_plan_answers_how_many_rows_a_margin_takes(folder: Path, precimap: Callable[..., Ran]) -> None:
+    page = precimap("plan", "mine.py", "--margin", "0.2")
+    assert page.returncode == 0, page.stderr
+    assert page.stdout.startswith("These splits are large enough for a margin of 0.2.")
+    assert max(map(len, page.stdout.splitlines())) <= 80
+    row = json.loads(precimap("plan", "mine.py", "--margin", "0.2", "--json").stdout, parse_constant=pytest.fail)
+    assert row["possible"]
+    assert [one["margin"] for one in row["rows"]] == [0.05, 0.1, 0.2, 0.4, 0.8]
+    assert [one["about"] for one in row["rows"]] == sorted((one["about"] for one in row["rows"]), reverse=True)
+    few = precimap("plan", "mine.py:few", "--margin", "0.2", "--scheme", "int8")
+    assert few.returncode == 1, "no map can pass"
+    assert "No map can be certified with these splits. loss: the search split has 40 units" in " ".join(
+        few.stdout.split()
+    )
+    assert not (folder / "run" / "state").exists()
 
 
 def test_a_device_is_timed_and_a_search_plans_with_it(folder: Path, precimap: Callable[..., Ran]) -> None:

@@ -43,16 +43,19 @@ from precimap.cli_options import (
     TimingOption,
     allowed_of,
     check_margin,
+    effort_of,
+    rule_of,
+    serving_of,
     sizes_of,
 )
 from precimap.demos.demo import run_demo, unused_directory
-from precimap.errors import InputError, MapError, UncertifiedMapWarning
-from precimap.hardware_profile import HardwareProfile
+from precimap.errors import MapError, UncertifiedMapWarning
 from precimap.layers.discover import discover
 from precimap.numerics.schemes import SCHEMES, range_rule_from_row
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
 from precimap.report.inventory_table import inventory_table
+from precimap.report.plan_table import plan_page
 from precimap.report.profile_table import profile_page
 from precimap.report.progress_bar import progress_bar
 from precimap.report.proof import certificate_text
@@ -64,13 +67,13 @@ from precimap.runtime.cuda_fp8 import EXPERIMENTAL, marked
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
 from precimap.search.allocation.knapsack import Constraints
-from precimap.search.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
+from precimap.search.allocation.rules import Knapsack
 from precimap.search.certificate.recertify import recertify
 from precimap.search.evidence.known import BYTES_WORTH
-from precimap.search.latency.serving import Serving
 from precimap.search.latency.timed import bench_device as time_layers
-from precimap.search.limits import USUAL_EFFORT, Effort
+from precimap.search.limits import USUAL_EFFORT
 from precimap.search.pipeline import search as search_task
+from precimap.search.planning import plan as plan_task
 from precimap.search.preflight import check_weights
 from precimap.task import first_batch
 from precimap.task_file import load_task
@@ -145,14 +148,14 @@ def search(
             schemes=schemes,
             margin=margin,
             confidence=confidence,
-            rule=_rule(rule, Knapsack(Constraints(minimum_gain, maximum_bytes), effective_bits, bytes_worth)),
+            rule=rule_of(rule, Knapsack(Constraints(minimum_gain, maximum_bytes), effective_bits, bytes_worth)),
             cutoff=cutoff,
             target=TARGETS[target],
             pinned=pin or (),
             allowed=allowed_of(allow or ()),
             alpha_budget=alpha_budget,
-            effort=_effort(probe, screen_memory, replay_memory, rounding_draws, timing_seconds, max_minutes),
-            serving=_serving(batch_sizes, profile, peak_tflops),
+            effort=effort_of(probe, screen_memory, replay_memory, rounding_draws, timing_seconds, max_minutes),
+            serving=serving_of(batch_sizes, profile, peak_tflops),
             run=run,
             realign=realign,
             progress=progress,
@@ -162,33 +165,28 @@ def search(
     return Result(record.as_row(), run_page(record), as_json, DONE if result.certified else NO)
 
 
-def _rule(name: RuleName, knapsack: Knapsack) -> Rule:
-    if name is RuleName.KNAPSACK:
-        return knapsack
-    if knapsack != KNAPSACK:
-        raise InputError(
-            "expected --minimum-gain, --maximum-bytes, --effective-bits and --bytes-worth with the knapsack; "
-            "the threshold has no budget"
+@command
+def plan(
+    task: TaskArgument,
+    margin: MarginOption,
+    scheme: Annotated[list[str] | None, typer.Option(help="Several, if need be; default fp8.")] = None,
+    confidence: ConfidenceOption = 0.95,
+    target: TargetOption = TargetName.EMULATED,
+    as_json: JsonOption = False,
+) -> Result:
+    """How many rows do I need? What the splits can tell at this margin and around it. Exit code 1 when no map can pass."""
+    loaded = load_task(task)
+    check_margin(margin, loaded.metric)
+    with progress_bar(_errors) as progress:
+        found = plan_task(
+            loaded,
+            margin,
+            schemes=scheme or ["fp8"],
+            confidence=confidence,
+            target=TARGETS[target],
+            progress=progress,
         )
-    return Threshold()
-
-
-def _effort(
-    probe: Probes, screen_mb: int, replay_mb: int, rounding_draws: int, timing_seconds: float, minutes: float | None
-) -> Effort:
-    return Effort(
-        probe_all=probe is Probes.ALL,
-        screen_memory=screen_mb << 20,
-        replay_memory=replay_mb << 20,
-        rounding_draws=rounding_draws,
-        timing_seconds=timing_seconds,
-        minutes=minutes,
-    )
-
-
-def _serving(batch_sizes: str, profile: Path | None, peak_tflops: float | None) -> Serving:
-    planned_for = None if profile is None else HardwareProfile.load(profile)
-    return Serving(sizes_of(batch_sizes), planned_for, None if peak_tflops is None else 1e12 * peak_tflops)
+    return Result(found.as_row(), plan_page(found), as_json, DONE if found.possible else NO)
 
 
 @command

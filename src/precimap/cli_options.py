@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from precimap.errors import InputError
+from precimap.hardware_profile import HardwareProfile
 from precimap.layers.target import EMULATED, Target
 from precimap.metrics.click import NE_MARGINS
 from precimap.metrics.metric import RELATIVE, Metric
@@ -19,6 +20,9 @@ from precimap.runtime.compiled_target import CPU_INT8_COMPILED, CUDA_FP8_COMPILE
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.cuda_fp8 import CUDA_FP8, EXPERIMENTAL
 from precimap.runtime.torchrec_tables import TORCHREC
+from precimap.search.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
+from precimap.search.latency.serving import Serving
+from precimap.search.limits import Effort
 
 
 class TargetName(StrEnum):
@@ -153,3 +157,35 @@ ProfileOption = Annotated[
 BudgetOption = Annotated[
     float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")
 ]
+
+
+def rule_of(name: RuleName, knapsack: Knapsack) -> Rule:
+    """The rule of that name. Raises InputError for limits of the knapsack beside the threshold."""
+    if name is RuleName.KNAPSACK:
+        return knapsack
+    if knapsack != KNAPSACK:
+        raise InputError(
+            "expected --minimum-gain, --maximum-bytes, --effective-bits and --bytes-worth with the knapsack; "
+            "the threshold has no budget"
+        )
+    return Threshold()
+
+
+def effort_of(
+    probe: Probes, screen_mb: int, replay_mb: int, rounding_draws: int, timing_seconds: float, minutes: float | None
+) -> Effort:
+    """How hard to look; memories in MB."""
+    return Effort(
+        probe_all=probe is Probes.ALL,
+        screen_memory=screen_mb << 20,
+        replay_memory=replay_mb << 20,
+        rounding_draws=rounding_draws,
+        timing_seconds=timing_seconds,
+        minutes=minutes,
+    )
+
+
+def serving_of(batch_sizes: str, profile: Path | None, peak_tflops: float | None) -> Serving:
+    """How the model is served. Raises InputError for batch sizes that are none, ProfileError for a bad file."""
+    planned_for = None if profile is None else HardwareProfile.load(profile)
+    return Serving(sizes_of(batch_sizes), planned_for, None if peak_tflops is None else 1e12 * peak_tflops)

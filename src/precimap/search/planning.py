@@ -3,8 +3,10 @@
 Invariant: the same numbers that end a search early (`sample_size`); nothing is searched, certified or booked.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
@@ -35,6 +37,14 @@ class Plan:
     confidence: float
     rows: tuple[Outlook, ...]
     notes: tuple[str, ...]
+
+    def as_row(self) -> dict[str, Any]:
+        """For machines; what no number of units reaches is None."""
+        rows = [
+            {name: None if value == math.inf else value for name, value in asdict(row).items()} for row in self.rows
+        ]
+        told = {"margin": self.margin, "confidence": self.confidence, "possible": self.possible}
+        return {**told, "rows": rows, "notes": list(self.notes)}
 
     @property
     def possible(self) -> bool:
