@@ -42,12 +42,25 @@ class Unrepaired(Record):
     guards: dict[str, tuple[float, float]] = Field(default_factory=dict)
 
 
+class Earlier(Record):
+    """What a certify split said of the same map before: one of several tries makes a weaker proof than the only one.
+
+    upper: None where there was no finite bound.
+    """
+
+    split: str
+    margin: float = Field(gt=0)
+    alpha: float = Field(gt=0, lt=1)
+    upper: float | None
+    certified: bool
+
+
 class Certificate(Record):
     """The answer of the certify split about one map.
 
     `upper` is the one-sided bound of the drop at confidence 1 - alpha (None: there is no finite one); the map is
     certified when it is at most `margin` and every guard is held. `spent_alpha` is what this split has given away in
-    all, this map included.
+    all, this map included. `earlier` are the judgements of this map before this one, as far as they are known here.
     """
 
     metric: str
@@ -72,6 +85,7 @@ class Certificate(Record):
     unrepaired: Unrepaired | None = None
     split: str
     map: str
+    earlier: tuple[Earlier, ...] = ()
 
     def __str__(self) -> str:
         upper = "none" if self.upper is None else f"{self.upper:+.5f}"
@@ -86,6 +100,18 @@ class Certificate(Record):
                 for name, g in self.guards.items()
             )
             + f" {self.claim}"
+            + self._history()
+        )
+
+    def _history(self) -> str:
+        """How often the map was judged before, if it was."""
+        if not self.earlier:
+            return ""
+        said_no = [row for row in self.earlier if not row.certified]
+        alpha = min(1.0, self.alpha + sum(row.alpha for row in self.earlier))
+        return (
+            f" This map was judged {len(self.earlier)} times before, and not certified {len(said_no)} times; counting every try, "
+            f"the chance of a false yes is up to {alpha:g}."
         )
 
 

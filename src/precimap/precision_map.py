@@ -84,6 +84,16 @@ class Premise(Record):
     torch: str
 
 
+class UnitSketch(Record):
+    """By which the units that chose a map are known again: how many there are, and the smallest of their prints.
+
+    prints: base64 of uint64, ascending, see `precimap.search.certificate.known_units`.
+    """
+
+    n: int = Field(ge=0)
+    prints: str
+
+
 class Realignment(Record):
     """A scale and a shift of each output of `layer`, the nn.Linear that makes the scores, to be folded into it.
 
@@ -118,6 +128,7 @@ class PrecisionMap(Record):
     rounding: Rounding | None = None
     realignment: Realignment | None = None
     end_to_end: EndToEnd | None = None
+    chosen_on: tuple[UnitSketch, ...] = ()
 
     @model_validator(mode="after")
     def _schemes_fit(self) -> Self:

@@ -28,10 +28,10 @@ from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
 from precimap.search import preflight
 from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of, kept_for_time
-from precimap.search.answer import alpha_note
 from precimap.search.asked import Asked
 from precimap.search.batch_invariance import batch_dependence
 from precimap.search.calibrate import Calibration, calibrated
+from precimap.search.certificate.booking import Booking, chosen_on
 from precimap.search.certificate.rounding_draws import rounding_of
 from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility, open_pairs
 from precimap.search.evidence.floor import rounding_floor
@@ -44,6 +44,8 @@ from precimap.search.progress import Progress, silent
 from precimap.search.proof import conclude, proved, stand_of
 from precimap.search.realign import Realigner
 from precimap.search.run import Parts, Run, scored
+from precimap.search.same_task import check_first_batch, terms
+from precimap.search.splits import SplitPrints, fingerprint_splits, unchanging
 from precimap.search.whole.assemble import Findings, premise_of
 from precimap.search.whole.choosing import chosen_maps, to_certify
 from precimap.search.whole.whole_maps import Joint
@@ -119,22 +121,26 @@ def search(
     limits = Limits(margin, confidence, cutoff, alpha_budget)
     chosen = _checked(schemes, target)
     preflight.check_weights(task)
-    prints, note = preflight.fingerprint_splits(task), preflight.check_task(task)
+    first = preflight.check_task(task)
+    prints = fingerprint_splits(task, first.reads)
+    task = unchanging(task, prints)
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
     eligible = eligibility(inventory, chosen, target, pinned, allowed)
     by_profile = foreseen(inventory, open_pairs(eligible, chosen), target, serving)
-    seen = _Seen(prints, (note,) if note else (), inventory, eligible, by_profile)
+    seen = _Seen(prints, (*first.notes, *prints.notes), inventory, eligible, by_profile)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
     # Without the certify split: what was measured on the search split serves fresh data, too.
     written = premise.model_dump(exclude={"certify"}) | {"target": target.name, "numerics": NUMERICS_VERSION}
-    written["metrics beside it"] = task.kept_beside
+    written |= {"metrics beside it": task.kept_beside, **terms(task, prints.search)}
     last = score_layer(task.model, task.forward, inventory, first_batch(task, task.splits.search)) if realign else None
     ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
     with ExitStack() as stack:
         journal = stack.enter_context(run_journal(None if run is None else Path(run), written))
+        check_first_batch(journal, task, first.scored)
+        booking = Booking(task, prints.certify, first.scored, Path(ledger) if ledger else state_directory())
         made = Run(task, journal, progress, ends_at)
         asked = Asked(made, chosen, limits, rule, target, effort, premise, on_preflight, serving, last)
-        result = _searched(asked, seen, Path(ledger) if ledger else state_directory())
+        result = _searched(asked, seen, booking)
         if run is not None:
             _save(result.map, Path(run))
         return result
@@ -162,14 +168,14 @@ def _save(precision_map: PrecisionMap, run: Path) -> None:
 class _Seen:
     """What is known before a run directory is made: wrong input leaves none behind."""
 
-    prints: preflight.SplitPrints
+    prints: SplitPrints
     notes: tuple[str, ...]
     inventory: Inventory
     allowed: Eligibility
     latency: Latency | None
 
 
-def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
+def _searched(search: Asked, seen: _Seen, booking: Booking) -> SearchResult:
     run, task, alpha, inventory = search.run, search.run.task, search.limits.alpha, seen.inventory
     calibration = calibrated(run, inventory, search.schemes)
     seen = _with_times(search, seen, calibration)
@@ -178,7 +184,7 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
     savings = None if timed is None else timed.savings
     baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
     preflight.check_baseline(task, baseline.whole)
-    checked = _preflight(search, seen, calibration, baseline, ledger)
+    checked = _preflight(search, seen, calibration, baseline, booking)
     floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha)
     run.journal.conclude("floor", "all layers", asdict(floor))
     pairs = open_pairs(seen.allowed, search.schemes)
@@ -212,8 +218,10 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
     findings = replace(findings, kept_for_time=kept)
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
-    proof = proved(search, findings, chosen, stand, timed, seen.prints, ledger)
-    final = proof.map.model_copy(update={"rounding": _rounding(search, proof.map, baseline, realigner)})
+    proof = proved(search, findings, chosen, stand, timed, booking)
+    preflight.check_unchanged(task, booking.first)
+    rounding = _rounding(search, proof.map, baseline, realigner)
+    final = proof.map.model_copy(update={"rounding": rounding, "chosen_on": chosen_on(seen.prints.search)})
     conclude(run, final, proof.answer)
     return SearchResult(
         final,
@@ -242,11 +250,11 @@ def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
 
 
 def _preflight(
-    search: Asked, seen: _Seen, calibration: Calibration, baseline: Parts, ledger: Path
+    search: Asked, seen: _Seen, calibration: Calibration, baseline: Parts, booking: Booking
 ) -> preflight.Preflight:
     inventory, task = seen.inventory, search.run.task
     n = sum(baseline.sizes)
-    units = round(n * seen.prints.certify.batches / seen.prints.search.batches)
+    units = seen.prints.certify.n
     drop = preflight.detectable(
         task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
     )
@@ -258,8 +266,7 @@ def _preflight(
     search.run.journal.conclude("inventory", task.name, asdict(inventory))
     if search.on_preflight is not None:
         # Said and not written down: a run that is taken up after it paid is to find what an undisturbed one does.
-        spent = alpha_note(ledger, seen.prints.certify.whole, search.limits)
-        search.on_preflight(replace(checked, notes=(*notes, spent)) if spent else checked)
+        search.on_preflight(replace(checked, notes=(*notes, *booking.notes(search.limits))))
     return checked
 
 

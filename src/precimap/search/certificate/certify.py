@@ -9,7 +9,7 @@ aggressive end down until something passes is not this: measured, 9 to 27 % fals
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -22,7 +22,8 @@ from precimap.metrics.guard import Guard
 from precimap.metrics.paired import Drop, units_needed
 from precimap.precision_map import PrecisionMap
 from precimap.search.evidence.probe import Comparison, compare, finite
-from precimap.search.run import Run, scored
+from precimap.search.run import Parts, Run, scored
+from precimap.search.splits import SplitPrint, same_units
 from precimap.task import Scored, Task
 
 BOUND = "cluster t raised for skewness, plus one pseudo-cluster of worst loss"
@@ -30,12 +31,16 @@ BOUND = "cluster t raised for skewness, plus one pseudo-cluster of worst loss"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What the certify split is asked: is the drop of a map at most `margin`, with confidence 1 - alpha?"""
+    """What the certify split is asked: is the drop of a map at most `margin`, with confidence 1 - alpha?
+
+    known: the content of the split, by which units that stand in it more than once are told.
+    """
 
     margin: float
     alpha: float
     spent_alpha: float
     split: str
+    known: SplitPrint
 
 
 def certify(run: Run, target: Target, chain: Sequence[PrecisionMap], question: Question) -> tuple[Certificate, ...]:
@@ -45,14 +50,14 @@ def certify(run: Run, target: Target, chain: Sequence[PrecisionMap], question: Q
     """
     task, looks = run.task, len(chain) + 1
     run.progress("certify", 0, looks)
-    baseline = _certify_split(run, target, question.split, None)
+    baseline = _certify_split(run, target, question, None)
     certificates: list[Certificate] = []
     for number, precision_map in enumerate(chain):
         run.progress("certify", number + 1, looks)
-        other = _certify_split(run, target, question.split, precision_map)
+        other = _certify_split(run, target, question, precision_map)
         found = _certificate(task, target, baseline, other, question, precision_map.fingerprint)
         if precision_map.realignment is not None:
-            plain = _certify_split(run, target, question.split, precision_map.model_copy(update={"realignment": None}))
+            plain = _certify_split(run, target, question, precision_map.model_copy(update={"realignment": None}))
             found = found.model_copy(update={"unrepaired": _unrepaired(task, baseline, plain, question.alpha)})
         certificates.append(found)
         if not certificates[-1].certified:
@@ -61,7 +66,7 @@ def certify(run: Run, target: Target, chain: Sequence[PrecisionMap], question: Q
     return tuple(certificates)
 
 
-def _certify_split(run: Run, target: Target, split: str, precision_map: PrecisionMap | None) -> Scored:
+def _certify_split(run: Run, target: Target, question: Question, precision_map: PrecisionMap | None) -> Scored:
     """The certify split as the target runs the map (None: the baseline); quantised only if a batch is to be scored."""
     task = run.task
 
@@ -74,8 +79,19 @@ def _certify_split(run: Run, target: Target, split: str, precision_map: Precisio
     subject = "baseline" if precision_map is None else precision_map.fingerprint
     timer = None if precision_map is None else target.whole_timer
     check = (lambda _: None) if timer is None else timer.check
-    name = f"{subject} on {target.name} with {split}"
-    return scored(run, "certify", name, task.splits.certify, running, check=check).whole
+    name = f"{subject} on {target.name} with {question.split} {question.known.said}"
+    parts = scored(run, "certify", name, task.splits.certify, running, check=check)
+    return _counted_once(parts, question.known)
+
+
+def _counted_once(parts: Parts, known: SplitPrint) -> Scored:
+    """The scores of the split; units that stand in it more than once are one cluster, unless the task has clusters.
+
+    Where it has, equal units have one cluster already: it is a part of what makes them equal.
+    """
+    whole = parts.whole
+    ids = None if whole.units.clusters is not None else same_units(known, parts.sizes)
+    return whole if ids is None else replace(whole, units=replace(whole.units, clusters=ids))
 
 
 def _unrepaired(task: Task, baseline: Scored, plain: Scored, alpha: float) -> Unrepaired:
