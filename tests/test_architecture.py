@@ -16,7 +16,7 @@ ORDER = (
     {"hardware_profile"},
     {"end_to_end"},
     {"precision_map"},
-    {"layers", "fingerprints"},
+    {"layers", "fingerprints", "content", "jagged"},
     {"metrics"},
     {"task", "task_file"},
     {"data"},

@@ -110,8 +110,8 @@ class Certificate(Record):
         said_no = [row for row in self.earlier if not row.certified]
         alpha = min(1.0, self.alpha + sum(row.alpha for row in self.earlier))
         return (
-            f" This map was judged {len(self.earlier)} times before, and not certified {len(said_no)} times; counting every try, "
-            f"the chance of a false yes is up to {alpha:g}."
+            f" This map was judged {len(self.earlier)} times before, and not certified {len(said_no)} times; counting every "
+            f"try, the chance of a false yes is up to {alpha:g}."
         )
 
 

@@ -242,7 +242,7 @@ def _frame_of_columns(value: Any) -> list[Any] | None:
 
 def _index_of(value: Any) -> Any:
     """The labels of a column of pandas, as an array; None for an index itself, and where there are none."""
-    index = getattr(value, "index", None)
+    index: Any = getattr(value, "index", None)
     return index.to_numpy() if hasattr(index, "to_numpy") else None
 
 

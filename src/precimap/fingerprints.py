@@ -38,7 +38,7 @@ def of_weights(model: nn.Module) -> str:
             digest.update(plain_name(name).encode())
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
             if tensor.numel():
-                digest.update(raw_bytes(tensor))
+                digest.update(raw_bytes(tensor).data)
     return digest.hexdigest()[:16]
 
 

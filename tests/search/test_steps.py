@@ -22,7 +22,7 @@ from precimap.search.certificate.certify import Question, certify
 from precimap.search.eligibility import eligibility
 from precimap.search.evidence.floor import rounding_floor
 from precimap.search.evidence.probe import compare, probe
-from precimap.search.preflight import fingerprint_splits
+from precimap.search.splits.three_splits import fingerprint_splits
 from precimap.search.progress import silent
 from precimap.search.run import Parts, Run, scored
 from precimap.search.whole.assemble import Findings, assemble, premise_of

@@ -97,9 +97,9 @@ def chain_fingerprint(chain: Sequence[PrecisionMap], margin: float, terms: Mappi
     (`precimap.search.same_task.question_terms`).
 
     The margin belongs to it because a chain stops at another map under another margin: with maps of true drops d1 < d2 < d3,
-    asked at margins just below each of them, each question has a first bad map of its own, and each has a chance of up to
-    alpha to pass it. (For a chain of one map the events are nested and the level would hold for all margins together, but its
-    bound is on the certificate: a wider margin needs no question.)
+    asked at margins just below each of them, each question has a first bad map of its own, and a chance of up to alpha to
+    pass it. (For a chain of one map these events are nested and alpha would hold for all margins together; but its bound is
+    on the certificate, so that a wider margin needs no question.)
     """
     text = json.dumps([margin, sorted(terms.items()), [precision_map.fingerprint for precision_map in chain]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

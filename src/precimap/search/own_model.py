@@ -7,7 +7,6 @@ model; so a certificate on a target would be of the base model. What a forward w
 counts for each tensor, and by which tensor stands where.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from precimap.errors import TaskError
+from precimap.errors import DeployError, TaskError
+from precimap.layers.copying import copied
 from precimap.layers.quantized import quantized
 from precimap.layers.views import plain_name
 from precimap.task import Task
 
+# What a stranger's forward may raise for an argument that it does not take.
+USERS_ERRORS = (
+    TaskError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
 _SHOWN = 3
 
 
@@ -28,7 +39,7 @@ class _Uses(TorchFunctionMode):
     """Notes which of the named tensors a call with a tensor for a result was given."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._names = names
         self.seen: dict[str, None] = {}
 
@@ -58,20 +69,20 @@ def check_given_model(task: Task, batch: Any) -> str | None:
     with torch.no_grad(), quantized(task.model, {}), _Uses(own) as foreign, _Uses(given) as used:
         try:
             task.forward(twin, batch)
-        except Exception as error:  # whatever a stranger's model raises as a copy of itself
+        except USERS_ERRORS as error:
             return f"whether forward uses the model that it is given was not checked: its copy fails ({error!r:.120})"
     if foreign.seen:
         names = [*foreign.seen]
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise TaskError(
-            f"forward was given another model and computed with {', '.join(names[:_SHOWN])}{more} of the Task's model all the "
-            "same; it must compute with the model that it is given, its first argument, or a deployed one would never be "
-            "called and the certificate would be of the model as it was"
+            f"forward was given another model and computed with {', '.join(names[:_SHOWN])}{more} of the Task's model all "
+            "the same; it must compute with the model that it is given, its first argument, or a deployed one would never "
+            "be called and the certificate would be of the model as it was"
         )
     if not used.seen:
         raise TaskError(
-            "forward computed with no parameter of the model that it is given, its first argument; which model does it call? "
-            "A deployed model would never be called, and the certificate would be of another one"
+            "forward computed with no parameter of the model that it is given, its first argument; which does it call? A "
+            "deployed model would never be called, and the certificate would be of another one"
         )
     return None
 
@@ -85,8 +96,8 @@ def _twin(model: nn.Module) -> nn.Module | None:
         else:
             return None
     try:
-        return copy.deepcopy(model, memo)
-    except Exception:  # a stranger's module may raise anything here
+        return copied(model, memo)
+    except DeployError:
         return None
 
 

@@ -25,7 +25,7 @@ from precimap.layers.target import EMULATED, Target
 from precimap.numerics import NUMERICS_VERSION
 from precimap.numerics.schemes import Scheme
 from precimap.numerics.schemes import scheme as scheme_by_name
-from precimap.precision_map import PrecisionMap
+from precimap.precision_map import PrecisionMap, Premise
 from precimap.search import preflight
 from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of, kept_for_time
 from precimap.search.asked import Asked
@@ -45,7 +45,7 @@ from precimap.search.proof import conclude, proved, stand_of
 from precimap.search.realign import Realigner
 from precimap.search.run import Parts, Run, scored
 from precimap.search.same_task import check_first_batch, terms
-from precimap.search.splits import SplitPrints, fingerprint_splits, unchanging
+from precimap.search.splits.three_splits import SplitPrints, fingerprint_splits, unchanging
 from precimap.search.whole.assemble import Findings, premise_of
 from precimap.search.whole.choosing import chosen_maps, to_certify
 from precimap.search.whole.whole_maps import Joint
@@ -129,13 +129,11 @@ def search(
     by_profile = foreseen(inventory, open_pairs(eligible, chosen), target, serving)
     seen = _Seen(prints, (*first.notes, *prints.notes), inventory, eligible, by_profile)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
-    # Without the certify split: what was measured on the search split serves fresh data, too.
-    written = premise.model_dump(exclude={"certify"}) | {"target": target.name, "numerics": NUMERICS_VERSION}
-    written |= {"metrics beside it": task.kept_beside, **terms(task, prints.search)}
     last = score_layer(task.model, task.forward, inventory, first_batch(task, task.splits.search)) if realign else None
     ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
     with ExitStack() as stack:
-        journal = stack.enter_context(run_journal(None if run is None else Path(run), written))
+        bound = _bound_to(premise, task, target, prints)
+        journal = stack.enter_context(run_journal(None if run is None else Path(run), bound))
         check_first_batch(journal, task, first.scored)
         booking = Booking(task, prints.certify, first.scored, Path(ledger) if ledger else state_directory())
         made = Run(task, journal, progress, ends_at)
@@ -153,6 +151,12 @@ def _checked(schemes: Sequence[str | Scheme], target: Target) -> tuple[Scheme, .
     if isinstance(target, str):
         raise InputError(f"expected a target such as pm.CPU_INT8 or pm.EMULATED, got the text {target!r}")
     return tuple(scheme_by_name(s) if isinstance(s, str) else s for s in schemes)
+
+
+def _bound_to(premise: Premise, task: Task, target: Target, prints: SplitPrints) -> dict[str, str]:
+    """What a run belongs to. Not to the certify split: what was measured on the search split serves fresh data, too."""
+    found = premise.model_dump(exclude={"certify"}) | {"target": target.name, "numerics": NUMERICS_VERSION}
+    return {**found, "metrics beside it": task.kept_beside, **terms(task, prints.search)}
 
 
 def _save(precision_map: PrecisionMap, run: Path) -> None:

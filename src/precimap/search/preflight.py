@@ -28,9 +28,9 @@ from precimap.search.batch_invariance import BatchDependence
 from precimap.search.batches import along_units
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import prepare
-from precimap.search.own_model import ModelState, check_given_model
-from precimap.search.reads import Path, Reads, watched
-from precimap.search.splits import first_of
+from precimap.search.own_model import USERS_ERRORS, ModelState, check_given_model
+from precimap.search.splits.reads import Path, Reads, watched
+from precimap.search.splits.three_splits import first_of
 from precimap.task import Scored, Task, labels_of, score, to_device
 
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
@@ -98,9 +98,9 @@ def check_unchanged(task: Task, first: Scored) -> None:
     again = _score_one(task, to_device(first_of(task), task.device))
     if not (again.losses == first.losses).all():
         raise TaskError(
-            f"the first search batch has other losses now than when this search began ({int((again.losses != first.losses).sum())} "
-            "of its units): forward, loss or the model changed on the way, so the baseline and the maps were not measured "
-            "alike. Remove what counts calls, draws numbers or writes state, and choose another run directory"
+            f"{int((again.losses != first.losses).sum())} units of the first search batch have other losses now than "
+            "when this search began: forward, loss or the model changed on the way, so the baseline and the maps were not "
+            "measured alike. Remove what counts calls, draws numbers or writes state, and choose another run directory"
         )
 
 
@@ -127,7 +127,7 @@ def _score_watched(task: Task, batch: Any) -> tuple[Scored, Reads]:
         def called(first: Any, _: Any) -> Any:
             try:
                 return function(first, watched(batch, read))
-            except Exception:  # it may want the very dict; if it fails with that one, too, that is what is said
+            except USERS_ERRORS:  # it may want the very dict; if it fails with that one, too, that is what is said
                 read.clear()
                 return function(first, batch)
 

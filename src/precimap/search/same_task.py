@@ -20,7 +20,7 @@ from precimap.fingerprints import of_architecture, of_value
 from precimap.journal import Journal
 from precimap.metrics.custom import Custom
 from precimap.metrics.metric import Metric
-from precimap.search.splits import SplitPrint
+from precimap.search.splits.split_print import SplitPrint
 from precimap.task import Scored, Task
 
 _KIND, _SUBJECT = "first batch", "search"
@@ -43,8 +43,8 @@ def terms(task: Task, split: SplitPrint) -> dict[str, str]:
 def question_terms(task: Task, first: Scored, split: SplitPrint, coupled: bool) -> dict[str, str]:
     """What makes a question about the same maps another one. split: the certify split; first: the first search batch.
 
-    coupled: whether a unit's score depends on its batch, so that other batches are other data. The code that scores is known by what it made of the first search batch, to four digits, so that the question is the
-    same on another machine.
+    coupled: whether a unit's score depends on its batch, so that other batches are other data. The code that scores is
+    known by what it made of the first search batch, to four digits, so that the question is the same on another machine.
     """
     guards = [[guard.label, _said(guard.metric), guard.margin] for guard in task.guarded]
     values = {name: f"{value:.3e}" for name, value in _values(task, first).items()}
@@ -89,8 +89,8 @@ def check_first_batch(journal: Journal, task: Task, first: Scored) -> None:
 
 def _other(what: str) -> JournalError:
     return JournalError(
-        f"this run belongs to another task: {what}. Its forward, loss, metric or modules have changed, and the scores in the "
-        "run are of the old ones. Choose another run directory, or give the old task to take the run up again"
+        f"this run belongs to another task: {what}. Its forward, loss, metric or modules have changed, and the scores in "
+        "the run are of the old ones. Choose another run directory, or give the old task to take the run up again"
     )
 
 

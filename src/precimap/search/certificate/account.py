@@ -8,10 +8,11 @@ File `<directory>/<split>.alpha.json`, UTF-8:
      "answers": [{"chain": "<fingerprint>", "map": "<fingerprint>", "margin": 0.002, "alpha": 0.05, "upper": 0.0015,
                   "certified": true}]}
 
-One entry in `judged` per chain, oldest first; `alpha` is the largest level it was judged at, `first` the time of its first
-judging (UTC). `answers` are what the split said of the maps of a chain; a chain without any was being judged when its process
-ended. Version 1 had neither units nor answers, knew a split by its batches in order, and booked a chain without its margin;
-its files are read, and written anew with units once their split is met again.
+(`units` stands last, for it is long.) One entry in `judged` per chain, oldest first; `alpha` is the largest level it was
+judged at, `first` the time of its first judging (UTC). `answers` are what the split said of the maps of a
+chain; a chain without any was being judged when its process ended. Version 1 had neither units nor answers, knew a split by
+its batches in order, and booked a chain without its margin; its files are read, and written anew with units once their split
+is met again.
 """
 
 import json
@@ -94,8 +95,7 @@ def _answers(rows: Any) -> tuple[Answer, ...]:
     for row in found:
         numbers = (row.margin, row.alpha, *(() if row.upper is None else (row.upper,)))
         if not (
-            isinstance(row.chain, str)
-            and isinstance(row.map, str)
+            all(isinstance(text, str) for text in (row.chain, row.map))
             and all(type(number) is float for number in numbers)
             and type(row.certified) is bool
         ):

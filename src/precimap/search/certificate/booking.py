@@ -20,13 +20,13 @@ from precimap.search.certificate.older_prints import older_print
 from precimap.search.limits import Limits, chain_fingerprint
 from precimap.search.run import Run
 from precimap.search.same_task import question_terms
-from precimap.search.splits import SplitPrint
+from precimap.search.splits.split_print import SplitPrint
 from precimap.task import Scored, Task
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Booking:
-    """The certify split of a task, and the directory of the ledgers. first: the first search batch, as the base scores it."""
+    """The certify split of a task, and the directory of the ledgers. first: the first search batch, by the base model."""
 
     task: Task
     split: SplitPrint
@@ -39,7 +39,7 @@ class Booking:
         return Ledger.open(self.directory, asked, budget)
 
     def notes(self, limits: Limits) -> tuple[str, ...]:
-        """Said before the long work: whether the split can still judge maps that it has not judged, and where it is known."""
+        """Said before the long work: whether the split can still answer new questions, and where it is known from."""
         if not self.directory.is_dir():
             return ()
         ledger = self.ledger(limits.budget)
@@ -48,8 +48,8 @@ class Booking:
             return notes
         return (
             *notes,
-            f"the certify split has given away alpha {spent:g}: other questions than those it has answered need fresh data or an "
-            f"alpha budget of {spent + limits.alpha:g} (--alpha-budget); {FRESH}",
+            f"the certify split has given away alpha {spent:g}: other questions than those answered need fresh data "
+            f"or an alpha budget of {spent + limits.alpha:g} (--alpha-budget); {FRESH}",
         )
 
     def judged(
@@ -67,7 +67,6 @@ class Booking:
         before = ledger.answers_before(asked)
         ledger.answer([Answer(asked, c.map, c.margin, c.alpha, c.upper, c.certified) for c in certificates])
         return tuple(c.model_copy(update={"earlier": _earlier(before, c.map)}) for c in certificates)
-
 
     def _terms(self, chain: Sequence[PrecisionMap]) -> dict[str, str]:
         schemes = {one.scheme_of(name) for one in chain for name in one.low}

@@ -23,7 +23,7 @@ from precimap.metrics.paired import Drop, units_needed
 from precimap.precision_map import PrecisionMap
 from precimap.search.evidence.probe import Comparison, compare, finite
 from precimap.search.run import Parts, Run, scored
-from precimap.search.splits import SplitPrint, same_units
+from precimap.search.splits.split_print import SplitPrint, same_units
 from precimap.task import Scored, Task
 
 BOUND = "cluster t raised for skewness, plus one pseudo-cluster of worst loss"
@@ -33,14 +33,14 @@ BOUND = "cluster t raised for skewness, plus one pseudo-cluster of worst loss"
 class Question:
     """What the certify split is asked: is the drop of a map at most `margin`, with confidence 1 - alpha?
 
-    known: the content of the split, by which units that stand in it more than once are told.
+    known: the content of the split, by which units that stand in it more than once are told; None counts all as they stand.
     """
 
     margin: float
     alpha: float
     spent_alpha: float
     split: str
-    known: SplitPrint
+    known: SplitPrint | None = None
 
 
 def certify(run: Run, target: Target, chain: Sequence[PrecisionMap], question: Question) -> tuple[Certificate, ...]:
@@ -79,18 +79,19 @@ def _certify_split(run: Run, target: Target, question: Question, precision_map: 
     subject = "baseline" if precision_map is None else precision_map.fingerprint
     timer = None if precision_map is None else target.whole_timer
     check = (lambda _: None) if timer is None else timer.check
-    name = f"{subject} on {target.name} with {question.split} {question.known.said}"
+    said = "" if question.known is None else f" {question.known.said}"
+    name = f"{subject} on {target.name} with {question.split}{said}"
     parts = scored(run, "certify", name, task.splits.certify, running, check=check)
     return _counted_once(parts, question.known)
 
 
-def _counted_once(parts: Parts, known: SplitPrint) -> Scored:
+def _counted_once(parts: Parts, known: SplitPrint | None) -> Scored:
     """The scores of the split; units that stand in it more than once are one cluster, unless the task has clusters.
 
     Where it has, equal units have one cluster already: it is a part of what makes them equal.
     """
     whole = parts.whole
-    ids = None if whole.units.clusters is not None else same_units(known, parts.sizes)
+    ids = None if known is None or whole.units.clusters is not None else same_units(known, parts.sizes)
     return whole if ids is None else replace(whole, units=replace(whole.units, clusters=ids))
 
 

@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from precimap.search.row_prints import Prints
+from precimap.search.splits.rows import Prints
 
 IN_LEDGER = 1 << 16  # prints, 8 bytes each
 IN_MAP = 1 << 9

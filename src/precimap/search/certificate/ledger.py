@@ -1,15 +1,15 @@
 """The alpha ledger: how much confidence a certify split has already given away.
 
-Invariant: the directory holds every chain of maps that was ever judged on a split, written before the split is looked at; the
-sum of the alphas of all chains that judged with its units bounds the probability that any certificate from them is false
-(union bound). Data that judged often enough ends up choosing; a plain counter of runs was not taken, because the same
-question may be asked again for nothing: same question, same data, same answer.
+Invariant: the directory holds every chain of maps that was ever judged on a split, written before the split is looked at;
+the sum of the alphas of all chains that judged with its units bounds the probability that any certificate from them is
+false (union bound). Data that judged often enough ends up choosing; a plain counter of runs was not taken, because the
+same question may be asked again for nothing: same question, same data, same answer.
 
-A split is known by the set of its units, by what the forward reads of each: another size or order of batches, a row more or
-less, another key beside, other clusters are the same data. Each split has a file of its own (`account`); where more than
-SHARED_ALLOWED of a split's units are in accounts, all that those have given away counts as given away by this one, too, which is
-never too little. Deleting a file makes a used split look fresh, and the certificates made from it false. Processes that share
-the directory take turns through a lock on `ledger.lock` (POSIX `flock`).
+A split is known by the set of its units, by what the forward reads of each: another size or order of batches, a row more
+or less, another key beside, other clusters are the same data. Each split has a file of its own (`account`); where more
+than SHARED_ALLOWED of a split's units are in accounts, all that those have given away counts as given away by this one,
+too, which is never too little. Deleting a file makes a used split look fresh, and the certificates made from it false.
+Processes that share the directory take turns through a lock on `ledger.lock` (POSIX `flock`).
 """
 
 import fcntl
@@ -26,13 +26,13 @@ from precimap.durable import write_text
 from precimap.errors import AlphaSpent, JournalError, SaveError, TaskError
 from precimap.search.certificate.account import Account, Answer, Judged, parse
 from precimap.search.certificate.known_units import IN_LEDGER, Sketch, shared_units
-from precimap.search.row_prints import Prints
+from precimap.search.splits.rows import Prints
 
 LOCK_NAME = "ledger.lock"
 SHARED_ALLOWED = 0.01
 FRESH = (
-    "fresh data are no second chance for nothing: each split says yes to a map that is too bad with a probability of up to its "
-    "alpha, so that of k splits that are asked until one says yes, up to k times alpha"
+    "fresh data are no second chance for nothing: each split says yes to a map that is too bad with a probability of up to "
+    "its alpha, and k splits, asked until one says yes, with up to k times alpha"
 )
 _SUFFIX = ".alpha.json"
 _SLACK = 1e-9  # 0.025 + 0.025 is at most 0.05
@@ -141,13 +141,14 @@ class Ledger:
 
         Raises JournalError as `judged`.
         """
-        asked, accounts = {}, self._accounts()
-        for account in accounts:
-            asked |= {(account.split, entry.chain): datetime.fromisoformat(entry.first) for entry in account.judged}
-        now = min((first for (_, one), first in asked.items() if one == chain), default=datetime.max.replace(tzinfo=UTC))
-        rows = [(asked.get((account.split, row.chain)), account.split, row) for account in accounts for row in account.answers]
-        rows = sorted((row for row in rows if row[0] is not None and row[0] < now), key=lambda row: row[0])
-        return tuple((split, row) for _, split, row in rows)
+        accounts = self._accounts()
+        asked = {(a.split, entry.chain): datetime.fromisoformat(entry.first) for a in accounts for entry in a.judged}
+        now = min(
+            (first for (_, one), first in asked.items() if one == chain), default=datetime.max.replace(tzinfo=UTC)
+        )
+        rows = [(asked.get((a.split, row.chain), now), a.split, row) for a in accounts for row in a.answers]
+        before = sorted((first, split, number) for number, (first, split, _) in enumerate(rows) if first < now)
+        return tuple((split, rows[number][2]) for _, split, number in before)
 
     def _known(self) -> list[tuple[Account, float]]:
         """The accounts that count as this split's own, with the share of its units that each holds."""

@@ -1,7 +1,7 @@
 """The fingerprint by which ledgers and maps of older releases know a split: the hash of its batches in order.
 
-Invariant: to the letter what those releases computed, faults included (arrays by their shortened `repr`), so that what a split
-has given away under its old name is not forgotten. Nothing new is named so.
+Invariant: to the letter what those releases computed, faults included (arrays by their shortened `repr`), so that what a
+split has given away under its old name is not forgotten. Nothing new is named so.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Judge one given map, on the task's certify split: a map from a file, on fresh data, or with another margin.
 
-Invariant: the same question about the same data is free, every other one spends alpha of that split, as the ledger has it; what
-certificate the map brings along is history, and no proof that a question was paid for.
+Invariant: the same question about the same data is free, every other one spends alpha of that split, as the ledger has
+it; the certificate that a map brings along is history, and no proof that a question was paid for.
 """
 
 from pathlib import Path
@@ -18,7 +18,8 @@ from precimap.search.certificate.older_prints import older_print
 from precimap.search.limits import Limits, state_directory
 from precimap.search.progress import Progress, silent
 from precimap.search.run import Run
-from precimap.search.splits import SHARED_UNITS_ALLOWED, SplitPrint, fingerprint_splits, unchanging
+from precimap.search.splits.split_print import SplitPrint
+from precimap.search.splits.three_splits import SHARED_UNITS_ALLOWED, fingerprint_splits, unchanging
 from precimap.task import Task
 
 
@@ -70,8 +71,8 @@ def _check_did_not_choose(task: Task, precision_map: PrecisionMap, certify: Spli
         share = 1.0
     if share > SHARED_UNITS_ALLOWED or certify.whole == premise:
         raise TaskError(
-            f"the map was chosen on {100 * share:.3g} % of this certify split's {certify.n:,} units; a certificate needs data "
-            f"that chose nothing, and more than {SHARED_UNITS_ALLOWED:.0%} is refused"
+            f"the map was chosen on {100 * share:.3g} % of this certify split's {certify.n:,} units; a certificate needs "
+            f"data that chose nothing, and more than {SHARED_UNITS_ALLOWED:.0%} is refused"
         )
 
 

@@ -1,14 +1,11 @@
-"""What the three splits hold: their content batch by batch, their units, what they share, what stands in them twice.
+"""What one split holds, batch by batch and unit by unit.
 
-Invariant: a split is known by content alone, read twice before anything is measured; from then on every batch is compared
-with what was read (`unchanging`), so that every score of a run is of the same data. Two prints of a unit are kept. `inputs`
-is of what the forward reads and tells known data, whatever batches they come in and whatever stands beside; `units` is of the
-inputs, what the loss reads, the labels, the cluster and the weight, all that makes a unit's evidence, and tells one unit from
-another.
+Invariant: everything is by content, of what the batches hold and of what the task's own functions say of them; nothing is
+scored. A batch has no description: its units are found by `columns`, what the forward and the loss read of it by `reads`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,17 +14,15 @@ from numpy.typing import NDArray
 
 from precimap.errors import InputError, TaskError
 from precimap.fingerprints import of_value
-from precimap.search.reads import Path, Reads
-from precimap.search.row_prints import Prints, finished
-from precimap.search.unit_columns import columns, leaves, numbers, size_of, tells_much, units_in
-from precimap.task import Batches, Splits, Task, labels_of, to_device
+from precimap.search.splits.columns import columns, leaves, numbers, size_of, tells_much, units_in
+from precimap.search.splits.reads import Path, Reads
+from precimap.search.splits.rows import Prints, finished
+from precimap.task import Batches, Task, labels_of, to_device
 
-SHARED_UNITS_ALLOWED = 0.01
 # A column tells units apart by itself if fewer than this share stand in it twice: what two splits then share is no accident.
 REPEATED_ALONE = 0.001
 COLUMNS_ALONE = 4  # of them, 8 bytes a unit each
 ALL_READ = Reads()
-NAMES = ("calibration", "search", "certify")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +31,8 @@ class SplitPrint:
 
     name, whole: which split, and the hash of its batches in order. batches: the hash of each. said: of what the task's own
     functions say of it: labels, clusters, weights, slices. inputs, units: uint64, one for each unit in the order of the
-    split. alone: the same of single columns that tell nearly all units apart. sizes: units of each batch. clusters: the
+    split. plain, wide: further prints by which the data are known again: the inputs without what is constant, where
+    something is; columns that tell nearly all units apart by themselves. sizes: units of each batch. clusters: the
     different ids, int64, or None.
     """
 
@@ -46,7 +42,8 @@ class SplitPrint:
     said: str
     inputs: Prints
     units: Prints
-    alone: tuple[Prints, ...]
+    plain: tuple[Prints, ...]
+    wide: tuple[Prints, ...]
     sizes: tuple[int, ...]
     clusters: NDArray[np.int64] | None
 
@@ -57,7 +54,7 @@ class SplitPrint:
     @property
     def views(self) -> tuple[Prints, ...]:
         """By which the data are known again, whatever stands beside."""
-        return (self.inputs, *self.alone)
+        return (self.inputs, *self.plain, *self.wide)
 
     @cached_property
     def distinct(self) -> Prints:
@@ -74,79 +71,6 @@ class SplitPrint:
     def repeated(self) -> int:
         """Units that have stood in the split before, all they have that is evidence being equal."""
         return self.n - len(self.distinct)
-
-
-@dataclass(frozen=True, eq=False)
-class SplitPrints:
-    """The three splits, and what is to be said of them."""
-
-    calibration: SplitPrint
-    search: SplitPrint
-    certify: SplitPrint
-    notes: tuple[str, ...] = ()
-
-
-def fingerprint_splits(task: Task, reads: Reads = ALL_READ) -> SplitPrints:
-    """Hash the splits. reads: what forward and loss read of a batch.
-
-    Raises TaskError for an empty or changing split, for content that cannot be hashed, and where more than
-    SHARED_UNITS_ALLOWED of the certify split's units are in the search split.
-    """
-    found = {name: _fingerprint(task, name, reads) for name in NAMES}
-    search, certify = found["search"], found["certify"]
-    shared = shared_of(certify, search)
-    if search.whole == certify.whole or shared > SHARED_UNITS_ALLOWED:
-        raise TaskError(
-            f"{_share(shared, certify.n)} of the certify split's {certify.n:,} units are also in the search split; a "
-            f"certificate needs data that chose nothing, and more than {SHARED_UNITS_ALLOWED:.0%} is refused. Split by user, "
-            "query or time. Units are known by what the forward reads, their label, cluster and weight: where equal rows "
-            "are different events, let Task(clusters=...) tell them apart"
-        )
-    return SplitPrints(**found, notes=_notes(task, found))
-
-
-def first_of(task: Task) -> Any:
-    """The first search batch, as it is given. Raises TaskError where there is none."""
-    for batch in task.splits.search:
-        return batch
-    raise _empty("search")
-
-
-def unchanging(task: Task, prints: SplitPrints) -> Task:
-    """The task, whose splits raise TaskError as soon as they give another batch than the one that was hashed."""
-    watched = {name: WatchedBatches(getattr(task.splits, name), getattr(prints, name)) for name in NAMES}
-    return replace(task, splits=Splits(**watched))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WatchedBatches:
-    """A split's batches, each compared with what it was when the run began."""
-
-    batches: Batches
-    known: SplitPrint
-
-    def __iter__(self) -> Iterator[Any]:
-        number = -1
-        for number, batch in enumerate(self.batches):
-            where = f"batch {number} of the {self.known.name} split"
-            if number >= len(self.known.batches) or of_value(batch, where) != self.known.batches[number]:
-                raise TaskError(
-                    f"{where} is another one than when this run began; every map is compared with the baseline on the same "
-                    "data. Is it shuffled, augmented, drawn anew, or written by the forward? Give a list, or a loader "
-                    "that gives the same batches on every pass"
-                )
-            yield batch
-        if number + 1 < len(self.known.batches):
-            raise TaskError(
-                f"the {self.known.name} split gives {number + 1} batches now and gave {len(self.known.batches)} when this "
-                "run began; give a list, or a loader that gives the same batches on every pass"
-            )
-
-
-def shared_of(one: SplitPrint, other: SplitPrint) -> float:
-    """The share of `one`'s units that are in `other`: by all their evidence, or by a column that tells units apart."""
-    pairs = [(one.units, other.distinct), *((mine, theirs) for mine in one.alone for theirs in other.alone)]
-    return max(float(np.isin(mine, theirs).mean()) for mine, theirs in pairs)
 
 
 def same_units(known: SplitPrint, sizes: tuple[int, ...]) -> NDArray[np.int64] | None:
@@ -169,11 +93,12 @@ def same_units(known: SplitPrint, sizes: tuple[int, ...]) -> NDArray[np.int64] |
     return ids if len(np.unique(ids)) < len(ids) else None
 
 
-def _fingerprint(task: Task, name: str, reads: Reads) -> SplitPrint:
+def split_print(task: Task, name: str, reads: Reads) -> SplitPrint:
+    """Read a split twice. Raises TaskError for an empty or changing one, and for content that cannot be hashed."""
     batches: Batches = getattr(task.splits, name)
     parts = [_batch(task, batch, name, number, reads) for number, batch in enumerate(batches)]
     if not parts:
-        raise _empty(name)
+        raise empty_split(name)
     again = tuple(of_value(b, f"batch {number} of the {name} split") for number, b in enumerate(batches))
     content = tuple(part.content for part in parts)
     if again != content:
@@ -190,7 +115,8 @@ def _fingerprint(task: Task, name: str, reads: Reads) -> SplitPrint:
         of_value([part.said for part in parts]),
         inputs,
         finished(inputs + _joined([part.evidence for part in parts])),
-        _alone([part.wide for part in parts], inputs),
+        _without_constants(parts, inputs),
+        _wide(parts, inputs),
         tuple(len(part.inputs.total) for part in parts),
         np.unique(np.concatenate(clusters)) if clusters else None,
     )
@@ -235,7 +161,7 @@ def _batch(task: Task, batch: Any, name: str, number: int, reads: Reads) -> _Bat
         inputs[()] = np.array([int(content, 16)], np.uint64)
     for leaf, prints in columns(list(leaves(batch, units)), units) if units else ():
         if prints is None:
-            prints = np.full(units, np.uint64(int(of_value(leaf.value, where), 16)))
+            prints = np.full(units or 1, np.uint64(int(of_value(leaf.value, where), 16)))
         elif tells_much(leaf.value) and len(wide) < COLUMNS_ALONE:
             wide[leaf.path] = finished(prints)
         if reads.is_input(leaf.path):
@@ -257,27 +183,32 @@ def _rows_of(values: Any, units: int | None) -> Iterator[tuple[Path, Prints]]:
 
 
 def _joined(parts: Sequence[_Columns]) -> Prints:
-    """The sum of the columns of each unit, but for those that hold one value throughout.
-
-    What is the same for all units tells none apart: one more key with a constant makes no data new. Sums, so that the
-    order of keys and their names make no difference.
-    """
-    total = np.concatenate([part.total for part in parts])
-    first = parts[0].constant
-    alike = [path for path, value in first.items() if value is not None and all(p.constant.get(path) == value for p in parts)]
-    left = total - np.sum([np.uint64(0), *(first[path] for path in alike)], dtype=np.uint64)
-    return total if len(alike) == len(first) else left
+    """The sum of the columns of each unit: the order of keys and their names make no difference."""
+    return np.concatenate([part.total for part in parts])
 
 
-def _alone(parts: Sequence[dict[Path, Prints]], inputs: Prints) -> tuple[Prints, ...]:
-    """The columns that every batch has and that tell nearly all units apart, but for one that is all there is."""
+def _without_constants(parts: Sequence[_Batch], inputs: Prints) -> tuple[Prints, ...]:
+    """The inputs without what is one value throughout, where there is such: one more key with a constant is no new data."""
+    alike = np.zeros(1, np.uint64)
+    for path, value in parts[0].inputs.constant.items():
+        if value is not None and all(part.inputs.constant.get(path) == value for part in parts):
+            alike += value
+    return (inputs - alike,) if alike.any() and _differ(inputs) else ()
+
+
+def _wide(parts: Sequence[_Batch], inputs: Prints) -> tuple[Prints, ...]:
+    """The columns that tell nearly all units apart by themselves; none where that is all there is."""
     found = []
-    for path in parts[0]:
-        if all(path in part for part in parts):
-            column = np.concatenate([part[path] for part in parts])
-            if len(column) > 1 and len(np.unique(column)) >= (1 - REPEATED_ALONE) * len(column):
+    for path in parts[0].wide:
+        if all(path in part.wide for part in parts):
+            column = np.concatenate([part.wide[path] for part in parts])
+            if len(np.unique(column)) >= (1 - REPEATED_ALONE) * len(column) and not np.array_equal(column, inputs):
                 found.append(column)
-    return tuple(column for column in found if not np.array_equal(column, inputs))
+    return tuple(column for column in found if _differ(column))
+
+
+def _differ(prints: Prints) -> bool:
+    return bool((prints != prints[0]).any())
 
 
 def _own(task: Task, batch: Any, where: str) -> dict[str, Any]:
@@ -308,40 +239,6 @@ def _told(function: Callable[[Any], Any], batch: Any, name: str, where: str) -> 
     return array.astype(np.int64) if name == "clusters" else array
 
 
-def _empty(name: str) -> TaskError:
+def empty_split(name: str) -> TaskError:
+    """What is raised for a split without a batch."""
     return TaskError(f"expected batches in the {name} split, got none (a generator can be read only once: give a list)")
-
-
-def _notes(task: Task, found: dict[str, SplitPrint]) -> tuple[str, ...]:
-    """What is shared and repeated, in numbers; () where nothing is."""
-    notes = []
-    search, certify = found["search"], found["certify"]
-    for one, other in ((certify, search), (certify, found["calibration"]), (search, found["calibration"])):
-        # Of calibration only the inputs are known.
-        shared = shared_of(one, other) if other is search else float(np.isin(one.inputs, other.inputs).mean())
-        if shared:
-            notes.append(
-                f"{_share(shared, one.n)} of the {one.name} split's {one.n:,} units are also in the {other.name} split; "
-                "splits should share none"
-            )
-    if search.clusters is not None and certify.clusters is not None:
-        both = np.intersect1d(search.clusters, certify.clusters)
-        if len(both):
-            notes.append(
-                f"{len(both):,} of the certify split's {len(certify.clusters):,} clusters have ids that are in the search "
-                "split, too; the same users on both sides make a certificate less independent of the choice than it says. "
-                "Split by user where you can"
-            )
-    for split in (search, certify):
-        if split.repeated:
-            counted = "; the certify split counts equal units as one cluster" if task.clusters is None else ""
-            notes.append(
-                f"{_share(split.repeated / split.n, split.n)} of the {split.name} split's {split.n:,} units stand in it more "
-                f"than once ({len(split.distinct):,} different ones): a loader that repeats, or padding?{counted}"
-            )
-    return tuple(notes)
-
-
-def _share(share: float, n: int) -> str:
-    """A share of n units, with the number of them."""
-    return f"{100 * share:.3g} % ({round(share * n):,})"

@@ -1,11 +1,11 @@
 """Rows of numbers and texts to 64-bit prints, all rows at once.
 
 Invariant: equal rows have equal prints on every machine, whatever dtype holds them: 1, 1.0 and True are one number, and
-floats are compared as float32. What pads a row to the length of its batch is no content: zeros, -1 and -100 at its end, and
-before its beginning where rows hold ids; of a longer run of one id at the end, one counts. A print is a polynomial in an odd
-number over mixed elements, modulo 2**64 (as in Rabin and Karp 1987, "Efficient randomized pattern-matching algorithms"), mixed
-again by the finalizer of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"). Two
-contents share a print by accident once in 2**64; nothing here is meant against an adversary.
+floats are compared as float32. What pads a row to the length of its batch is no content: zeros, -1 and -100 at its end,
+and before its beginning where rows hold ids; of a longer run of one id at the end, one counts. A print is a polynomial in
+an odd number over mixed elements, modulo 2**64 (as in Rabin and Karp 1987, "Efficient randomized pattern-matching
+algorithms"), mixed again by the finalizer of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+generators"). Two contents share a print by accident once in 2**64; nothing here is meant against an adversary.
 """
 
 import hashlib
@@ -111,7 +111,8 @@ def _ends(codes: Prints, whole: bool) -> tuple[NDArray[np.int64], NDArray[np.int
 
 def _run(marks: NDArray[np.bool_]) -> NDArray[np.int64]:
     """How many elements at the beginning of each row are marked."""
-    return np.where(marks.all(axis=1), marks.shape[1], (~marks).argmax(axis=1)).astype(np.int64)
+    found: NDArray[np.int64] = np.where(marks.all(axis=1), marks.shape[1], (~marks).argmax(axis=1)).astype(np.int64)
+    return found
 
 
 def _powers(count: int, inverse: bool = False) -> Prints:

@@ -32,9 +32,7 @@ class WatchedDict(dict[Any, Any]):
     """A dict that notes which of its keys were read, and those of the dicts in it."""
 
     def __init__(self, content: dict[Any, Any], read: set[Path], path: Path = ()) -> None:
-        super().__init__(
-            {k: WatchedDict(v, read, (*path, k)) if type(v) is dict else v for k, v in content.items()}
-        )
+        super().__init__({k: WatchedDict(v, read, (*path, k)) if type(v) is dict else v for k, v in content.items()})
         self._read, self._path = read, path
 
     def _note(self, key: Any) -> None:
@@ -42,7 +40,7 @@ class WatchedDict(dict[Any, Any]):
             self._read.add((*self._path, key))
 
     def _note_all(self) -> None:
-        for key in super().keys():
+        for key in self:
             self._note(key)
             inner = super().get(key)
             if isinstance(inner, WatchedDict):

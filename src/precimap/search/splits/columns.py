@@ -6,7 +6,7 @@ padded to another length. What has no row per unit belongs to all units of the b
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from precimap.fingerprints import of_value
 from precimap.jagged import Jagged, jagged
-from precimap.search.row_prints import Prints, finished, of_rows, of_segments, of_texts
+from precimap.search.splits.rows import Prints, finished, of_rows, of_segments, of_texts
 
 Path = tuple[Any, ...]
 WIDE = 4
@@ -137,7 +137,8 @@ def _prints(value: Any, units: int) -> Prints | None:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufcmM":
         return of_rows(value)
     if isinstance(value, np.ndarray) and value.dtype.names is not None:
-        return _sum(_prints(np.ascontiguousarray(value[name]), units) for name in value.dtype.names)
+        fields = [_prints(np.ascontiguousarray(value[name]), units) for name in value.dtype.names]
+        return _sum([field for field in fields if field is not None])
     return of_each(value.reshape(units, -1).tolist() if isinstance(value, np.ndarray) and value.ndim > 1 else value)
 
 
@@ -169,22 +170,26 @@ def numbers(value: Any) -> Any:
 
 def _of_jagged(parts: Jagged, units: int) -> Prints | None:
     """The values of a unit under each key, each key's on its own."""
-    keys = max(1, len(parts.keys))
     lengths = numbers(parts.lengths).reshape(-1)
-    if len(lengths) != keys * units:
+    if len(lengths) != max(1, len(parts.keys)) * units:
         return None
     found = [of_segments(numbers(x), lengths) for x in (parts.values, parts.weights) if x is not None]
-    each = finished(np.sum([column.reshape(keys, units) for column in found], axis=0, dtype=np.uint64))
-    keyed = finished(each + np.arange(keys, dtype=np.uint64)[:, None])  # the same ids of another feature are others
-    return np.sum(keyed, axis=0, dtype=np.uint64)
+    return _of_keys(_sum(found), units)
+
+
+def _of_keys(prints: Prints, units: int) -> Prints:
+    """[keys * units], the units of the first key first -> [units]; the same ids under another key are others."""
+    each = prints.reshape(-1, units)
+    if len(each) == 1:
+        return prints
+    return _sum([finished(row + np.uint64(number)) for number, row in enumerate(each)])
 
 
 def _of_sparse(tensor: Tensor, units: int) -> Prints:
-    known = tensor.detach().cpu().to_sparse_coo().coalesce()
+    known = tensor.detach().cpu().to_sparse().coalesce()
     rows, values = known.indices().numpy(), numbers(known.values())
     lengths = np.bincount(rows[0], minlength=units)
-    found = [of_segments(part, lengths) for part in (*rows[1:], values)]
-    return np.sum(found, axis=0, dtype=np.uint64)
+    return _sum([of_segments(part, lengths) for part in (*rows[1:], values)])
 
 
 def _segments(found: list[Leaf], flat: list[Leaf], units: int) -> dict[int, Prints]:
@@ -196,29 +201,30 @@ def _segments(found: list[Leaf], flat: list[Leaf], units: int) -> dict[int, Prin
         fitting = [(by, lengths) for by, lengths in told if by is not leaf and lengths(total) is not None]
         if fitting:
             by, lengths = fitting[0]
-            prints[id(leaf)] = of_segments(numbers(leaf.value), lengths(total))
+            prints[id(leaf)] = _of_keys(of_segments(numbers(leaf.value), lengths(total)), units)
             prints[id(by)] = np.zeros(units, np.uint64)  # offsets say where units lie, not what they are
     return prints
 
 
 def _lengths(value: Any, units: int) -> list[Any]:
-    """Functions of a total that give int64 [units] lengths summing to it, or None: of lengths, or of offsets."""
-    if not isinstance(value, Tensor | np.ndarray) or value.ndim != 1 or len(value) not in (units, units + 1):
+    """Functions of a total that give int64 [keys * units] lengths summing to it, or None: of lengths, or of offsets."""
+    if not isinstance(value, Tensor | np.ndarray) or value.ndim != 1 or len(value) % units > 1 or len(value) < units:
         return []
     ends = numbers(value)
-    if ends.dtype.kind not in "iu" or not len(ends):
+    if ends.dtype.kind not in "iu":
         return []
 
     def as_lengths(total: int) -> NDArray[np.int64] | None:
-        return ends if len(ends) == units and ends.min() >= 0 and int(ends.sum()) == total else None
+        return ends if len(ends) % units == 0 and ends.min() >= 0 and int(ends.sum()) == total else None
 
     def as_offsets(total: int) -> NDArray[np.int64] | None:
-        whole = ends if len(ends) == units + 1 else np.append(ends, total)
-        steps = np.diff(whole)
+        whole = np.append(ends, total) if len(ends) % units == 0 else ends
+        steps: NDArray[np.int64] = np.diff(whole)
         return steps if whole[0] == 0 and whole[-1] == total and (steps >= 0).all() else None
 
     return [as_lengths, as_offsets]
 
 
-def _sum(parts: Iterator[Prints | None]) -> Prints:
-    return np.sum([part for part in parts if part is not None], axis=0, dtype=np.uint64)
+def _sum(parts: Sequence[Prints]) -> Prints:
+    total: Prints = np.sum([*parts], axis=0, dtype=np.uint64)
+    return total
