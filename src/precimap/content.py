@@ -126,7 +126,8 @@ class Contents:
             self._part(into, name, part)
 
     def _tensor(self, into: Any, tensor: Tensor) -> None:
-        _frame(into, f"tensor {tensor.dtype} {tensor.layout}", str(tuple(tensor.shape)).encode())
+        shape = "nested" if tensor.is_nested else str(tuple(tensor.shape))
+        _frame(into, f"tensor {tensor.dtype} {tensor.layout}", shape.encode())
         if tensor.device.type == "meta":
             raise self._refused(tensor, "it is on the meta device, where tensors have no values")
         if tensor.is_nested:

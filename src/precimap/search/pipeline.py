@@ -120,7 +120,6 @@ def search(
     """
     limits = Limits(margin, confidence, cutoff, alpha_budget)
     chosen = _checked(schemes, target)
-    preflight.check_weights(task)
     first = preflight.check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)
@@ -138,10 +137,7 @@ def search(
         booking = Booking(task, prints.certify, first.scored, Path(ledger) if ledger else state_directory())
         made = Run(task, journal, progress, ends_at)
         asked = Asked(made, chosen, limits, rule, target, effort, premise, on_preflight, serving, last)
-        result = _searched(asked, seen, booking)
-        if run is not None:
-            _save(result.map, Path(run))
-        return result
+        return _saved(_searched(asked, seen, booking), run)
 
 
 def _checked(schemes: Sequence[str | Scheme], target: Target) -> tuple[Scheme, ...]:
@@ -159,13 +155,16 @@ def _bound_to(premise: Premise, task: Task, target: Target, prints: SplitPrints)
     return {**found, "metrics beside it": task.kept_beside, **terms(task, prints.search)}
 
 
-def _save(precision_map: PrecisionMap, run: Path) -> None:
-    """Write the run's answer; the map that another question was answered with stays, under its fingerprint."""
-    path = run / "map.json"
+def _saved(result: SearchResult, run: str | Path | None) -> SearchResult:
+    """The answer is in its run's directory; the map that another question was answered with stays, by its fingerprint."""
+    if run is None:
+        return result
+    path = Path(run) / "map.json"
     before = PrecisionMap.load(path) if path.is_file() else None
-    if before is not None and before.fingerprint != precision_map.fingerprint:
-        before.save(run / f"map-{before.fingerprint}.json")
-    precision_map.save(path)
+    if before is not None and before.fingerprint != result.map.fingerprint:
+        before.save(path.with_name(f"map-{before.fingerprint}.json"))
+    result.map.save(path)
+    return result
 
 
 @dataclass(frozen=True, slots=True)

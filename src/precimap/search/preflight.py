@@ -73,11 +73,11 @@ class FirstBatch:
 def check_task(task: Task) -> FirstBatch:
     """Score the first search batch twice, with one unit replaced, and with a copy of the model.
 
-    Raises TaskError for a forward that fails, that is not deterministic, that writes the model or computes with another
-    one than it is given, or whose units influence each other.
+    Raises ModelError as `check_weights`, TaskError for a forward that fails, that is not deterministic, that writes the
+    model or computes with another one than it is given, or whose units influence each other.
     """
-    given = first_of(task)
-    batch = to_device(given, task.device)
+    check_weights(task)
+    batch = to_device(first_of(task), task.device)
     state = ModelState.of(task.model)
     first, reads = _score_watched(task, batch)
     state.check_unwritten()

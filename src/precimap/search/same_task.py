@@ -52,7 +52,6 @@ def question_terms(task: Task, first: Scored, split: SplitPrint, coupled: bool) 
         "metric": _said(task.metric),
         "guards": repr(guards),
         "data": split.whole if coupled else split.evidence,
-        "slices": split.said if any(guard.where is not None for guard in task.guarded) else "none",
         "first batch": repr([f"{first.losses.mean():.3e}", values]),
     }
 
@@ -126,14 +125,14 @@ def _guarded(first: Scored, label: str) -> tuple[Any, Any]:
 
 
 def _variants(metric: Metric, kept: np.ndarray) -> dict[str, np.ndarray]:
-    """A function of the user's own is known by what it gives on the scores and on two changes of them."""
+    """A function of the user's own is known by what it gives on the scores and on three changes of them."""
     if not isinstance(metric, Custom) or not len(kept):
         return {"": kept}
     columns = 1 + int(kept[0, 0])
-    turned, flat = kept.copy(), kept.copy()
-    turned[:, 1:columns] = kept[::-1, 1:columns]
-    flat[:, 1:columns] = np.round(kept[:, 1:columns])
-    return {"": kept, " (scores in reverse)": turned, " (scores rounded)": flat}
+    scores = kept[:, 1:columns]
+    changes = {"in reverse": scores[::-1], "rounded": np.round(scores), "times ten": 10 * scores}
+    varied = {f" (scores {how})": np.hstack((kept[:, :1], new, kept[:, columns:])) for how, new in changes.items()}
+    return {"": kept, **varied}
 
 
 def _metrics(task: Task) -> Mapping[str, Metric]:

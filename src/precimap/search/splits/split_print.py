@@ -168,9 +168,9 @@ def _batch(task: Task, batch: Any, name: str, number: int, reads: Reads) -> _Bat
             inputs[leaf.path] = finished(prints)
         elif reads.is_judged(leaf.path):
             evidence["loss", leaf.path] = finished(prints)
-    for kind in ("labels", "clusters", "weights"):
-        for path, prints in _rows_of(own.get(kind), units):
-            evidence[kind, path] = finished(prints + np.uint64(len(kind)))
+    for place, (kind, told_of_units) in enumerate(sorted(own.items())):
+        for path, prints in _rows_of(told_of_units, units):
+            evidence[kind, path] = finished(prints + np.uint64(place))
     n = units or 1
     return _Batch(content, said, _Columns.of(inputs, n), _Columns.of(evidence, n), wide, own.get("clusters"))
 

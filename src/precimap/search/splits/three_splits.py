@@ -3,8 +3,8 @@
 Invariant: a split is known by content alone, read twice before anything is measured; from then on every batch is compared
 with what was read (`unchanging`), so that every score of a run is of the same data. Two prints of a unit are kept.
 `inputs` is of what the forward reads and tells known data, whatever batches they come in and whatever stands beside;
-`units` is of the inputs, what the loss reads, the labels, the cluster and the weight, all that makes a unit's evidence, and
-tells one unit from another.
+`units` is of the inputs, what the loss reads, the label, the cluster, the weight and the slices, all that makes a unit's
+evidence, and tells one unit from another.
 """
 
 from collections.abc import Iterator
