@@ -100,18 +100,20 @@ class Certificate(Record):
                 for name, g in self.guards.items()
             )
             + f" {self.claim}"
-            + self._history()
+            + (f" {self.history}." if self.earlier else "")
         )
 
-    def _history(self) -> str:
-        """How often the map was judged before, if it was."""
+    @property
+    def history(self) -> str:
+        """How often this map was judged before, in a sentence without its full stop; empty if it never was."""
         if not self.earlier:
             return ""
-        said_no = [row for row in self.earlier if not row.certified]
+        said_no = sum(not row.certified for row in self.earlier)
         alpha = min(1.0, self.alpha + sum(row.alpha for row in self.earlier))
+        tries = "once" if len(self.earlier) == 1 else f"{len(self.earlier)} times"
         return (
-            f" This map was judged {len(self.earlier)} times before, and not certified {len(said_no)} times; counting every "
-            f"try, the chance of a false yes is up to {alpha:g}."
+            f"this map was judged {tries} before and failed {said_no} of them: counting every try, the chance of a false yes "
+            f"is up to {alpha:g}"
         )
 
 

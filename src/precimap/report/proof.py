@@ -31,6 +31,7 @@ def certificate_text(certificate: Certificate) -> RenderableType:
         lines.append(f"without the realigned last logit: {drop} ± {error.lstrip('+')}, upper bound {upper}")
         lines += [f"  guard {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in plain.guards.items()]
     lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
+    lines += [certificate.history] if certificate.earlier else []
     lines.append(certificate.claim)
     head = Text(certificate.verdict.upper(), style="bold green" if certificate.certified else "bold yellow")
     return Group(head, Text("\n".join(f"  {line}" for line in lines)))

@@ -33,6 +33,7 @@ USERS_ERRORS = (
     ArithmeticError,
 )
 _SHOWN = 3
+_LARGEST_COPY = 2**28  # bytes of one tensor
 
 
 class _Uses(TorchFunctionMode):
@@ -112,12 +113,12 @@ class ModelState:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelState":
-        """Buffers are copied, and tables with a max_norm, which their own lookups write."""
+        """Buffers of up to _LARGEST_COPY bytes are copied, and tables with a max_norm, which their own lookups write."""
         found = dict(_tensors(model))
-        bounded = {
-            id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm
-        }
-        kept = {n: t.detach().clone() for n, t in found.items() if not isinstance(t, nn.Parameter) or id(t) in bounded}
+        modules = model.modules()
+        bounded = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm}
+        written = {n: t for n, t in found.items() if id(t) in bounded or not isinstance(t, nn.Parameter)}
+        kept = {n: t.detach().clone() for n, t in written.items() if t.nbytes <= _LARGEST_COPY}
         return cls(model, {n: (t, _version(t)) for n, t in found.items()}, kept, _sizes(model))
 
     def check_unwritten(self) -> None:

@@ -47,7 +47,8 @@ def question_terms(task: Task, first: Scored, split: SplitPrint, coupled: bool) 
     known by what it made of the first search batch, to four digits, so that the question is the same on another machine.
     """
     guards = [[guard.label, _said(guard.metric), guard.margin] for guard in task.guarded]
-    values = {name: f"{value:.3e}" for name, value in _values(task, first).items()}
+    # An order may turn where two scores are nearly equal: fewer digits of what is no mean of losses.
+    values = {name: f"{value:.1e}" for name, value in _values(task, first).items()}
     return {
         "metric": _said(task.metric),
         "guards": repr(guards),

@@ -2,10 +2,13 @@
 
 Invariant: equal rows have equal prints on every machine, whatever dtype holds them: 1, 1.0 and True are one number, and
 floats are compared as float32. What pads a row to the length of its batch is no content: zeros, -1 and -100 at its end,
-and before its beginning where rows hold ids; of a longer run of one id at the end, one counts. A print is a polynomial in
-an odd number over mixed elements, modulo 2**64 (as in Rabin and Karp 1987, "Efficient randomized pattern-matching
-algorithms"), mixed again by the finalizer of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators"). Two contents share a print by accident once in 2**64; nothing here is meant against an adversary.
+and before its beginning where rows hold ids; of a longer run of one id at an end, one counts (at the beginning in rows of
+_SEQUENCE or more).
+
+A print is a polynomial in an odd number over mixed elements, modulo 2**64 (as in Rabin and Karp 1987, "Efficient randomized
+pattern-matching algorithms"), mixed again by the finalizer of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable
+pseudorandom number generators"). Two contents share a print by accident once in 2**64; nothing here is meant against an
+adversary.
 """
 
 import hashlib
@@ -19,6 +22,7 @@ Prints = NDArray[np.uint64]
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _INEXACT, _NAN = np.uint64(1 << 62), np.uint64((1 << 62) + (1 << 61))
 _PADS = (0, -1, -100)
+_SEQUENCE = 8  # ids in a row: of fewer, a run at the beginning is more likely a value than padding
 _AT_ONCE = 1 << 22  # elements: what a chunk of rows takes of memory, times some eight
 
 
@@ -102,7 +106,8 @@ def _ends(codes: Prints, whole: bool) -> tuple[NDArray[np.int64], NDArray[np.int
     if not whole or not width:
         return first, stop
     if signed.max(initial=0) > 1:  # ids, not a mask: they may be padded on the left
-        first = np.minimum(_run(pads), stop)
+        runs = _run(signed == signed[:, :1]) - 1 if width >= _SEQUENCE else 0
+        first = np.minimum(np.maximum(_run(pads), runs), stop)
         stop = np.maximum(first, stop - np.maximum(0, _run(signed[:, ::-1] == signed[:, -1:]) - 1) * (stop == width))
     elif (signed[:, -1] == 1).all() and (signed[:, 1:] >= signed[:, :-1]).all():
         first = _run(pads)  # the mask of texts that are padded on the left
