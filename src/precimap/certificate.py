@@ -112,7 +112,7 @@ class Certificate(Record):
         alpha = min(1.0, self.alpha + sum(row.alpha for row in self.earlier))
         tries = "once" if len(self.earlier) == 1 else f"{len(self.earlier)} times"
         return (
-            f"this map was judged {tries} before and failed {said_no} of them: counting every try, the chance of a false yes "
+            f"this map was judged {tries} before and failed {said_no} of them: counting all, the chance of a false yes "
             f"is up to {alpha:g}"
         )
 
