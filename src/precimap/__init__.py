@@ -22,6 +22,7 @@ from precimap.search.latency.serving import Serving
 from precimap.search.latency.timed import bench_device
 from precimap.search.limits import Effort
 from precimap.search.pipeline import SearchResult, search
+from precimap.search.planning import Plan, plan
 from precimap.task import Splits, Task
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Guard",
     "HardwareProfile",
     "Knapsack",
+    "Plan",
     "PrecisionMap",
     "SearchResult",
     "Serving",
@@ -51,6 +53,7 @@ __all__ = [
     "graphed",
     "load_deployed",
     "metrics",
+    "plan",
     "save_deployed",
     "search",
 ]

@@ -12,10 +12,53 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class BlindSpot(Record):
+    """Losses that no number of this certificate speaks of: so rare that the split may hold none of them.
+
+    looked_at units or clusters (`noun`), worth `effective` of equal weight. A kind rarer than 1 in `one_in` of them (of
+    the `rare` class, 1 in `rare_one_in`) may be missing altogether. cost, in `unit`: what it would have to cost each to
+    break the margin; None where a unit's loss has a limit, and then weight: the share of all units that would have to be
+    in clusters of that kind.
+    """
+
+    noun: str
+    looked_at: int = Field(ge=1)
+    effective: float = Field(gt=0)
+    one_in: float = Field(ge=1)
+    rare: str
+    rare_one_in: float | None
+    cost: float | None
+    unit: str
+    weight: float | None
+
+    def __str__(self) -> str:
+        if self.weight is not None:
+            return (
+                f"Blind spot: the {self.looked_at:,} {self.noun}s are of unequal weight and worth {self.effective:,.3g} of "
+                f"equal weight. Kinds of {self.noun} rarer than 1 in {_counted(self.one_in)} may be missing among them; "
+                f"where those hold {self.weight:.2%} of the weight, a loss in all of them breaks the margin."
+            )
+        rare = f" (of the {self.rare}s, 1 in {_counted(self.rare_one_in)})" if self.rare_one_in is not None else ""
+        cost = (
+            "" if self.cost is None else f"; it would have to cost {self.cost:.2g} {self.unit} each to break the margin"
+        )
+        return (
+            f"Blind spot: a loss that hits fewer than 1 {self.noun} in {_counted(self.one_in)}{rare} would not be seen"
+            f"{cost}."
+        )
+
+
+def _counted(number: float) -> str:
+    """Two digits of a large number: nobody needs to know that it is 5,341."""
+    digits = max(0, len(str(int(number))) - 2)
+    return f"{round(number, -digits):,.0f}"
+
+
 class GuardAnswer(Record):
     """What the certify split says of one guard: held when `upper` is at most `margin`, at the certificate's alpha.
 
-    drop keeps its sign, also of a two-sided metric, whose bound is that of its size. value: of the baseline.
+    drop keeps its sign, also of a two-sided metric, whose bound is that of its size. baseline: its value. effective: how
+    many clusters of equal weight the clusters are worth. needed: see `Certificate`.
     """
 
     held: bool
@@ -27,7 +70,9 @@ class GuardAnswer(Record):
     baseline: float
     n: int = Field(ge=1)
     clusters: int = Field(ge=1)
-    needed: int | None
+    effective: float = Field(gt=0)
+    needed: tuple[int, int | None] | None
+    blind_spot: BlindSpot | None
 
 
 class Unrepaired(Record):
@@ -58,9 +103,14 @@ class Earlier(Record):
 class Certificate(Record):
     """The answer of the certify split about one map.
 
-    `upper` is the one-sided bound of the drop at confidence 1 - alpha (None: there is no finite one); the map is
-    certified when it is at most `margin` and every guard is held. `spent_alpha` is what this split has given away in
-    all, this map included. `earlier` are the judgements of this map before this one, as far as they are known here.
+    What is proved, with confidence 1 - alpha, is that the drop is at most `margin`: the map is certified when `upper`, the
+    one-sided bound of the drop (None: there is no finite one), is at most `margin`, every guard is held, and there are
+    enough units to tell. `upper` and `drop` themselves are of a map that was chosen among several because it passed: they
+    are somewhat too good (docs/how-it-decides.md). `effective`: how many clusters of equal weight the clusters are worth.
+    `needed`: the units that would certify a drop of this size, fewest and most as the estimate's own error allows (most
+    None: no number might do); None for a map that is certified, or where no number would do. `spent_alpha`: what this
+    split has given away in all, this map included. `blind_spot`: what no number here speaks of. `earlier`: the judgements
+    of this map before this one, as far as they are known here.
     """
 
     metric: str
@@ -79,7 +129,9 @@ class Certificate(Record):
     n: int = Field(ge=1)
     clusters: int = Field(ge=1)
     changed: int = Field(ge=0)
-    needed: int | None
+    effective: float = Field(gt=0)
+    needed: tuple[int, int | None] | None
+    blind_spot: BlindSpot | None
     guards: dict[str, GuardAnswer] = Field(default_factory=dict)
     reported: dict[str, tuple[float, float]] = Field(default_factory=dict)
     unrepaired: Unrepaired | None = None
@@ -88,19 +140,21 @@ class Certificate(Record):
     earlier: tuple[Earlier, ...] = ()
 
     def __str__(self) -> str:
-        upper = "none" if self.upper is None else f"{self.upper:+.5f}"
+        history = (f"{self.history[:1].upper()}{self.history[1:]}.",) if self.earlier else ()
+        said = (f"{self.verdict}: {self.statement}", *self.guard_statements, *self.blind_spots, self.claim)
+        return " ".join((*said, *history))
+
+    @property
+    def statement(self) -> str:
+        """The gate, in a sentence: what is proved first, the numbers behind it after it."""
+        confidence, upper = f"{100 * (1 - self.alpha):g} %", "none" if self.upper is None else f"{self.upper:+.5f}"
+        proved = f"with {confidence} confidence the drop of {self.metric} is at most the margin {self.margin:g}"
         return (
-            f"{self.verdict}: {self.metric} drop {self.drop:+.5f} +- {self.error:.5f} (standard error), "
-            f"{100 * (1 - self.alpha):g} % upper bound {upper}, margin {self.margin:g}; n = {self.n}"
-            + (f" in {self.clusters} clusters" if self.clusters != self.n else "")
-            + f", {self.changed} changed."
-            + "".join(
-                f" Guard {name} {'held' if g.held else 'not held'}: {g.drop:+.5f} +- {g.error:.5f}, bound "
-                f"{'none' if g.upper is None else format(g.upper, '.5f')}, margin {g.margin:g}."
-                for name, g in self.guards.items()
-            )
-            + f" {self.claim}"
-            + (f" {self.history}." if self.earlier else "")
+            (f"{proved}; measured " if self.certified else f"{self.metric} drop ")
+            + f"{self.drop:+.5f} +- {self.error:.5f} (standard error), {confidence} upper bound {upper}"
+            + ("" if self.certified else f", margin {self.margin:g}")
+            + f"; n = {self.n}{worth(self.n, self.clusters, self.effective)}, {self.changed} changed; "
+            + f"alpha spent on this split {self.spent_alpha:g}."
         )
 
     @property
@@ -115,6 +169,36 @@ class Certificate(Record):
             f"this map was judged {tries} before and failed {said_no} of them: counting all, the chance of a false yes "
             f"is up to {alpha:g}"
         )
+
+    @property
+    def guard_statements(self) -> tuple[str, ...]:
+        """Each guard, in a sentence."""
+        return tuple(
+            f"Guard {name} {'held' if g.held else 'not held'}: {g.drop:+.5f} +- {g.error:.5f}, bound "
+            f"{'none' if g.upper is None else format(g.upper, '.5f')}, margin {g.margin:g}."
+            for name, g in self.guards.items()
+        )
+
+    @property
+    def blind_spots(self) -> tuple[str, ...]:
+        """What nothing here speaks of, a sentence for the gate and each guard that has one."""
+        own = {"": self.blind_spot, **{f"Guard {name}. ": guard.blind_spot for name, guard in self.guards.items()}}
+        return tuple(f"{whose}{spot}" for whose, spot in own.items() if spot is not None)
+
+
+def units_said(needed: tuple[int, int | None]) -> str:
+    """A range of units, in words, two digits of each."""
+    fewest, most = needed
+    if most is None:
+        return f"at least {_counted(fewest)} units"
+    low, high = _counted(fewest), _counted(most)
+    return f"about {low} units" if low == high else f"about {low} to {high} units"
+
+
+def worth(n: int, clusters: int, effective: float) -> str:
+    """In how many clusters the units lie, and what those are worth where they are of unequal weight."""
+    said = f" in {clusters:,} clusters" if clusters != n else ""
+    return said if effective > 0.95 * clusters else f"{said}, worth {effective:.3g} of equal weight"
 
 
 class Rounding(Record):

@@ -24,7 +24,7 @@ from precimap.search.progress import silent
 from precimap.task import score
 from small_tasks import COUNTED_INT8
 
-SMALL = Sizes(calibration=16, search=24, certify=32, pairs=80)
+SMALL = Sizes(calibration=16, search=56, certify=64, pairs=150)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_both_sides_are_tasks_whose_units_do_not_touch() -> None:
         task = build(encoder, tokenizer, SMALL)
         assert check_task(task).notes == ()
         found = score(task, task.model, task.splits.search)
-        assert found.units.n == 24
+        assert found.units.n == 56
         assert float(found.reported["MRR@10"].mean()) > 0.5, "the right text is usually among the first"
 
 

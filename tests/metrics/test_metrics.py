@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from precimap.errors import TaskError
-from precimap.metrics import MRR, NDCG, LogLoss, Loss, Metric, Recall
+from precimap.metrics import MRR, NDCG, LogLoss, Loss, Metric, Recall, Units
 
 NO_LOSSES = torch.empty(0)
 RANKING: list[tuple[type[NDCG] | type[MRR] | type[Recall], str]] = [
@@ -264,9 +264,10 @@ def test_log_loss_agrees_with_scikit_learn() -> None:
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
     generator = np.random.default_rng(0)
     logits, labels = generator.normal(0, 4, 500), generator.integers(0, 2, 500)
-    value = LogLoss().per_unit(torch.from_numpy(logits), torch.from_numpy(labels), NO_LOSSES)
+    kept = LogLoss().per_unit(torch.from_numpy(logits), torch.from_numpy(labels), NO_LOSSES)
     expected = sklearn_metrics.log_loss(labels, 1 / (1 + np.exp(-logits)))
-    assert value.mean().item() == pytest.approx(expected, rel=1e-12)
+    assert kept[:, 1].tolist() == labels.tolist()
+    assert LogLoss().value(kept.numpy(), Units(n=500)) == pytest.approx(expected, rel=1e-12)
 
 
 @given(st.floats(-30, 30), st.floats(0, 1))
@@ -276,13 +277,13 @@ def test_log_loss_is_the_cross_entropy_in_high_precision(logit: float, label: fl
         s = 1 / (1 + mpmath.exp(-mpmath.mpf(logit)))
         expected = float(-label * mpmath.log(s) - (1 - mpmath.mpf(label)) * mpmath.log(1 - s))
     scores = torch.tensor([logit], dtype=torch.float64)
-    value = LogLoss().per_unit(scores, torch.tensor([label], dtype=torch.float64), NO_LOSSES).item()
+    value = LogLoss().per_unit(scores, torch.tensor([label], dtype=torch.float64), NO_LOSSES)[0, 0].item()
     assert value == pytest.approx(expected, rel=1e-11, abs=1e-14)
 
 
 def test_log_loss_overflows_nowhere() -> None:
     value = LogLoss().per_unit(torch.tensor([3e4, -3e4, 3e4, -1e38]), torch.tensor([1, 0, 0, 1]), NO_LOSSES)
-    assert value.tolist() == pytest.approx([0, 0, 3e4, 1e38], rel=1e-6)
+    assert value[:, 0].tolist() == pytest.approx([0, 0, 3e4, 1e38], rel=1e-6)
 
 
 def test_log_loss_keeps_small_differences_of_bfloat16_logits() -> None:
@@ -290,7 +291,7 @@ def test_log_loss_keeps_small_differences_of_bfloat16_logits() -> None:
     logits = torch.tensor([10.0, 10.0625]).bfloat16()
     value = LogLoss().per_unit(logits, torch.tensor([1, 1]), NO_LOSSES)
     assert value.dtype == torch.float64
-    assert value.tolist() == pytest.approx([math.log1p(math.exp(-10)), math.log1p(math.exp(-10.0625))], rel=1e-12)
+    assert value[:, 0].tolist() == pytest.approx([math.log1p(math.exp(-10)), math.log1p(math.exp(-10.0625))], rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A unit is known by what belongs to it, however a batch carries it; splits by their units and by every batch."""
 
-from collections import namedtuple
+import math
+from collections import Counter, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -20,7 +21,7 @@ from precimap.metrics import NE, LogLoss, Loss
 from precimap.search.preflight import check_task
 from precimap.search.splits.reads import Reads, WatchedDict
 from precimap.search.splits.rows import of_rows, of_segments
-from precimap.search.splits.split_print import SplitPrint, same_units, split_print
+from precimap.search.splits.split_print import SplitPrint, counted_once, split_print
 from precimap.search.splits.three_splits import fingerprint_splits, unchanging
 
 N = 40
@@ -278,15 +279,33 @@ def test_units_that_stand_twice_are_one_cluster() -> None:
     assert any(
         "66.7 % (80) of the certify split's 120 units have stood in it before (40 different" in n for n in found.notes
     )
-    ids = same_units(found.certify, (8,) * 15)
-    assert ids is not None
-    assert (ids.reshape(3, N) == ids[:N]).all()
-    assert len(np.unique(ids)) == N
-    assert same_units(fingerprint_splits(task_of([rows(0)], search, once), READ).certify, (8,) * 5) is None
+    counted = counted_once(found.certify, (8,) * 15)
+    assert counted is not None
+    assert counted[0].tolist() == list(range(N)), "whole copies are left out"
+    assert len(np.unique(counted[1])) == N
+    assert counted_once(fingerprint_splits(task_of([rows(0)], search, once), READ).certify, (8,) * 5) is None
     # A batch whose columns do not tell its units is known as a whole.
-    odd = same_units(found.certify, (3,) * 15)
+    odd = counted_once(found.certify, (3,) * 15)
     assert odd is not None
-    assert len(np.unique(odd)) == 15
+    assert odd[0].tolist() == list(range(15))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 4))
+def test_what_is_left_of_copies_is_as_often_there_as_in_one_of_them(units: list[int], copies: int) -> None:
+    """Against counting by hand: relative frequencies stay, and nothing that is left is a copy of the whole."""
+    whole = {name: values[units * copies] for name, values in rows(3, 6).items()}
+    known = printed([whole])
+    found = counted_once(known, (len(units) * copies,))
+    if found is None:
+        assert len(set(units)) == len(units) * copies
+        return
+    left, ids = found
+    before, after = Counter(units * copies), Counter((units * copies)[row] for row in left)
+    assert math.gcd(*after.values()) == 1
+    assert {unit: count * len(left) for unit, count in before.items()} == {
+        unit: count * len(units) * copies for unit, count in after.items()
+    }
+    assert len(set(ids.tolist())) == len(after)
 
 
 @pytest.mark.parametrize("metric", [LogLoss(), Loss()])

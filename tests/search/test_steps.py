@@ -1,5 +1,6 @@
 """The single steps of a search: calibration, eligibility, probes, the fixed sequence."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -178,7 +179,7 @@ def test_the_sequence_stops_at_the_first_failure(
     scripted = _scripted(task, 0.001, noise)
     question = Question(margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
     with run_journal(None, {}) as journal:
-        certificates = certify(Run(scripted, journal, silent), target, chain, question)
+        certificates = certify(Run(scripted, journal, silent), target, chain, question, [None] * 3)
     assert target.asked == asked
     assert [c.certified for c in certificates] == answers
     for certificate, joint in zip(certificates, chain, strict=False):
@@ -218,20 +219,23 @@ def _map(task: Task, inventory: Inventory, calibration: Calibration, names: tupl
 
 
 def test_too_few_units_is_an_answer_with_a_number(task: Task, inventory: Inventory, calibration: Calibration) -> None:
-    """20 units, a small drop and much noise: not certified, and the sample size that would do certifies indeed."""
+    """60 units, a small drop and much noise: not certified, and the sample size that would do certifies indeed."""
     generator = torch.Generator().manual_seed(3)
-    few = replace(task, splits=replace(task.splits, certify=[{k: v[:20] for k, v in task.splits.certify[0].items()}]))
+    few = replace(task, splits=replace(task.splits, certify=[{k: v[:60] for k, v in task.splits.certify[0].items()}]))
 
     scripted = _scripted(few, 0.4, generator)
     chain = [_map(task, inventory, calibration, NAMES[:1])]
     question = Question(margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
     with run_journal(None, {}) as journal:
-        (found,) = certify(Run(scripted, journal, silent), _Scripted({0: 0.0, 1: 0.01}), chain, question)
+        (found,) = certify(Run(scripted, journal, silent), _Scripted({0: 0.0, 1: 0.01}), chain, question, [None])
     assert not found.certified
     assert found.needed is not None
-    assert 20 < found.needed < 1000
-    assert f"needs about {found.needed}" in found.verdict
-    d = 0.01 + 0.4 * torch.randn(2 * found.needed, generator=generator).double().numpy()
+    fewest, most = found.needed
+    assert most is not None
+    assert 60 < fewest < 1000
+    assert fewest < most
+    assert re.search(r"needs about \d+ to [\d,]+ units for the drop", found.verdict)
+    d = 0.01 + 0.4 * torch.randn(2 * most, generator=generator).double().numpy()
     assert upper_bound(d, _units(len(d)), 0.05, None) <= 0.1
 
 

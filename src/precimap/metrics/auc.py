@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from precimap.errors import TaskError
-from precimap.metrics.metric import PairedDrops, check_paired, count_changed, refuse_units, untold
+from precimap.metrics.click import rarer
+from precimap.metrics.metric import CLUSTER, PairedDrops, Stakes, check_paired, count_changed, refuse_units, untold
 from precimap.metrics.units import Floats, Units
 
 
@@ -47,7 +48,12 @@ def placements(scores: Floats, positive: NDArray[np.bool_], weights: Floats, gro
 
 @dataclass(frozen=True)
 class AUC:
-    """Area under the ROC curve of scores [n] and labels 0/1 [n], of all rows together; ties count one half."""
+    """Area under the ROC curve of scores [n] and labels 0/1 [n], of all rows together; ties count one half.
+
+    It has a worst loss, though which depends on the rows: a row can fall from the right side of all of the other class to
+    the wrong side, which costs sum w / sum w of its own class (`PairedDrops.limits`). So a bound of AUC is at least about
+    3 / (rows of the rarer class).
+    """
 
     name: ClassVar[str] = "AUC"
     unit: ClassVar[str] = ""
@@ -72,8 +78,16 @@ class AUC:
         if (baseline[:, 1] == baseline[0, 1]).all():
             return untold(units, self.worst)
         (before, influence), (after, influence_after) = self._area(baseline, units), self._area(other, units)
-        d = before - after + influence - influence_after
-        return PairedDrops(d, units, units.n, count_changed(baseline, other), self.worst)
+        drop = before - after
+        d = drop + influence - influence_after
+        positive, weights = baseline[:, 1] == 1, units.known_weights
+        own, whole = float(weights @ positive), float(weights.sum())
+        limits = whole / np.where(positive, own, whole - own)
+        # The influences are counted from each model's own area, which moved by the drop.
+        limits += max(0.0, -drop) * (limits - 1)
+        stakes = Stakes("of its placement", 1.0, *rarer(positive.astype(np.float64), np.ones(units.n)))
+        changed = count_changed(baseline, other)
+        return PairedDrops(d, units, units.n, changed, float(limits.max()), stakes=stakes, limits=limits)
 
     def _area(self, kept: Floats, units: Units) -> tuple[float, Floats]:
         positive, weights = kept[:, 1] == 1, units.known_weights
@@ -117,7 +131,8 @@ class GAUC:
         if not len(before):
             return untold(units, self.worst)
         groups = Units(n=len(before), weights=weights)
-        return PairedDrops(before - after, groups, units.n, count_changed(baseline, other), self.worst)
+        stakes = Stakes("of its AUC", noun=CLUSTER)
+        return PairedDrops(before - after, groups, units.n, count_changed(baseline, other), self.worst, stakes=stakes)
 
     def _areas(self, kept: Floats, units: Units) -> tuple[Floats, Floats]:
         if units.clusters is None:

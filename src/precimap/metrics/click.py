@@ -12,7 +12,7 @@ log(kept) in the task's forward.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,7 +25,9 @@ from precimap.errors import TaskError
 from precimap.metrics.metric import (
     RELATIVE,
     PairedDrops,
+    Stakes,
     UnitMean,
+    check_declared,
     check_paired,
     count_changed,
     of_a_mean,
@@ -85,33 +87,61 @@ def platt(z: Floats, p: Floats, weights: Floats) -> tuple[float, float]:
     return scale, float(found[1]) - scale * center
 
 
+def rarer(positives: Floats, rows: Floats) -> tuple[Floats, str]:
+    """How much of each row belongs to the rarer class, and its name. positives: of each row; rows: what it stands for."""
+    negatives = rows - positives
+    return (positives, "positive") if positives.sum() <= negatives.sum() else (negatives, "negative")
+
+
 @dataclass(frozen=True)
 class LogLoss(UnitMean):
-    """Binary log-loss (cross-entropy in nats) of logits."""
+    """Binary log-loss (cross-entropy in nats) of logits. worst: the most that a row's can rise by, if you know one."""
 
+    worst: float | None = None
     name: ClassVar[str] = "log-loss"
     unit: ClassVar[str] = "nats"
 
+    def __post_init__(self) -> None:
+        check_declared(self.name, self.worst)
+
     def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
-        """`scores`: logits [n]; `labels`: [n], 0 or 1, or the probability of 1 -> float64 [n].
+        """`scores`: logits [n]; `labels`: [n], 0 or 1, or the probability of 1 -> float64 [n, 2]: log-loss and label.
 
         Raises TaskError when the shapes differ, a logit is not finite, or a label lies outside [0, 1].
         """
-        return log_losses(*clicks(self.name, scores, labels))
+        z, y = clicks(self.name, scores, labels)
+        return torch.stack((log_losses(z, y), y), dim=1)
+
+    def value(self, kept: Floats, units: Units) -> float:
+        """The weighted mean of the log-losses."""
+        return weighted_mean(kept[:, 0], units)
+
+    def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
+        """The difference of each row."""
+        check_paired(self.name, baseline, other, 2)
+        stakes = Stakes(self.unit, 1.0, *rarer(baseline[:, 1], np.ones(units.n)))
+        d = other[:, 0] - baseline[:, 0]
+        return PairedDrops(d, units, units.n, int(np.count_nonzero(d)), self.worst, stakes=stakes)
 
 
 @dataclass(frozen=True)
 class _Sampled:
-    """What NE and calibration share: the share of the negatives that was kept, in (0, 1]."""
+    """What NE and calibration share.
+
+    kept: the share of the negatives that was kept, in (0, 1]. worst: the most that a row's log-loss in nats (NE), or its
+    prediction (calibration, where 1.0 is always true), can change by, if you know one.
+    """
 
     kept: float = 1.0
+    worst: float | None = None
     higher_is_better: ClassVar[bool] = False
-    worst: ClassVar[float | None] = None
     unit: ClassVar[str] = RELATIVE
+    name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.kept <= 1:
             raise TaskError(f"expected a share of kept negatives above 0, at most 1, got {self.kept}")
+        check_declared(self.name, self.worst)
 
     def corrected(self, name: str, scores: Tensor, labels: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Logits and labels of the full world, and how many of its rows each row stands for."""
@@ -143,7 +173,10 @@ class NE(_Sampled):
     def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
         """The ratio of the two mean losses - 1, linearised. Raises TaskError for a baseline without any loss."""
         check_paired(self.name, baseline, other, 2)
-        return ratio_drops(self.name, baseline[:, 0], other[:, 0], units, count_changed(baseline, other))
+        stakes = Stakes("nats", 1.0, *rarer(baseline[:, 1], baseline[:, 2]))
+        most = None if self.worst is None else self.worst * baseline[:, 2]
+        changed = count_changed(baseline, other)
+        return ratio_drops(self.name, baseline[:, 0], other[:, 0], units, changed, stakes, most)
 
 
 @dataclass(frozen=True)
@@ -170,29 +203,49 @@ class Calibration(_Sampled):
         """The ratio of the two mean predictions - 1, linearised, with its sign."""
         check_paired(self.name, baseline, other, 2)
         changed = count_changed(baseline, other)
-        return ratio_drops(self.name, baseline[:, 0], other[:, 0], units, changed, two_sided=True)
+        stakes = Stakes("of a prediction", 1.0, baseline[:, 1], "positive")
+        # A negative stands for 1 / kept rows of the full world.
+        most = None if self.worst is None else np.full(units.n, self.worst / self.kept)
+        drops = ratio_drops(self.name, baseline[:, 0], other[:, 0], units, changed, stakes, most)
+        return replace(drops, two_sided=True)
 
 
 def ratio_drops(
-    name: str, baseline: Floats, other: Floats, units: Units, changed: int, two_sided: bool = False
+    name: str,
+    baseline: Floats,
+    other: Floats,
+    units: Units,
+    changed: int,
+    stakes: Stakes,
+    most: Floats | None,
 ) -> PairedDrops:
-    """sum w other / sum w baseline - 1, linearised (Cochran 1977, ch. 6): R + (other - (1 + R) baseline) / mean."""
+    """sum w other / sum w baseline - 1, linearised (Cochran 1977, ch. 6): R - 1 + (other - R baseline) / mean.
+
+    R: the ratio; mean: of the baseline. most: what each of `other` may at most lie above `baseline`, None without a limit.
+    """
     mean = weighted_mean(baseline, units)
     if mean <= 0:
         raise TaskError(f"{name} of the baseline is {mean:g}; a drop relative to it is not defined")
     ratio = weighted_mean(other, units) / mean
     d = ratio - 1 + (other - ratio * baseline) / mean
-    return PairedDrops(d, units, units.n, changed, None, two_sided)
+    worst = None if most is None else ratio - 1 + float(((1 - ratio) * baseline + most).max()) / mean
+    return PairedDrops(d, units, units.n, changed, worst, stakes=replace(stakes, scale=1 / mean))
 
 
 @dataclass(frozen=True)
 class RMSE:
-    """Root of the mean squared difference of scores [n] and labels [n], both as they are (not logits)."""
+    """Root of the mean squared difference of scores [n] and labels [n], both as they are (not logits).
 
+    worst: the most that a row's squared difference can rise by, if you know one.
+    """
+
+    worst: float | None = None
     name: ClassVar[str] = "RMSE"
     unit: ClassVar[str] = ""
     higher_is_better: ClassVar[bool] = False
-    worst: ClassVar[float | None] = None
+
+    def __post_init__(self) -> None:
+        check_declared(self.name, self.worst)
 
     def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
         """float64 [n], the squared differences. Raises TaskError when the shapes differ or a value is not finite."""
@@ -209,7 +262,11 @@ class RMSE:
 
     def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
         """The derivative of a root at m is 1 / (2 root m); without any error there is no influence either."""
-        return of_a_mean(self, math.sqrt, lambda m: 0.5 / math.sqrt(m) if m > 0 else 0.0, baseline, other, units)
+
+        def slope(mean: float) -> float:
+            return 0.5 / math.sqrt(mean) if mean > 0 else 0.0
+
+        return of_a_mean(self, math.sqrt, slope, baseline, other, units, "of the squared difference")
 
 
 @dataclass(frozen=True)

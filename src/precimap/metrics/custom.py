@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from precimap.errors import TaskError
-from precimap.metrics.metric import PairedDrops, check_paired, count_changed, refuse_units
+from precimap.metrics.metric import PairedDrops, Stakes, check_declared, check_paired, count_changed, refuse_units
 from precimap.metrics.units import Floats, Units
 
 Function = Callable[[NDArray[np.float32], Floats, NDArray[np.int64]], float]
@@ -32,19 +32,21 @@ class Custom:
 
     scores: float32 [n] or [n, columns] as the forward returned them; labels: float64 [n] or [n, columns]; groups: int64
     [n], the task's clusters (the rows' numbers without). It must not depend on the order of rows nor on their number, as a
-    mean does not. It is called about 2 * blocks times for each comparison: keep it vectorised.
+    mean does not. It is called about 2 * blocks times for each comparison: keep it vectorised. worst: the largest drop
+    that one unit can suffer, where the function is thought of as a mean of units: 1.0 for a mean of values in [0, 1].
     """
 
     name: str
     function: Function
     higher_is_better: bool
     blocks: int = 100
-    worst: ClassVar[float | None] = None
+    worst: float | None = None
     unit: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if self.blocks < LEAST_BLOCKS:
             raise TaskError(f"expected at least {LEAST_BLOCKS} blocks to tell an error from, got {self.blocks}")
+        check_declared(self.name, self.worst)
 
     def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
         """float64 [n, 1 + columns]: how many of the columns are scores, then scores and labels."""
@@ -81,9 +83,15 @@ class Custom:
                 left[number] = 0.0
                 continue
             left[number] = sign * (self._called(other, groups, rows) - self._called(baseline, groups, rows))
-        # Centred, so that the mean is the drop itself and not the drop less its estimated bias.
-        d = whole + (blocks - 1) * (left.mean() - left)
-        return PairedDrops(d, Units(n=blocks), units.n, count_changed(baseline, other), None)
+        # A block weighs its rows, so that what one row does to a total is the same in splits of any size.
+        rows_of = np.bincount(block, minlength=blocks).astype(np.float64)
+        pull = (1 - rows_of / units.n) / (rows_of / units.n)  # blocks - 1 where all are of one size
+        # Centred, so that the weighted mean is the drop itself and not the drop less its estimated bias.
+        d = pull * (whole - left)
+        d += whole - float(d @ rows_of) / units.n
+        stakes = Stakes(f"of {self.name}", clusters=len(np.unique(groups)))
+        of_blocks = Units(n=blocks, weights=rows_of)
+        return PairedDrops(d, of_blocks, units.n, count_changed(baseline, other), self.worst, stakes=stakes)
 
     def _called(self, kept: Floats, groups: NDArray[np.int64], rows: NDArray[np.int64]) -> float:
         width = 1 + int(kept[0, 0])

@@ -9,7 +9,7 @@ needs about a thousand times the data for the same certainty.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -20,7 +20,26 @@ from torch import Tensor
 from precimap.errors import TaskError
 from precimap.metrics.units import Floats, Units, check_finite
 
+UNIT, CLUSTER = "unit", "cluster"  # what is resampled, as reports call one of them
 RELATIVE = "of the baseline's"  # the `unit` of a metric whose drop is a share of the baseline's value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stakes:
+    """What one unit can lose, in words a person uses: for what is said of losses that a split may not hold.
+
+    unit, scale: of a unit's own loss, and what the metric drops by where every unit loses 1 of it (NE: nats, and one over
+    the mean loss). rare, named: how much of each unit, float64 [units.n], belongs to the rarer class, and what that class
+    is called; None where there are no classes. noun: what the metric's units are. clusters: how many were resampled, where
+    the drops are of larger blocks.
+    """
+
+    unit: str = ""
+    scale: float = 1.0
+    rare: Floats | None = None
+    named: str = ""
+    noun: str = UNIT
+    clusters: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +47,8 @@ class PairedDrops:
     """The drop of each of `units`, float64 [units.n]; their weighted mean is the drop, positive is worse.
 
     units: those that the metric knows, which may be fewer than those of the split (GAUC knows groups). rows, changed: units
-    of the split, and how many of them differ at all. worst: the largest drop of one of them, None without a limit.
+    of the split, and how many of them differ at all. worst: the largest drop of one of them, None without a limit; limits:
+    that of each, float64 [units.n], where they differ by class, as `stakes.rare` says.
     two_sided: a drop in either direction is a loss (calibration); the values keep their sign.
     """
 
@@ -38,13 +58,16 @@ class PairedDrops:
     changed: int
     worst: float | None
     two_sided: bool = False
+    stakes: Stakes = field(default_factory=Stakes)
+    limits: Floats | None = None
 
 
 class Metric(Protocol):
     """What a task is judged by; derive from `UnitMean` for a metric that is a mean over units.
 
     `worst` is the largest drop that one unit can suffer, in the units of the metric (1.0 where the values lie in
-    [0, 1]); None says that no such limit exists, as for a loss. `unit` is what the drop is counted in.
+    [0, 1]); None says that no such limit is known, as for a loss: `PairedDrops.worst` may know one for the rows at hand.
+    `unit` is what the drop is counted in.
     """
 
     @property
@@ -81,12 +104,16 @@ class UnitMean(ABC):
 
     unit: ClassVar[str] = ""
     higher_is_better: ClassVar[bool] = False
-    worst: ClassVar[float | None] = None
 
     @property
     @abstractmethod
     def name(self) -> str:
         """As reports call it."""
+
+    @property
+    def worst(self) -> float | None:
+        """The largest drop of one unit; None: without a limit."""
+        return None
 
     @abstractmethod
     def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
@@ -101,14 +128,23 @@ class UnitMean(ABC):
         check_paired(self.name, baseline, other, 1)
         sign = -1.0 if self.higher_is_better else 1.0
         d = sign * (np.asarray(other, np.float64) - np.asarray(baseline, np.float64))
-        return PairedDrops(d, units, len(d), int(np.count_nonzero(d)), self.worst)
+        stakes = Stakes(self.unit or f"of {self.name}")
+        return PairedDrops(d, units, len(d), int(np.count_nonzero(d)), self.worst, stakes=stakes)
 
 
 @dataclass(frozen=True)
 class Loss(UnitMean):
-    """The task's own loss of each unit, as it is; `name` is what reports call it."""
+    """The task's own loss of each unit, as it is; `name` is what reports call it.
+
+    worst: the most that a unit's loss can rise by, if you know one (a clipped loss has one); it makes the bound a proof
+    also against losses that no unit of the certify split suffers.
+    """
 
     name: str = "loss"
+    worst: float | None = None
+
+    def __post_init__(self) -> None:
+        check_declared(self.name, self.worst)
 
     def per_unit(self, scores: Tensor, labels: Any, losses: Tensor) -> Tensor:
         """`losses` float [units] -> float64 [units]; raises TaskError for another shape or a non-finite loss."""
@@ -123,7 +159,10 @@ class Loss(UnitMean):
 
 @dataclass(frozen=True)
 class Perplexity(Loss):
-    """exp of the mean loss in nats; `Task(weights=...)` gives the tokens of each unit, and the loss is their mean."""
+    """exp of the mean loss in nats; `Task(weights=...)` gives the tokens of each unit, and the loss is their mean.
+
+    worst: the most that a unit's loss can rise by, in nats.
+    """
 
     name: str = "perplexity"
 
@@ -133,7 +172,7 @@ class Perplexity(Loss):
 
     def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
         """The derivative of exp at a mean m is exp(m)."""
-        return of_a_mean(self, np.exp, np.exp, baseline, other, units)
+        return of_a_mean(self, np.exp, np.exp, baseline, other, units, "nats")
 
 
 def of_a_mean(
@@ -143,13 +182,21 @@ def of_a_mean(
     baseline: Floats,
     other: Floats,
     units: Units,
+    unit: str,
 ) -> PairedDrops:
-    """The drops of a smooth, growing function of a mean, such as a root; lower is better."""
+    """The drops of a smooth, growing function of a mean, such as a root; lower is better.
+
+    unit: of the values that the mean is of; the metric's `worst` is the most that one of them can rise by.
+    """
     check_paired(metric.name, baseline, other, 1)
     before, after = weighted_mean(baseline, units), weighted_mean(other, units)
     drop = function(after) - function(before)
-    influence = derivative(after) * (other - after) - derivative(before) * (baseline - before)
-    return PairedDrops(drop + influence, units, units.n, count_changed(baseline, other), None)
+    slope = derivative(after)
+    influence = slope * (other - after) - derivative(before) * (baseline - before)
+    d = drop + influence
+    # The largest drop of a unit like one of these: its value after is at most its value before plus the worst.
+    limit = None if metric.worst is None else float((d + slope * (baseline + metric.worst - other)).max())
+    return PairedDrops(d, units, units.n, count_changed(baseline, other), limit, stakes=Stakes(unit, slope))
 
 
 def weighted_mean(values: Floats, units: Units) -> float:
@@ -161,6 +208,15 @@ def weighted_mean(values: Floats, units: Units) -> float:
 def untold(units: Units, worst: float | None) -> PairedDrops:
     """What units say that cannot tell a drop at all: one value without a spread, so that its error is infinite."""
     return PairedDrops(np.zeros(1), Units(n=1), units.n, 0, worst)
+
+
+def check_declared(name: str, worst: float | None) -> None:
+    """Raises TaskError for a worst drop of a unit that is none."""
+    if worst is not None and not 0 < worst < float("inf"):
+        raise TaskError(
+            f"expected worst of {name}, the most that a unit's loss can rise by, above zero and finite, got {worst}; "
+            "leave it out if you know none"
+        )
 
 
 def check_paired(name: str, baseline: Floats, other: Floats, dims: int) -> None:

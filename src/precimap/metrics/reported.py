@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from precimap.errors import TaskError
-from precimap.metrics.click import clicks, log_losses, platt, ratio_drops
-from precimap.metrics.metric import RELATIVE, PairedDrops, UnitMean, check_paired, count_changed, refuse_units
+from precimap.metrics.click import clicks, log_losses, platt, rarer, ratio_drops
+from precimap.metrics.metric import RELATIVE, PairedDrops, Stakes, UnitMean, check_paired, count_changed, refuse_units
 from precimap.metrics.units import Floats, Units
 
 MOST_CANDIDATES = 1024  # pairs of them are compared: a million for each unit
@@ -48,7 +48,8 @@ class RecalibratedNE:
         """As NE on the recalibrated losses: where the fit is best, moving it changes nothing to first order."""
         check_paired(self.name, baseline, other, 2)
         losses = _recalibrated(baseline, units), _recalibrated(other, units)
-        return ratio_drops(self.name, *losses, units, count_changed(baseline, other))
+        stakes = Stakes("nats", 1.0, *rarer(baseline[:, 1], np.ones(units.n)))
+        return ratio_drops(self.name, *losses, units, count_changed(baseline, other), stakes, None)
 
 
 def _recalibrated(kept: Floats, units: Units) -> Floats:

@@ -8,7 +8,7 @@ import math
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from precimap.certificate import Certificate, GuardAnswer, Rounding
+from precimap.certificate import Certificate, GuardAnswer, Rounding, units_said, worth
 
 
 def certificate_text(certificate: Certificate) -> RenderableType:
@@ -18,9 +18,10 @@ def certificate_text(certificate: Certificate) -> RenderableType:
         f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error)"
         f"{' ' + certificate.unit if certificate.unit else ''}, baseline {certificate.baseline:.5f}",
         f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
+        *_selected(certificate),
         f"bound: {certificate.bound}",
         f"n = {certificate.n:,} units"
-        + (f" in {certificate.clusters:,} clusters" if certificate.clusters != certificate.n else "")
+        + worth(certificate.n, certificate.clusters, certificate.effective)
         + f", {certificate.changed:,} changed; alpha spent on this split: {certificate.spent_alpha:g}",
     ]
     for name, guard in certificate.guards.items():
@@ -31,16 +32,22 @@ def certificate_text(certificate: Certificate) -> RenderableType:
         lines.append(f"without the realigned last logit: {drop} ± {error.lstrip('+')}, upper bound {upper}")
         lines += [f"  guard {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in plain.guards.items()]
     lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
-    lines += [certificate.history] if certificate.earlier else []
-    lines.append(certificate.claim)
+    lines += [*certificate.blind_spots, *([certificate.history] if certificate.earlier else []), certificate.claim]
     head = Text(certificate.verdict.upper(), style="bold green" if certificate.certified else "bold yellow")
     return Group(head, Text("\n".join(f"  {line}" for line in lines)))
 
 
+def _selected(certificate: Certificate) -> list[str]:
+    """What the bound is not: of several maps, it is that of the one that passed last."""
+    if not certificate.certified:
+        return []
+    return ["proved is the margin; drop and bound are those of the map that passed, and a little too good"]
+
+
 def _guard_lines(name: str, guard: GuardAnswer, alpha: float) -> list[str]:
     drop, error, upper = _told(guard.error, guard.drop, guard.error, guard.upper)
-    size = f"n = {guard.n:,}" + (f" in {guard.clusters:,} clusters" if guard.clusters != guard.n else "")
-    needed = "" if guard.held or guard.needed is None else f"; needs about {guard.needed:,} units"
+    size = f"n = {guard.n:,}{worth(guard.n, guard.clusters, guard.effective)}"
+    needed = "" if guard.needed is None else f"; needs {units_said(guard.needed)}"
     return [
         f"guard {name} {'held' if guard.held else 'NOT HELD'}: {drop} ± {error.lstrip('+')}"
         f"{' ' + guard.unit if guard.unit else ''}, baseline {guard.baseline:.5f},",

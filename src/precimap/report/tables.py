@@ -204,11 +204,21 @@ def run_page(run: RunRecord) -> RenderableType:
 
 def preflight_text(preflight: dict[str, Any]) -> RenderableType:
     """What the splits can tell, and what is worth knowing."""
-    lines = [
-        f"{preflight['search_units']:,} units choose, about {preflight['certify_units']:,} certify: "
-        f"they can tell a drop of {preflight['detectable']:.5f} or more"
-    ]
+    lines = [f"{preflight['search_units']:,} units choose, about {preflight['certify_units']:,} certify"]
+    lines += [_outlook_line(found) for found in preflight["outlook"]]
     return Text("\n".join([*lines, *(f"note: {note}" for note in preflight["notes"])]))
+
+
+def _outlook_line(found: dict[str, Any]) -> str:
+    """What the splits can tell of one metric, beside the margin that was asked for."""
+    if found["impossible"] is not None:
+        return f"no map can be certified: {found['impossible']}"
+    line = f"{found['label']}: a map without a drop, as noisy as everything low, passes at margins of "
+    line += f"{found['detectable']:.2g} and more" if math.isfinite(found["detectable"]) else "no size"
+    if found["detectable"] <= found["margin"]:
+        return f"{line}; yours is {found['margin']:g}"
+    needed = "" if found["about"] is None else f"; at yours it takes about {found['about']:,} units in each split"
+    return f"{line}, and yours is {found['margin']:g}: expect quieter maps, or none{needed}"
 
 
 def _savings(

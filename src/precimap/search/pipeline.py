@@ -15,7 +15,6 @@ from pathlib import Path
 
 from precimap.certificate import Certificate, Rounding
 from precimap.end_to_end import EndToEnd
-from precimap.errors import InputError
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
@@ -24,11 +23,10 @@ from precimap.layers.realign import score_layer
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics import NUMERICS_VERSION
 from precimap.numerics.schemes import Scheme
-from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap, Premise
 from precimap.search import preflight
 from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of, kept_for_time
-from precimap.search.asked import Asked
+from precimap.search.asked import Asked, schemes_of
 from precimap.search.batch_invariance import batch_dependence
 from precimap.search.calibrate import Calibration, calibrated
 from precimap.search.certificate.booking import Booking, chosen_on
@@ -41,12 +39,13 @@ from precimap.search.latency.planned import Latency
 from precimap.search.latency.serving import HERE, Serving, foreseen, timed_here
 from precimap.search.limits import USUAL_EFFORT, Effort, Limits, state_directory
 from precimap.search.progress import Progress, silent
-from precimap.search.proof import conclude, proved, stand_of
+from precimap.search.proof import Proof, conclude, proved, stand_of
 from precimap.search.realign import Realigner
 from precimap.search.run import Parts, Run, scored
 from precimap.search.same_task import check_first_batch, terms
+from precimap.search.sample_size import Outlook, outlook, pilots
 from precimap.search.splits.three_splits import SplitPrints, fingerprint_splits, unchanging
-from precimap.search.whole.assemble import Findings, premise_of
+from precimap.search.whole.assemble import Findings, assemble, premise_of
 from precimap.search.whole.choosing import chosen_maps, to_certify
 from precimap.search.whole.whole_maps import Joint
 from precimap.task import Task, first_batch
@@ -58,7 +57,8 @@ class SearchResult:
 
     map: the certified one, or all base precision when none passed. certificate: of that map, or of the first map that
     failed; None when no map got as far as the certify split. end_to_end: the times of the last map that was timed as a
-    whole, or None. `answer` says it in a sentence.
+    whole, or None. floor, evidence: None for a search that ended early, because no map could pass with these splits.
+    `answer` says it in a sentence.
     """
 
     map: PrecisionMap
@@ -66,8 +66,8 @@ class SearchResult:
     answer: str
     preflight: preflight.Preflight
     inventory: Inventory
-    floor: Comparison
-    evidence: Evidence
+    floor: Comparison | None
+    evidence: Evidence | None
     chain: tuple[Joint, ...]
     certificates: tuple[Certificate, ...]
     latency: Latency | None
@@ -119,7 +119,7 @@ def search(
     with another premise, AlphaSpent when the certify split has judged other maps before. The model stays as it was.
     """
     limits = Limits(margin, confidence, cutoff, alpha_budget)
-    chosen = _checked(schemes, target)
+    chosen = schemes_of(schemes, target)
     first = preflight.check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)
@@ -134,19 +134,10 @@ def search(
         bound = _bound_to(premise, task, target, prints)
         journal = stack.enter_context(run_journal(None if run is None else Path(run), bound))
         check_first_batch(journal, task, first.scored)
-        booking = Booking(task, prints.certify, first.scored, Path(ledger) if ledger else state_directory())
+        booking = Booking(task, prints, first.scored, Path(ledger) if ledger else state_directory())
         made = Run(task, journal, progress, ends_at)
         asked = Asked(made, chosen, limits, rule, target, effort, premise, on_preflight, serving, last)
         return _saved(_searched(asked, seen, booking), run)
-
-
-def _checked(schemes: Sequence[str | Scheme], target: Target) -> tuple[Scheme, ...]:
-    """The schemes by name. Raises InputError for what is easily given in another form."""
-    if isinstance(schemes, str) or not schemes:
-        raise InputError(f"expected a list of at least one scheme, such as ['fp8'], got {schemes!r}")
-    if isinstance(target, str):
-        raise InputError(f"expected a target such as pm.CPU_INT8 or pm.EMULATED, got the text {target!r}")
-    return tuple(scheme_by_name(s) if isinstance(s, str) else s for s in schemes)
 
 
 def _bound_to(premise: Premise, task: Task, target: Target, prints: SplitPrints) -> dict[str, str]:
@@ -181,13 +172,15 @@ class _Seen:
 def _searched(search: Asked, seen: _Seen, booking: Booking) -> SearchResult:
     run, task, alpha, inventory = search.run, search.run.task, search.limits.alpha, seen.inventory
     calibration = calibrated(run, inventory, search.schemes)
-    seen = _with_times(search, seen, calibration)
-    timed = seen.latency
-    stand = stand_of(search, inventory, calibration, seen.allowed, timed)
-    savings = None if timed is None else timed.savings
     baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
     preflight.check_baseline(task, baseline.whole)
-    checked = _preflight(search, seen, calibration, baseline, booking)
+    told = _outlook(search, seen, calibration, baseline)
+    if any(found.impossible is not None for found in told):
+        return _too_small(search, seen, calibration, _preflight(search, seen, calibration, baseline, told, booking))
+    seen = _with_times(search, seen, calibration)
+    stand = stand_of(search, inventory, calibration, seen.allowed, seen.latency)
+    savings = None if seen.latency is None else seen.latency.savings
+    checked = _preflight(search, seen, calibration, baseline, told, booking)
     floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha)
     run.journal.conclude("floor", "all layers", asdict(floor))
     pairs = open_pairs(seen.allowed, search.schemes)
@@ -221,11 +214,8 @@ def _searched(search: Asked, seen: _Seen, booking: Booking) -> SearchResult:
     findings = replace(findings, kept_for_time=kept)
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
-    proof = proved(search, findings, chosen, stand, timed, booking)
-    preflight.check_unchanged(task, booking.first)
-    rounding = _rounding(search, proof.map, baseline, realigner)
-    final = proof.map.model_copy(update={"rounding": rounding, "chosen_on": chosen_on(seen.prints.search)})
-    conclude(run, final, proof.answer)
+    proof = proved(search, findings, chosen, stand, seen.latency, booking)
+    final = _final(search, proof, baseline, realigner, booking)
     return SearchResult(
         final,
         proof.certificate,
@@ -236,9 +226,18 @@ def _searched(search: Asked, seen: _Seen, booking: Booking) -> SearchResult:
         evidence,
         chosen.joints,
         proof.certificates,
-        timed,
+        seen.latency,
         proof.end_to_end,
     )
+
+
+def _final(search: Asked, proof: Proof, baseline: Parts, realigner: Realigner | None, booking: Booking) -> PrecisionMap:
+    """The answer's map with its rounding draws and the units that chose it. Raises TaskError for scores that changed."""
+    preflight.check_unchanged(search.run.task, booking.first)
+    rounding = _rounding(search, proof.map, baseline, realigner)
+    final = proof.map.model_copy(update={"rounding": rounding, "chosen_on": chosen_on(booking.prints.search)})
+    conclude(search.run, final, proof.answer)
+    return final
 
 
 def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
@@ -252,19 +251,43 @@ def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
     return replace(seen, allowed=allowed, latency=times, notes=(*seen.notes, *times.notes))
 
 
+def _outlook(search: Asked, seen: _Seen, calibration: Calibration, baseline: Parts) -> tuple[Outlook, ...]:
+    """What the splits can tell of the gate and of each guard; before anything takes long."""
+    pairs, limits = open_pairs(seen.allowed, search.schemes), search.limits
+    share = len(seen.prints.certify.distinct) / len(seen.prints.search.distinct)
+    return tuple(
+        outlook(pilot, limits.margin if pilot.margin is None else pilot.margin, share, limits.alpha)
+        for pilot in pilots(search.run, seen.inventory, calibration, baseline, pairs)
+    )
+
+
+def _too_small(search: Asked, seen: _Seen, calibration: Calibration, checked: preflight.Preflight) -> SearchResult:
+    """The answer of a search that no map can pass: the baseline, and how many units it would take."""
+    run, inventory = search.run, seen.inventory
+    nothing = Findings(
+        inventory, search.schemes, seen.allowed, calibration, (), 0.0, search.target.name, search.premise, 0.5
+    )
+    answer = f"keep the baseline: cannot tell with these splits: {checked.impossible}"
+    final = assemble(nothing, {})
+    run.journal.conclude("chain", "search", {"maps": []})
+    run.journal.conclude("certificates", "certify", {"certificates": []})
+    conclude(run, final, answer)
+    return SearchResult(final, None, answer, checked, inventory, None, None, (), (), seen.latency, None)
+
+
 def _preflight(
-    search: Asked, seen: _Seen, calibration: Calibration, baseline: Parts, booking: Booking
+    search: Asked,
+    seen: _Seen,
+    calibration: Calibration,
+    baseline: Parts,
+    found: tuple[Outlook, ...],
+    booking: Booking,
 ) -> preflight.Preflight:
     inventory, task = seen.inventory, search.run.task
-    n = sum(baseline.sizes)
-    units = seen.prints.certify.n
-    drop = preflight.detectable(
-        task, inventory, calibration, baseline.whole, search.schemes, search.limits.alpha, max(2, units)
-    )
     coupled = batch_dependence(task, inventory, calibration, search.schemes, seen.allowed.open_pairs())
     doubts = preflight.doubts(task, baseline.whole, search.limits.margin)
     notes = (*doubts, *preflight.notes(inventory, coupled), *seen.allowed.idle(), *seen.notes)
-    checked = preflight.Preflight(n, units, drop, notes, coupled)
+    checked = preflight.Preflight(found[0].search_units, found[0].certify_units, found, notes, coupled)
     search.run.journal.conclude("preflight", task.name, asdict(checked))
     search.run.journal.conclude("inventory", task.name, asdict(inventory))
     if search.on_preflight is not None:

@@ -6,7 +6,7 @@ a TaskError; what is only worth knowing is a note. The model is scored, never ch
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,15 @@ from torch import Tensor
 from precimap.errors import ModelError, TaskError
 from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantized
-from precimap.layers.refusals import refusal
 from precimap.layers.views import plain_name
 from precimap.metrics.auc import AUC, GAUC
-from precimap.metrics.click import NE, LogLoss
+from precimap.metrics.click import NE, NE_MARGINS, LogLoss
 from precimap.metrics.guard import Head
 from precimap.metrics.metric import RELATIVE
-from precimap.metrics.paired import bounded, detectable_drop
-from precimap.numerics.schemes import Scheme
 from precimap.search.batch_invariance import BatchDependence
 from precimap.search.batches import along_units
-from precimap.search.calibrate import Calibration
-from precimap.search.evidence.probe import prepare
 from precimap.search.own_model import USERS_ERRORS, ModelState, check_given_model
+from precimap.search.sample_size import Outlook
 from precimap.search.splits.reads import Path, Reads, watched
 from precimap.search.splits.three_splits import first_of
 from precimap.task import Scored, Task, labels_of, score, to_device
@@ -36,20 +32,31 @@ from precimap.task import Scored, Task, labels_of, score, to_device
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
 INFLUENCE_TOLERANCE = 1e-4
 LARGE_RELATIVE_MARGIN = 0.1
+LARGE_NE_MARGIN = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What one batch showed. `detectable` is the drop that the certify split can tell from zero with 80 % power.
+    """What a few batches showed. outlook: what the splits can tell, of the gate first, then of each guard.
 
     batch_dependence: of each scheme under which units of one batch share a scale.
     """
 
     search_units: int
     certify_units: int
-    detectable: float
+    outlook: tuple[Outlook, ...]
     notes: tuple[str, ...]
     batch_dependence: tuple[BatchDependence, ...] = ()
+
+    @property
+    def detectable(self) -> float:
+        """The margin of the gate at which the certify split certifies a map without a drop, as noisy as everything low."""
+        return self.outlook[0].detectable
+
+    @property
+    def impossible(self) -> str | None:
+        """Why no map can be certified with these splits, None where one can."""
+        return next((found.impossible for found in self.outlook if found.impossible is not None), None)
 
 
 def check_weights(task: Task) -> None:
@@ -192,8 +199,12 @@ def doubts(task: Task, baseline: Scored, margin: float) -> tuple[str, ...]:
                 f"{name} of the baseline is {values[name]:.3f}; above 1 a model is worse than the mean label. Are the "
                 "scores logits (not probabilities) and the labels theirs?"
             )
-        if metric.unit == RELATIVE and accepted > LARGE_RELATIVE_MARGIN:
-            found.append(f"a margin of {accepted:g} for {name} is {accepted:.0%} of the baseline's; is that meant?")
+        large = LARGE_NE_MARGIN if isinstance(plain, NE) else LARGE_RELATIVE_MARGIN
+        if metric.unit == RELATIVE and accepted >= large:
+            usual = f" Teams that live by NE accept {', '.join(NE_MARGINS)}." if isinstance(plain, NE) else ""
+            found.append(
+                f"a margin of {accepted:g} for {name} is {accepted:.0%} of the baseline's; is that meant?{usual}"
+            )
     return tuple(found)
 
 
@@ -219,32 +230,6 @@ def _values(task: Task, baseline: Scored) -> dict[str, float]:
                 )
         found[guard.label] = guard.metric.value(*baseline.of_guard(guard.label))
     return found
-
-
-def detectable(
-    task: Task,
-    inventory: Inventory,
-    calibration: Calibration,
-    baseline: Scored,
-    schemes: Sequence[Scheme],
-    alpha: float,
-    n: int,
-) -> float:
-    """The drop that `n` units can tell from zero with 80 % power, from the spread that quantising everything causes.
-
-    Takes the first search batch, all layers in the first scheme they can take: the noisiest map there is.
-    """
-    choice = {}
-    for layer in inventory.layers:
-        possible = [scheme for scheme in schemes if refusal(layer, scheme) is None]
-        if possible:
-            choice[layer.name] = possible[0]
-    first = next(iter(task.splits.search))
-    with quantized(task.model, prepare(task, inventory, calibration, choice)):
-        scored = score(task, task.model, [first])
-    sample = task.metric.paired(baseline.values[: len(scored.values)], scored.values, scored.units)
-    drop = bounded(sample, alpha).drop
-    return detectable_drop(drop.error * drop.n**0.5, n, alpha) if isfinite(drop.error) else inf
 
 
 def notes(inventory: Inventory, coupled: Sequence[BatchDependence]) -> tuple[str, ...]:

@@ -21,11 +21,12 @@ from precimap.search.calibrate import Calibration
 from precimap.search.certificate.booking import Booking
 from precimap.search.eligibility import Eligibility
 from precimap.search.evidence.known import BYTES_WORTH
+from precimap.search.evidence.probe import Comparison
 from precimap.search.latency.planned import Latency
 from precimap.search.latency.whole import Stand
 from precimap.search.run import Run
 from precimap.search.whole.assemble import Findings, assemble
-from precimap.search.whole.whole_maps import Chosen, sequence
+from precimap.search.whole.whole_maps import Chosen, seen_on_search, sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +67,13 @@ def proved(
 
     Raises AlphaSpent, with what was found on the search split written down.
     """
-    maps = [joint.map for joint in sequence(chosen) if joint.map is not None]
+    maps, seen = [joint.map for joint in sequence(chosen) if joint.map is not None], seen_on_search(sequence(chosen))
     times = stand.times(maps[-1]) if stand is not None and maps else None
     if times is not None and not _worthwhile(search, findings.inventory, maps[-1], times):
         maps = []
     _write(search.run, times)
     try:
-        certificates = _certified(search, maps, booking)
+        certificates = _certified(search, maps, seen, booking)
     except AlphaSpent:
         said = "not certified: the alpha of the certify split is spent; what was found on the search split stays"
         search.run.journal.conclude("certificates", "certify", {"certificates": []})
@@ -110,11 +111,13 @@ def conclude(run: Run, final: PrecisionMap, answer: str) -> None:
     run.journal.conclude("summary", "answer", {"answer": answer, "map": json.loads(final.model_dump_json())})
 
 
-def _certified(search: Asked, chain: Sequence[PrecisionMap], booking: Booking) -> tuple[Certificate, ...]:
+def _certified(
+    search: Asked, chain: Sequence[PrecisionMap], seen: Sequence[Comparison | None], booking: Booking
+) -> tuple[Certificate, ...]:
     certificates: tuple[Certificate, ...] = ()
     if chain:
         said = f"{search.run.task.name}: {len(chain)} maps for {search.target.name}"
-        certificates = booking.judged(search.run, search.target, chain, search.limits, said)
+        certificates = booking.judged(search.run, search.target, chain, seen, search.limits, said)
     rows = [certificate.model_dump() for certificate in certificates]
     search.run.journal.conclude("certificates", "certify", {"certificates": rows})
     return certificates

@@ -21,6 +21,7 @@ from precimap.journal import Journal
 from precimap.metrics.custom import Custom
 from precimap.metrics.metric import Metric
 from precimap.search.splits.split_print import SplitPrint
+from precimap.search.splits.three_splits import SplitPrints
 from precimap.task import Scored, Task
 
 _KIND, _SUBJECT = "first batch", "search"
@@ -40,8 +41,8 @@ def terms(task: Task, split: SplitPrint) -> dict[str, str]:
     }
 
 
-def question_terms(task: Task, first: Scored, split: SplitPrint, coupled: bool) -> dict[str, str]:
-    """What makes a question about the same maps another one. split: the certify split; first: the first search batch.
+def question_terms(task: Task, first: Scored, prints: SplitPrints, coupled: bool) -> dict[str, str]:
+    """What makes a question about the same maps another one. first: the first search batch, as the base model scores it.
 
     coupled: whether a unit's score depends on its batch, so that other batches are other data. The code that scores is
     known by what it made of the first search batch, to four digits, so that the question is the same on another machine.
@@ -52,7 +53,8 @@ def question_terms(task: Task, first: Scored, split: SplitPrint, coupled: bool) 
     return {
         "metric": _said(task.metric),
         "guards": repr(guards),
-        "data": split.whole if coupled else split.evidence,
+        "data": prints.certify.whole if coupled else prints.certify.evidence,
+        "searched": prints.search.evidence,  # the worst unit there counts in the bound, too
         "first batch": repr([f"{first.losses.mean():.3e}", values]),
     }
 

@@ -17,21 +17,28 @@ from precimap.search.certificate.certify import Question, certify
 from precimap.search.certificate.known_units import IN_MAP, Sketch, shared_units
 from precimap.search.certificate.ledger import FRESH, AskedSplit, Ledger
 from precimap.search.certificate.older_prints import older_print
+from precimap.search.evidence.probe import Comparison
 from precimap.search.limits import Limits, chain_fingerprint
 from precimap.search.run import Run
 from precimap.search.same_task import question_terms
 from precimap.search.splits.split_print import SplitPrint
+from precimap.search.splits.three_splits import SplitPrints
 from precimap.task import Scored, Task
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Booking:
-    """The certify split of a task, and the directory of the ledgers. first: the first search batch, by the base model."""
+    """The splits of a task, and the directory of the ledgers. first: the first search batch, by the base model."""
 
     task: Task
-    split: SplitPrint
+    prints: SplitPrints
     first: Scored
     directory: Path
+
+    @property
+    def split(self) -> SplitPrint:
+        """The certify split."""
+        return self.prints.certify
 
     def ledger(self, budget: float) -> Ledger:
         """The split's account. Raises what `Ledger.open` raises."""
@@ -53,9 +60,17 @@ class Booking:
         )
 
     def judged(
-        self, run: Run, target: Target, chain: Sequence[PrecisionMap], limits: Limits, said: str
+        self,
+        run: Run,
+        target: Target,
+        chain: Sequence[PrecisionMap],
+        elsewhere: Sequence[Comparison | None],
+        limits: Limits,
+        said: str,
     ) -> tuple[Certificate, ...]:
-        """Book the question, then ask it: one certificate for each map that was tested. said: what the ledger calls it.
+        """Book the question, then ask it: one certificate for each map that was tested.
+
+        elsewhere: as `certify` takes it. said: what the ledger calls the question.
 
         Raises AlphaSpent where the split has given away too much, and what `certify` raises.
         """
@@ -63,7 +78,7 @@ class Booking:
         asked = chain_fingerprint(chain, limits.margin, self._terms(chain))
         spent = ledger.spend(asked, limits.alpha, f"{said}, margin {limits.margin:g}")
         question = Question(limits.margin, limits.alpha, spent, self.split.whole, self.split)
-        certificates = certify(run, target, chain, question)
+        certificates = certify(run, target, chain, question, elsewhere)
         before = ledger.answers_before(asked)
         ledger.answer([Answer(asked, c.map, c.margin, c.alpha, c.upper, c.certified) for c in certificates])
         return tuple(c.model_copy(update={"earlier": _earlier(before, c.map)}) for c in certificates)
@@ -71,7 +86,7 @@ class Booking:
     def _terms(self, chain: Sequence[PrecisionMap]) -> dict[str, str]:
         schemes = {one.scheme_of(name) for one in chain for name in one.low}
         coupled = any(scheme is not None and shares_a_scale(scheme) for scheme in schemes)
-        return question_terms(self.task, self.first, self.split, coupled)
+        return question_terms(self.task, self.first, self.prints, coupled)
 
 
 def chosen_on(split: SplitPrint) -> tuple[UnitSketch, ...]:

@@ -11,22 +11,26 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import nn
 
-from precimap.certificate import Certificate, GuardAnswer, Unrepaired
+from precimap.certificate import Certificate, GuardAnswer, Unrepaired, units_said
 from precimap.errors import TaskError
 from precimap.layers.quantized import quantize_map
 from precimap.layers.realign import realigned
 from precimap.layers.target import Target
 from precimap.metrics.guard import Guard
-from precimap.metrics.paired import Drop, units_needed
+from precimap.metrics.paired import Drop
+from precimap.metrics.power import needed_range
 from precimap.precision_map import PrecisionMap
 from precimap.search.evidence.probe import Comparison, compare, finite
 from precimap.search.run import Parts, Run, scored
-from precimap.search.splits.split_print import SplitPrint, same_units
+from precimap.search.splits.split_print import SplitPrint, counted_once
 from precimap.task import Scored, Task
 
-BOUND = "cluster t raised for skewness, plus one pseudo-cluster of worst loss"
+_T = "cluster t raised for skewness, plus one cluster that nobody has seen:"
+BOUND_WORST = f"{_T} it loses all that a unit can lose"
+BOUND_FARTHEST = f"{_T} it loses what the worst one lost, here or on the search split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +47,27 @@ class Question:
     known: SplitPrint | None = None
 
 
-def certify(run: Run, target: Target, chain: Sequence[PrecisionMap], question: Question) -> tuple[Certificate, ...]:
+def certify(
+    run: Run,
+    target: Target,
+    chain: Sequence[PrecisionMap],
+    question: Question,
+    elsewhere: Sequence[Comparison | None],
+) -> tuple[Certificate, ...]:
     """Test the maps of `chain`, safest first, up to the first failure.
 
+    elsewhere: what each map, or one above it, did on the search split; the worst unit there counts in the bound, too.
     Returns one certificate for each map that was tested; all but the last are certified.
     """
     task, looks = run.task, len(chain) + 1
     run.progress("certify", 0, looks)
     baseline = _certify_split(run, target, question, None)
     certificates: list[Certificate] = []
-    for number, precision_map in enumerate(chain):
+    for number, (precision_map, seen) in enumerate(zip(chain, elsewhere, strict=True)):
         run.progress("certify", number + 1, looks)
         other = _certify_split(run, target, question, precision_map)
-        found = _certificate(task, target, baseline, other, question, precision_map.fingerprint)
+        compared = compare(task, baseline, other, question.alpha, seen)
+        found = _certificate(task, target, baseline, compared, question, precision_map.fingerprint)
         if precision_map.realignment is not None:
             plain = _certify_split(run, target, question, precision_map.model_copy(update={"realignment": None}))
             found = found.model_copy(update={"unrepaired": _unrepaired(task, baseline, plain, question.alpha)})
@@ -71,10 +83,7 @@ def _certify_split(run: Run, target: Target, question: Question, precision_map: 
     task = run.task
 
     def running() -> AbstractContextManager[nn.Module]:
-        if precision_map is None:
-            return target.running(task.model, {})
-        model = realigned(task.model, precision_map.realignment)
-        return target.running(model, quantize_map(model, precision_map))
+        return target.running(task.model, {}) if precision_map is None else mapped(task.model, target, precision_map)
 
     subject = "baseline" if precision_map is None else precision_map.fingerprint
     timer = None if precision_map is None else target.whole_timer
@@ -86,13 +95,25 @@ def _certify_split(run: Run, target: Target, question: Question, precision_map: 
 
 
 def _counted_once(parts: Parts, known: SplitPrint | None) -> Scored:
-    """The scores of the split; units that stand in it more than once are one cluster, unless the task has clusters.
+    """The scores of the split, further copies of it left out; units that still stand there twice are one cluster.
 
-    Where it has, equal units have one cluster already: it is a part of what makes them equal.
+    Where the task has clusters of its own, equal units have one already: it is a part of what makes them equal.
     """
     whole = parts.whole
-    ids = None if known is None or whole.units.clusters is not None else same_units(known, parts.sizes)
-    return whole if ids is None else replace(whole, units=replace(whole.units, clusters=ids))
+    found = None if known is None else counted_once(known, parts.sizes)
+    if found is None:
+        return whole
+    rows, ids = found
+    kept = whole.only(rows)
+    if kept.units.clusters is not None or len(np.unique(ids)) == len(ids):
+        return kept
+    return replace(kept, units=replace(kept.units, clusters=ids))
+
+
+def mapped(model: nn.Module, target: Target, precision_map: PrecisionMap) -> AbstractContextManager[nn.Module]:
+    """The model as the target runs the map, realigned first if the map is."""
+    repaired = realigned(model, precision_map.realignment)
+    return target.running(repaired, quantize_map(repaired, precision_map))
 
 
 def _unrepaired(task: Task, baseline: Scored, plain: Scored, alpha: float) -> Unrepaired:
@@ -103,12 +124,14 @@ def _unrepaired(task: Task, baseline: Scored, plain: Scored, alpha: float) -> Un
 
 
 def _certificate(
-    task: Task, target: Target, baseline: Scored, other: Scored, question: Question, fingerprint: str
+    task: Task, target: Target, baseline: Scored, found: Comparison, question: Question, fingerprint: str
 ) -> Certificate:
-    found = compare(task, baseline, other, question.alpha)
-    guards = {guard.label: _guard_answer(guard, baseline, found, question.alpha) for guard in task.guarded}
-    certified = found.upper <= question.margin and all(answer.held for answer in guards.values())
-    needed = _needed(found.drop, found.upper, question.margin, question.alpha, task.metric.worst or found.largest)
+    sight, alpha = found.sight, question.alpha
+    assert sight is not None
+    guards = {guard.label: _guard_answer(guard, baseline, found, alpha) for guard in task.guarded}
+    held = found.upper <= question.margin and sight.shortage is None
+    certified = held and all(answer.held for answer in guards.values())
+    needed = _needed(found.drop, found.upper, question.margin, alpha, sight.limit or found.largest)
     evidence = found.evidence()
     return Certificate(
         metric=task.metric.name,
@@ -120,14 +143,16 @@ def _certificate(
         error=found.drop.error,
         upper=evidence.upper,
         margin=question.margin,
-        alpha=question.alpha,
+        alpha=alpha,
         spent_alpha=question.spent_alpha,
-        bound=BOUND,
+        bound=BOUND_FARTHEST if sight.limit is None else BOUND_WORST,
         baseline=task.metric.value(baseline.values, baseline.units),
         n=found.drop.n,
         clusters=found.drop.clusters,
         changed=found.drop.changed,
+        effective=sight.effective,
         needed=needed,
+        blind_spot=sight.blind_spot(found.drop.estimate, question.margin, alpha) if certified else None,
         guards=guards,
         reported={name: (drop.estimate, drop.error) for name, drop in found.reported.items()},
         split=question.split,
@@ -135,9 +160,9 @@ def _certificate(
     )
 
 
-def _needed(drop: Drop, upper: float, margin: float, alpha: float, worst: float | None) -> int | None:
-    """The units that would certify a true drop of this size; None for one that is certified, or that no number would."""
-    return None if upper <= margin else units_needed(drop, margin, alpha, worst=worst)
+def _needed(drop: Drop, upper: float, margin: float, alpha: float, worst: float) -> tuple[int, int | None] | None:
+    """The units that would certify a true drop of this size; None where the bound is within the margin already."""
+    return None if upper <= margin else needed_range(drop, margin, alpha, worst)
 
 
 def _guard_answer(guard: Guard, baseline: Scored, found: Comparison, alpha: float) -> GuardAnswer:
@@ -147,8 +172,10 @@ def _guard_answer(guard: Guard, baseline: Scored, found: Comparison, alpha: floa
             f"the certify split cannot judge the guard {guard.label}: it has no two units (or clusters) of it"
         )
     judged = found.guards[guard.label].found
+    held = judged.proves(guard.margin)
+    limit = judged.sight.limit or judged.largest
     return GuardAnswer(
-        held=judged.upper <= guard.margin,
+        held=held,
         drop=judged.drop.estimate,
         error=judged.drop.error,
         upper=finite(judged.upper),
@@ -157,23 +184,31 @@ def _guard_answer(guard: Guard, baseline: Scored, found: Comparison, alpha: floa
         baseline=guard.metric.value(*baseline.of_guard(guard.label)),
         n=judged.drop.n,
         clusters=judged.drop.clusters,
-        needed=_needed(judged.size, judged.upper, guard.margin, alpha, guard.metric.worst or judged.largest),
+        effective=judged.sight.effective,
+        needed=_needed(judged.size, judged.upper, guard.margin, alpha, limit),
+        blind_spot=judged.sight.blind_spot(judged.size.estimate, guard.margin, alpha) if held else None,
     )
 
 
-def _verdict(found: Comparison, guards: Mapping[str, GuardAnswer], margin: float, needed: int | None) -> str:
+def _verdict(
+    found: Comparison, guards: Mapping[str, GuardAnswer], margin: float, needed: tuple[int, int | None] | None
+) -> str:
     """Of the gate first, then of the first guard that is not held."""
-    if found.upper > margin:
-        return _failed("the drop", found.lower > margin, needed)
+    assert found.sight is not None
+    if found.upper > margin or found.sight.shortage is not None:
+        return _failed("the drop", found.lower > margin, found.sight.shortage, needed)
     for name, answer in guards.items():
         if not answer.held:
-            return _failed(f"the guard {name}", found.guards[name].found.lower > answer.margin, answer.needed)
+            judged = found.guards[name].found
+            return _failed(f"the guard {name}", judged.lower > answer.margin, judged.sight.shortage, answer.needed)
     return "certified"
 
 
-def _failed(what: str, surely: bool, needed: int | None) -> str:
+def _failed(what: str, surely: bool, shortage: str | None, needed: tuple[int, int | None] | None) -> str:
     if surely:
         return f"no: {what} is above the margin"
+    if shortage is not None:
+        return f"cannot tell {what}: {shortage}"
     if needed is None:
         return f"cannot tell: the estimate of {what} is not below the margin"
-    return f"cannot tell at this sample size: needs about {needed:,} units for {what}"
+    return f"cannot tell at this sample size: needs {units_said(needed)} for {what}"

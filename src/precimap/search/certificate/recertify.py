@@ -14,10 +14,12 @@ from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
 from precimap.search import preflight
 from precimap.search.certificate.booking import Booking, share_that_chose
+from precimap.search.certificate.certify import mapped
 from precimap.search.certificate.older_prints import older_print
+from precimap.search.evidence.probe import Comparison, compare
 from precimap.search.limits import Limits, state_directory
 from precimap.search.progress import Progress, silent
-from precimap.search.run import Run
+from precimap.search.run import Run, scored
 from precimap.search.splits.split_print import SplitPrint
 from precimap.search.splits.three_splits import SHARED_UNITS_ALLOWED, fingerprint_splits, unchanging
 from precimap.task import Task
@@ -48,15 +50,36 @@ def recertify(
     prints = fingerprint_splits(task, first.reads)
     _check_did_not_choose(task, precision_map, prints.certify)
     task = unchanging(task, prints)
-    booking = Booking(task, prints.certify, first.scored, Path(ledger) if ledger else state_directory())
+    booking = Booking(task, prints, first.scored, Path(ledger) if ledger else state_directory())
     said = f"{task.name}: one map for {precision_map.target}"
     with run_journal(None, {}) as journal:
-        (certificate,) = booking.judged(Run(task, journal, progress), target, [precision_map], limits, said)
+        run = Run(task, journal, progress)
+        seen = _on_search(run, target, precision_map, limits.alpha) if _needs_search(task, prints.certify) else None
+        (certificate,) = booking.judged(run, target, [precision_map], [seen], limits, said)
     preflight.check_unchanged(task, first.scored)
     before = () if precision_map.certificate is None else _history(precision_map.certificate)
     known = [row for row in before if row not in certificate.earlier and not _same(row, certificate)]
     certificate = certificate.model_copy(update={"earlier": (*known, *certificate.earlier)})
     return precision_map.model_copy(update={"certificate": certificate})
+
+
+def _needs_search(task: Task, certify: SplitPrint) -> bool:
+    """Whether the bound looks at the search split: for a loss without a limit, or clusters of unequal size."""
+    metrics = [task.metric, *(guard.metric for guard in task.guarded)]
+    unequal = task.clusters is not None or task.weights is not None or certify.repeated > 0
+    return unequal or any(metric.worst is None for metric in metrics)
+
+
+def _on_search(run: Run, target: Target, precision_map: PrecisionMap, alpha: float) -> Comparison:
+    """What the map does on the task's search split: the worst unit there counts in the bound, too."""
+    parts = [
+        scored(run, "search", name, run.task.splits.search, running)
+        for name, running in (
+            ("baseline", lambda: target.running(run.task.model, {})),
+            ("map", lambda: mapped(run.task.model, target, precision_map)),
+        )
+    ]
+    return compare(run.task, parts[0].whole, parts[1].whole, alpha)
 
 
 def _check_did_not_choose(task: Task, precision_map: PrecisionMap, certify: SplitPrint) -> None:

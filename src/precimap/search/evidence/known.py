@@ -11,6 +11,7 @@ from enum import StrEnum
 import numpy as np
 
 from precimap.layers.inventory import Inventory
+from precimap.metrics.guard import Head
 from precimap.metrics.metric import Metric
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.ladders import Option
@@ -86,7 +87,10 @@ def price(metric: Metric, known: Sequence[Known], margin: float) -> Price:
     """
     units = [found.decisive.drop.n for found in known if found.decisive is not None]
     enough = len(units) == len(known) and bool(units) and min(units) >= UNITS_FOR_ORDER
-    return Price(Currency.MEAN if metric.worst is None or enough else Currency.VARIANCE, margin)
+    plain = metric.metric if isinstance(metric, Head) else metric
+    # A loss stays one where its owner declares the worst of it: then the class knows none.
+    is_loss = plain.worst is None or getattr(type(plain), "worst", None) is None
+    return Price(Currency.MEAN if is_loss or enough else Currency.VARIANCE, margin)
 
 
 def cost(found: Known, counted: Price) -> float:

@@ -18,6 +18,7 @@ from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.metrics.guard import Guard
 from precimap.metrics.paired import Bounded, Drop, bounded, drop_of
+from precimap.metrics.sight import Sight
 from precimap.numerics.schemes import Scheme, scheme_key
 from precimap.precision_map import Evidence
 from precimap.search.calibrate import Calibration, codes
@@ -44,6 +45,7 @@ class Comparison:
     """A model against the baseline on one split: the drop of the gate, its bounds, and the drops of reported metrics.
 
     The drop of a two-sided gate is its size. guards: what could be measured of them, by label, with their margins.
+    sight: what these units can see of the gate's drop; None where the comparison is a prediction.
     """
 
     drop: Drop
@@ -52,6 +54,7 @@ class Comparison:
     reported: dict[str, Drop]
     largest: float  # the largest |difference| of one unit
     guards: dict[str, Guarded] = field(default_factory=dict)
+    sight: Sight | None = None
 
     def within(self, margin: float) -> bool:
         """Whether the bounds of the gate and of every guard are at most their margins."""
@@ -90,27 +93,34 @@ class Probe:
     seconds: float
 
 
-def compare(task: Task, baseline: Scored, other: Scored, alpha: float) -> Comparison:
-    """The paired comparison of two scorings of one split."""
-    gate = bounded(task.metric.paired(baseline.values, other.values, baseline.units), alpha)
+def compare(
+    task: Task, baseline: Scored, other: Scored, alpha: float, elsewhere: Comparison | None = None
+) -> Comparison:
+    """The paired comparison of two scorings of one split. elsewhere: the same map's on other data, for what it saw there."""
+    far = None if elsewhere is None or elsewhere.sight is None else elsewhere.sight.farthest
+    gate = bounded(task.metric.paired(baseline.values, other.values, baseline.units), alpha, far)
     reported = {
         metric.name: drop_of(metric.paired(baseline.reported[metric.name], other.reported[metric.name], baseline.units))
         for metric in task.reported
         if metric.name in other.reported
     }
+    seen = {} if elsewhere is None else elsewhere.guards
     found = {
-        guard.label: _guarded(guard, baseline, other, alpha) for guard in task.guarded if guard.label in other.guards
+        guard.label: _guarded(guard, baseline, other, alpha, seen.get(guard.label))
+        for guard in task.guarded
+        if guard.label in other.guards
     }
     guards = {label: guarded for label, guarded in found.items() if guarded is not None}
-    return Comparison(gate.size, gate.lower, gate.upper, reported, gate.largest, guards)
+    return Comparison(gate.size, gate.lower, gate.upper, reported, gate.largest, guards, gate.sight)
 
 
-def _guarded(guard: Guard, baseline: Scored, other: Scored, alpha: float) -> Guarded | None:
+def _guarded(guard: Guard, baseline: Scored, other: Scored, alpha: float, elsewhere: Guarded | None) -> Guarded | None:
     """None where these few units cannot tell: none of them in the slice, or one cluster. Whole splits are checked first."""
     if guard.label in baseline.slices and not baseline.slices[guard.label].any():
         return None
     (before, units), (after, _) = baseline.of_guard(guard.label), other.of_guard(guard.label)
-    found = bounded(guard.metric.paired(before, after, units), alpha)
+    far = None if elsewhere is None else elsewhere.found.sight.farthest
+    found = bounded(guard.metric.paired(before, after, units), alpha, far)
     return Guarded(found, guard.margin) if found.drop.clusters > 1 else None
 
 

@@ -73,24 +73,30 @@ class SplitPrint:
         return self.n - len(self.distinct)
 
 
-def same_units(known: SplitPrint, sizes: tuple[int, ...]) -> NDArray[np.int64] | None:
-    """An id for each unit of a split, equal for units that are one; None where all are different.
+def counted_once(known: SplitPrint, sizes: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """The rows of a split that count, and an id for each of them, equal for units that are one; None where all differ.
+
+    A split that is some copies of another one counts as that one: its later copies are left out, which changes no mean.
+    What still stands there more often than the rest stays, with the id of its unit: a log may repeat rows by nature.
 
     sizes: units of each batch as they were scored. Where a batch turned out to hold another number of units than its
     columns told, its units are known by the batch and their place in it.
     """
     if not known.repeated:
         return None
-    if sizes == known.sizes:
-        return known.units.view(np.int64)
     parts, start = [], 0
     for number, (size, told) in enumerate(zip(sizes, known.sizes, strict=True)):
         batch = np.uint64(int(known.batches[number], 16))
         own = finished(np.arange(size, dtype=np.uint64) + batch)
         parts.append(known.units[start : start + told] if size == told else own)
         start += told
-    ids = np.concatenate(parts).view(np.int64)
-    return ids if len(np.unique(ids)) < len(ids) else None
+    units = np.concatenate(parts)
+    _, unit, counts = np.unique(units, return_inverse=True, return_counts=True)
+    order = np.argsort(unit, kind="stable")
+    copy = np.empty(len(units), np.int64)  # which of its copies a row is, from 0
+    copy[order] = np.arange(len(units)) - np.repeat(np.cumsum(counts) - counts, counts)
+    rows = np.flatnonzero(copy < (counts // np.gcd.reduce(counts))[unit])
+    return rows, units.view(np.int64)[rows]
 
 
 def split_print(task: Task, name: str, reads: Reads) -> SplitPrint:

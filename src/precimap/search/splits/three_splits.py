@@ -118,7 +118,9 @@ def _notes(task: Task, found: dict[str, SplitPrint]) -> tuple[str, ...]:
             )
     for split in (search, certify):
         if split.repeated:
-            counted = "; the certify split counts equal units as one cluster" if task.clusters is None else ""
+            counted = (
+                "; equal units count as one cluster, whole copies of the split once" if task.clusters is None else ""
+            )
             notes.append(
                 f"{_share(split.repeated / split.n, split.n)} of the {split.name} split's {split.n:,} units have stood in "
                 f"it before ({len(split.distinct):,} different ones): a loader that repeats, or padding?{counted}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from precimap.layers.inventory import Inventory, Layer
-from precimap.metrics.paired import units_needed
+from precimap.metrics.power import units_needed
 from precimap.numerics.schemes import Scheme
 from precimap.precision_map import Decision, PrecisionMap, Premise, Verdict
 from precimap.search.calibrate import Calibration
@@ -108,6 +108,8 @@ def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequenc
         return Verdict.PINNED, "kept by the user"
     if not known and findings.eligibility.is_slower(layer.name):
         return Verdict.SLOWER, "; ".join(findings.eligibility.reasons(layer.name))
+    if not known and any(name == layer.name for name, _ in findings.eligibility.open_pairs()):
+        return Verdict.UNDECIDED, "it was not measured: the search ended before"
     if not known:
         return Verdict.INELIGIBLE, "; ".join(findings.eligibility.reasons(layer.name))
     if chosen is None and layer.name in findings.kept_for_time:

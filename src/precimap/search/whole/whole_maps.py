@@ -184,3 +184,13 @@ def sequence(chosen: Chosen) -> tuple[Joint, ...]:
     if chosen.best is None:
         return ()
     return chosen.joints[max(0, chosen.best - CERTIFIED_BELOW) : chosen.best + 1]
+
+
+def seen_on_search(joints: Sequence[Joint]) -> tuple[Comparison | None, ...]:
+    """What each map of a sequence did on the search split; one that was not measured, as the next one above it that was."""
+    found: list[Comparison | None] = []
+    above: Comparison | None = None
+    for joint in reversed(joints):
+        above = joint.measured or above
+        found.append(above)
+    return tuple(reversed(found))
