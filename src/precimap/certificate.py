@@ -32,9 +32,14 @@ class BlindSpot(Record):
     weight: float | None
 
     def __str__(self) -> str:
+        return f"Blind spot: {self.told}"
+
+    @property
+    def told(self) -> str:
+        """In a sentence, without its heading."""
         if self.weight is not None:
             return (
-                f"Blind spot: the {self.looked_at:,} {self.noun}s are of unequal weight and worth {self.effective:,.3g} of "
+                f"the {self.looked_at:,} {self.noun}s are of unequal weight and worth {self.effective:,.3g} of "
                 f"equal weight. Kinds of {self.noun} rarer than 1 in {_counted(self.one_in)} may be missing among them; "
                 f"where those hold {self.weight:.2%} of the weight, a loss in all of them breaks the margin."
             )
@@ -42,10 +47,7 @@ class BlindSpot(Record):
         cost = (
             "" if self.cost is None else f"; it would have to cost {self.cost:.2g} {self.unit} each to break the margin"
         )
-        return (
-            f"Blind spot: a loss that hits fewer than 1 {self.noun} in {_counted(self.one_in)}{rare} would not be seen"
-            f"{cost}."
-        )
+        return f"a loss that hits fewer than 1 {self.noun} in {_counted(self.one_in)}{rare} would not be seen{cost}."
 
 
 def _counted(number: float) -> str:
@@ -182,8 +184,8 @@ class Certificate(Record):
     @property
     def blind_spots(self) -> tuple[str, ...]:
         """What nothing here speaks of, a sentence for the gate and each guard that has one."""
-        own = {"": self.blind_spot, **{f"Guard {name}. ": guard.blind_spot for name, guard in self.guards.items()}}
-        return tuple(f"{whose}{spot}" for whose, spot in own.items() if spot is not None)
+        spots = {"": self.blind_spot, **{f" of the guard {name}": g.blind_spot for name, g in self.guards.items()}}
+        return tuple(f"Blind spot{whose}: {spot.told}" for whose, spot in spots.items() if spot is not None)
 
 
 def units_said(needed: tuple[int, int | None]) -> str:
