@@ -373,8 +373,8 @@ def test_a_sketch_tells_the_share_within_its_error(n: int, start: int, m: int, k
     assert (same.n, same.prints.tolist()) == (sketch.n, sketch.prints.tolist())
 
 
-def test_ten_million_units_are_known_by_half_a_megabyte(tmp_path: Path) -> None:
-    """One unit in a hundred is found in a split of a tenth of the size."""
+def test_a_million_units_are_known_by_a_file_of_less_than_a_megabyte(tmp_path: Path) -> None:
+    """Shares of 2 % and of a half are found in a split of a tenth of the size."""
     known = finished(np.arange(10**6, dtype=np.uint64))
     Ledger.open(tmp_path, AskedSplit("large", (known,), lambda: ""), 0.05).spend("a", 0.05, "a")
     assert (tmp_path / "large.alpha.json").stat().st_size < 800_000

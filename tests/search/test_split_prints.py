@@ -118,6 +118,20 @@ def test_the_same_data_are_known_where_reads_cannot_be_watched(form: Callable[[d
     assert known(printed([form(b) for b in cut(rows(1), 7)], Reads(), labels=label), plain) < 0.01
 
 
+def test_a_constant_is_no_new_data_where_no_column_tells_by_itself() -> None:
+    """Also the other way round: what is constant in a part of the data stands in the whole with other values."""
+
+    def narrow(n: int, **more: Any) -> SplitPrint:
+        batch = SimpleNamespace(x=WHOLE["x"][:n, :3], label=WHOLE["label"][:n], **{k: v[:n] for k, v in more.items()})
+        return printed([batch], Reads(), labels=lambda b: b.label)
+
+    plain, day = narrow(N), torch.arange(N) // 10
+    assert plain.wide == ()
+    assert known(narrow(N, one=torch.ones(N)), plain) == 1
+    assert known(plain, narrow(N, one=torch.full((N,), 7))) == 1
+    assert known(narrow(10, day=day), narrow(N, day=day)) == 1
+
+
 def texts(seed: int) -> list[str]:
     return [f"unit {seed} {k}" for k in range(N)]
 
