@@ -16,7 +16,7 @@ ORDER = (
     {"hardware_profile"},
     {"end_to_end"},
     {"decisions", "precision_map"},
-    {"layers", "fingerprints"},
+    {"layers", "fingerprints", "content", "jagged"},
     {"metrics"},
     {"per_unit"},
     {"task", "task_file"},

@@ -27,7 +27,7 @@ from precimap.numerics.schemes import SCHEMES, range_rule_from_row
 from precimap.report.run_record import read_run
 from precimap.runtime.checkpoint import DIGEST_KEY, METADATA_KEY, _digest
 from precimap.runtime.deploy import deployed_layers, deployment_of
-from precimap.search.certificate.ledger import Ledger
+from precimap.search.certificate.ledger import AskedSplit, Ledger
 from precimap.task_file import load_task
 from small_maps import a_map, certified, decision
 
@@ -235,17 +235,18 @@ def test_profiles(folder: Path) -> None:
 
 def test_ledgers(folder: Path) -> None:
     chance = random.Random(SEED)
-    book = Ledger.open(folder, "split", 0.9)
+    split = AskedSplit("split", (np.arange(100, dtype=np.uint64),), lambda: "")
+    book = Ledger.open(folder, split, 0.9)
     for name in ("one", "two"):
         book.spend(name, 0.05, f"what {name} is")
     row = json.loads(book.path.read_text())
     for number in range(CASES):
         book.path.write_bytes(hostile(row, number, chance))
-        refused(lambda: Ledger.open(folder, "split", 0.9).judged(), number)
+        refused(lambda: Ledger.open(folder, split, 0.9).judged(), number)
     for content in (b"[" * 100_000, b"\xff", b"", b"{}"):
         book.path.write_bytes(content)
         with pytest.raises(JournalError, match="Do not delete it"):
-            Ledger.open(folder, "split", 0.9)
+            Ledger.open(folder, split, 0.9)
 
 
 def test_journals_as_bytes(folder: Path) -> None:

@@ -104,6 +104,19 @@ class Unrepaired(Record):
     guards: dict[str, tuple[float, float]] = Field(default_factory=dict)
 
 
+class Earlier(Record):
+    """What a certify split said of the same map before: one of several tries makes a weaker proof than the only one.
+
+    upper: None where there was no finite bound.
+    """
+
+    split: str
+    margin: float = Field(gt=0)
+    alpha: float = Field(gt=0, lt=1)
+    upper: float | None
+    certified: bool
+
+
 class Certificate(Record):
     """The answer of the certify split about one map.
 
@@ -113,7 +126,8 @@ class Certificate(Record):
     are somewhat too good (docs/how-it-decides.md). `effective`: how many clusters of equal weight the clusters are worth.
     `needed`: the units that would certify a drop of this size, fewest and most as the estimate's own error allows (most
     None: no number might do); None for a map that is certified, or where no number would do. `spent_alpha`: what this
-    split has given away in all, this map included. `blind_spot`: what no number here speaks of.
+    split has given away in all, this map included. `blind_spot`: what no number here speaks of. `earlier`: the judgements
+    of this map before this one, as far as they are known here.
     """
 
     metric: str
@@ -140,6 +154,7 @@ class Certificate(Record):
     unrepaired: Unrepaired | None = None
     split: str
     map: str
+    earlier: tuple[Earlier, ...] = ()
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -164,7 +179,9 @@ class Certificate(Record):
             yield f"alpha {self.alpha:g} was spent, and {self.spent_alpha:g} in all"
 
     def __str__(self) -> str:
-        return " ".join((f"{self.verdict}: {self.statement}", *self.guard_statements, *self.blind_spots, self.claim))
+        history = (f"{self.history[:1].upper()}{self.history[1:]}.",) if self.earlier else ()
+        said = (f"{self.verdict}: {self.statement}", *self.guard_statements, *self.blind_spots, self.claim)
+        return " ".join((*said, *history))
 
     @property
     def statement(self) -> str:
@@ -177,6 +194,19 @@ class Certificate(Record):
             + ("" if self.certified else f", margin {self.margin:g}")
             + f"; n = {self.n}{worth(self.n, self.clusters, self.effective)}, {self.changed} changed; "
             + f"alpha spent on this split {self.spent_alpha:g}."
+        )
+
+    @property
+    def history(self) -> str:
+        """How often this map was judged before, in a sentence without its full stop; empty if it never was."""
+        if not self.earlier:
+            return ""
+        said_no = sum(not row.certified for row in self.earlier)
+        alpha = min(1.0, self.alpha + sum(row.alpha for row in self.earlier))
+        tries = "once" if len(self.earlier) == 1 else f"{len(self.earlier)} times"
+        return (
+            f"this map was judged {tries} before and failed {said_no} of them: counting all, the chance of a false yes "
+            f"is up to {alpha:g}"
         )
 
     @property

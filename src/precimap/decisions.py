@@ -85,6 +85,16 @@ class Premise(Record):
     torch: str
 
 
+class UnitSketch(Record):
+    """By which the units that chose a map are known again: how many there are, and the smallest of their prints.
+
+    prints: base64 of uint64, ascending, see `precimap.search.certificate.known_units`.
+    """
+
+    n: int = Field(ge=0)
+    prints: str
+
+
 class Realignment(Record):
     """A scale and a shift of each output of `layer`, the nn.Linear that makes the scores, to be folded into it.
 

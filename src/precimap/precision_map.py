@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from precimap.certificate import Certificate, Record, Rounding
-from precimap.decisions import Decision, Evidence, Premise, Realignment, Verdict
+from precimap.decisions import Decision, Evidence, Premise, Realignment, UnitSketch, Verdict
 from precimap.durable import write_text
 from precimap.end_to_end import EndToEnd
 from precimap.errors import MapError, PremiseMismatch, SchemeError
@@ -56,6 +56,7 @@ class PrecisionMap(Record):
     rounding: Rounding | None = None
     realignment: Realignment | None = None
     end_to_end: EndToEnd | None = None
+    chosen_on: tuple[UnitSketch, ...] = ()
     digest: str | None = None
 
     @model_validator(mode="after")

@@ -145,6 +145,13 @@ class Scored:
             return self.guards[label], self.units
         return self.guards[label][rows], self.units.only(rows)
 
+    def only(self, rows: np.ndarray) -> "Scored":
+        """The chosen units. Raises TaskError for none."""
+        reported, guards, slices = (
+            {name: values[rows] for name, values in getattr(self, kind).items()} for kind in NAMED
+        )
+        return Scored(self.values[rows], self.losses[rows], reported, guards, slices, self.units.only(rows))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredPart:

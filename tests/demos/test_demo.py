@@ -90,7 +90,7 @@ def test_both_sides_are_tasks_whose_units_do_not_touch() -> None:
     encoder, tokenizer = load_encoder(), load_tokenizer()
     for build in (query_task, document_task):
         task = build(encoder, tokenizer, SMALL)
-        assert check_task(task) is None
+        assert check_task(task).notes == ()
         found = score(task, task.model, task.splits.search)
         assert found.units.n == 56
         assert float(found.reported["MRR@10"].mean()) > 0.5, "the right text is usually among the first"

@@ -166,7 +166,7 @@ def task_of(model: nn.Module) -> Task:
 def map_of(task: Task, choice: dict[str, str], target: str = "cpu-int8") -> PrecisionMap:
     """A map as a search writes it, of a choice made here."""
     from precimap.fingerprints import of_weights
-    from precimap.search.preflight import fingerprint_splits
+    from precimap.search.splits.three_splits import fingerprint_splits
 
     inventory = discover(task.model, task.forward, ranker_batch())
     chosen: dict[str, Scheme] = {name: SCHEMES[name] for name in choice.values()}

@@ -247,7 +247,8 @@ def test_probabilities_and_margins_of_several_times_the_metric_are_doubted(tmp_p
     assert any("NE of the baseline is" in note and "logits (not probabilities)" in note for note in seen)
     assert any("a margin of 5 for NE is 500% of the baseline's" in note for note in seen)
     seen.clear()
-    searched(click_task(metric=NE()), tmp_path, margin=0.005, on_preflight=lambda found: seen.extend(found.notes))
+    told = {"margin": 0.005, "on_preflight": lambda found: seen.extend(found.notes)}
+    searched(click_task(metric=NE()), tmp_path / "other", **told)
     assert not [note for note in seen if ("baseline" in note and "is that meant" in note) or "logits" in note]
 
 

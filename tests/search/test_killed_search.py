@@ -219,7 +219,7 @@ def test_a_second_search_of_the_same_run_is_refused(start: Start, undisturbed: A
 
 
 def test_a_run_that_a_fault_interrupted_goes_on_when_it_is_repaired(undisturbed: Attempt, tmp_path: Path) -> None:
-    faults = (27, 31, 36, 41)  # forwards until the next one
+    faults = (27, 46, 34, 60)  # forwards until the next one
     stages = []
     for fault in faults:
         left = iter(range(fault))
@@ -267,7 +267,7 @@ OTHER_PREMISES: dict[str, Callable[[Task], Task]] = {
 @pytest.mark.parametrize("what", OTHER_PREMISES)
 def test_another_premise_is_refused_by_name_and_changes_nothing(what: str, undisturbed: Attempt) -> None:
     before = measured(undisturbed.folder)
-    with pytest.raises(JournalError, match=rf"another premise: {what} was .*take the run up again"):
+    with pytest.raises(JournalError, match=rf"another premise: .*\b{what} was .*take the run up again"):
         searched(OTHER_PREMISES[what](task_of()), undisturbed.folder)
     assert measured(undisturbed.folder) == before
 
@@ -277,7 +277,9 @@ def test_fresh_certify_data_is_judged_from_the_same_measurements(undisturbed: At
     folder = tmp_path / "again"
     shutil.copytree(undisturbed.folder, folder)
     before = {key: value for key, value in measured(folder).items() if key[0] != "certify"}
-    found = searched(_spoil("certify")(task_of()), folder)
+    task = task_of()
+    fresh = [{**batch, "x": batch["x"] + 1e-3} for batch in task.splits.certify]
+    found = searched(replace(task, splits=replace(task.splits, certify=fresh)), folder)
     after = {key: value for key, value in measured(folder).items() if key[0] != "certify"}
     assert after == before
     assert found.certificate is not None
@@ -316,7 +318,7 @@ def test_another_effort_takes_no_measurement_for_another(tmp_path: Path) -> None
 # --- out of time --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("minutes", [1e-9, 50, 58, 66])
+@pytest.mark.parametrize("minutes", [1e-9, 60, 70, 80])
 def test_a_run_that_was_out_of_time_is_valid_and_goes_on_later(
     minutes: float, undisturbed: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +331,7 @@ def test_a_run_that_was_out_of_time_is_valid_and_goes_on_later(
     assert PrecisionMap.load(tmp_path / "run" / "map.json") == short.map
     assert set(short.map.layers) == set(full.layers)
     assert short.certified == bool(short.map.low) == short.answer.startswith("certified")
-    assert short.certified == (minutes == 66), "the first look at a whole map is begun at 64 minutes"
+    assert short.certified == (minutes == 80), "the first look at a whole map is begun after 70 minutes"
     if not short.certified:
         assert short.answer == "keep the baseline: time ran out before a map was measured as a whole"
         assert not (tmp_path / "ledger").exists(), "no look at the certify split, no alpha"

@@ -193,17 +193,25 @@ def test_the_certify_split_remembers(tmp_path: Path) -> None:
     assert other.certificate.spent_alpha == pytest.approx(0.1)
 
 
-def test_a_map_is_judged_again_for_free_only_for_a_wider_margin(tmp_path: Path, result: SearchResult) -> None:
+def test_every_margin_of_a_map_is_booked_and_the_same_again_is_free(tmp_path: Path, result: SearchResult) -> None:
+    """What certificate the map brings along changes nothing: the ledger says what was asked."""
     task = planted_task()
-    wider = recertify(task, result.map, target=_emulated(), margin=2 * MARGIN, ledger=tmp_path / "none")
+    asked: dict[str, Any] = {"target": _emulated(), "ledger": tmp_path}
+    wider = recertify(task, result.map, margin=2 * MARGIN, **asked)
     assert wider.certificate is not None
     assert result.certificate is not None
     assert wider.certificate.upper == result.certificate.upper
-    assert not (tmp_path / "none").exists()
-    narrow = recertify(task, result.map, target=_emulated(), margin=MARGIN / 100, ledger=tmp_path / "some")
+    assert wider.certificate.spent_alpha == 0.05
+    again = recertify(task, result.map, margin=2 * MARGIN, **asked)
+    assert again.certificate is not None
+    assert again.certificate.spent_alpha == 0.05
+    for margin in (MARGIN / 100, 3 * MARGIN):
+        with pytest.raises(AlphaSpent):
+            recertify(task, result.map, margin=margin, **asked)
+    narrow = recertify(task, result.map, margin=MARGIN / 100, alpha_budget=0.1, **asked)
     assert narrow.certificate is not None
     assert not narrow.certificate.certified
-    assert (tmp_path / "some").exists()
+    assert narrow.certificate.spent_alpha == pytest.approx(0.1)
 
 
 def _emulated() -> Any:

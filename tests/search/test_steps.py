@@ -23,9 +23,9 @@ from precimap.search.certificate.certify import Question, certify
 from precimap.search.eligibility import eligibility
 from precimap.search.evidence.floor import rounding_floor
 from precimap.search.evidence.probe import compare, probe
-from precimap.search.preflight import fingerprint_splits
 from precimap.search.progress import silent
 from precimap.search.run import Parts, Run, scored
+from precimap.search.splits.three_splits import fingerprint_splits
 from precimap.search.whole.assemble import Findings, assemble, premise_of
 from precimap.task import Task, score
 from small_tasks import planted_task

@@ -32,7 +32,7 @@ def certificate_text(certificate: Certificate) -> RenderableType:
         lines.append(f"without the realigned last logit: {drop} ± {error.lstrip('+')}, upper bound {upper}")
         lines += [f"  guard {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in plain.guards.items()]
     lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
-    lines += [*certificate.blind_spots, certificate.claim]
+    lines += [*certificate.blind_spots, *([certificate.history] if certificate.earlier else []), certificate.claim]
     head = lines_of([certificate.verdict.upper()], "bold green" if certificate.certified else "bold yellow")
     return Group(head, lines_of(f"  {line}" for line in lines))
 

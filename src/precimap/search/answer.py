@@ -4,29 +4,13 @@ Invariant: a "no" is an answer with its number: the bound that was too wide, or 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from precimap.certificate import Certificate
 from precimap.end_to_end import BLANKET, EndToEnd
 from precimap.precision_map import PrecisionMap
-from precimap.search.certificate.ledger import Ledger
 from precimap.search.latency.planned import Latency
-from precimap.search.limits import Limits
 from precimap.search.whole.assemble import Findings, assemble
 from precimap.search.whole.whole_maps import Chosen
-
-
-def alpha_note(ledger: Path, split: str, limits: Limits) -> str | None:
-    """Said before the long work: whether the certify split can still judge maps that it has not judged."""
-    if not ledger.is_dir():
-        return None
-    spent = sum(entry.alpha for entry in Ledger.open(ledger, split, limits.budget).judged())
-    if spent + limits.alpha <= limits.budget * (1 + 1e-9):
-        return None
-    return (
-        f"the certify split has given away alpha {spent:g}: other maps than those it has judged need fresh data or an "
-        f"alpha budget of {spent + limits.alpha:g} (--alpha-budget)"
-    )
 
 
 def answer_of(

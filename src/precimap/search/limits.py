@@ -3,13 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from precimap.errors import InputError
-from precimap.metrics.guard import Guard
 from precimap.precision_map import PrecisionMap
 
 
@@ -91,11 +90,16 @@ def state_directory() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "precimap"
 
 
-def chain_fingerprint(chain: Sequence[PrecisionMap], guards: Sequence[Guard] = ()) -> str:
-    """What the ledger calls a chain: its maps in order, the metric that judges them, and the guards with their margins.
+def chain_fingerprint(chain: Sequence[PrecisionMap], margin: float, terms: Mapping[str, str]) -> str:
+    """What the ledger calls a question: the maps in order, the margin of the gate, and all that makes another one of it.
 
-    One bound of the gate serves every margin of its own; several guards with several margins are several questions.
+    terms: the metric with its parameters, guards with their margins, the data, what the task says of them
+    (`precimap.search.same_task.question_terms`).
+
+    The margin belongs to it because a chain stops at another map under another margin: with maps of true drops d1 < d2 < d3,
+    asked at margins just below each of them, each question has a first bad map of its own, and a chance of up to alpha to
+    pass it. (For a chain of one map these events are nested and alpha would hold for all margins together; but its bound is
+    on the certificate, so that a wider margin needs no question.)
     """
-    asked = [chain[0].premise.metric, *([guard.label, guard.margin] for guard in guards)]
-    text = json.dumps([*asked, *(precision_map.fingerprint for precision_map in chain)])
+    text = json.dumps([margin, sorted(terms.items()), [precision_map.fingerprint for precision_map in chain]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

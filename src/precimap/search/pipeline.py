@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from precimap.certificate import Rounding
-from precimap.errors import MapError
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
@@ -23,13 +22,13 @@ from precimap.layers.realign import score_layer
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics import NUMERICS_VERSION
 from precimap.numerics.schemes import Scheme
-from precimap.precision_map import PrecisionMap
+from precimap.precision_map import PrecisionMap, Premise
 from precimap.search import preflight
 from precimap.search.allocation.rules import KNAPSACK, Rule, cutoff_of, kept_for_time
-from precimap.search.answer import alpha_note
 from precimap.search.asked import Asked, schemes_of
 from precimap.search.batch_invariance import batch_dependence
 from precimap.search.calibrate import Calibration, calibrated
+from precimap.search.certificate.booking import Booking, chosen_on
 from precimap.search.certificate.rounding_draws import rounding_of
 from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility, open_pairs, refusing
 from precimap.search.evidence.floor import floor_pairs, rounding_floor
@@ -40,11 +39,13 @@ from precimap.search.latency.serving import HERE, Serving, foreseen, timed_here
 from precimap.search.latency.whole import Stand
 from precimap.search.limits import USUAL_EFFORT, Effort, Limits, state_directory
 from precimap.search.progress import Progress, silent
-from precimap.search.proof import conclude, proved, stand_of
+from precimap.search.proof import Proof, conclude, proved, stand_of
 from precimap.search.realign import Realigner
-from precimap.search.result import SearchResult
+from precimap.search.result import SearchResult, saved
 from precimap.search.run import Parts, Run, scored
+from precimap.search.same_task import check_first_batch, terms
 from precimap.search.sample_size import Outlook, outlook, pilots
+from precimap.search.splits.three_splits import SplitPrints, fingerprint_splits, unchanging
 from precimap.search.trial import tried
 from precimap.search.whole.assemble import Findings, assemble, premise_of
 from precimap.search.whole.choosing import chosen_maps, to_certify
@@ -90,50 +91,37 @@ def search(
     """
     limits = Limits(margin, confidence, cutoff, alpha_budget)
     chosen = schemes_of(schemes, target)
-    preflight.check_weights(task)
-    prints, note = preflight.fingerprint_splits(task), preflight.check_task(task)
+    first = preflight.check_task(task)
+    prints = fingerprint_splits(task, first.reads)
+    task = unchanging(task, prints)
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
     eligible = eligibility(inventory, chosen, target, pinned, allowed)
     by_profile = foreseen(inventory, open_pairs(eligible, chosen), target, serving)
-    seen = _Seen(prints, (note,) if note else (), inventory, eligible, by_profile)
+    seen = _Seen(prints, (*first.notes, *prints.notes), inventory, eligible, by_profile)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
-    # Without the certify split: what was measured on the search split serves fresh data, too.
-    written = premise.model_dump(exclude={"certify"}) | {"target": target.name, "numerics": NUMERICS_VERSION}
-    written["metrics beside it"] = task.kept_beside
     last = score_layer(task.model, task.forward, inventory, first_batch(task, task.splits.search)) if realign else None
     ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
     with ExitStack() as stack:
-        journal = stack.enter_context(run_journal(None if run is None else Path(run), written))
+        bound = _bound_to(premise, task, target, prints)
+        journal = stack.enter_context(run_journal(None if run is None else Path(run), bound))
+        check_first_batch(journal, task, first.scored)
+        booking = Booking(task, prints, first.scored, Path(ledger) if ledger else state_directory())
         made = Run(task, journal, progress, ends_at)
         asked = Asked(made, chosen, limits, rule, target, effort, premise, on_preflight, serving, last)
-        result = _searched(asked, seen, Path(ledger) if ledger else state_directory())
-        if run is not None:
-            _save(result.map, Path(run))
-        return result
+        return saved(_searched(asked, seen, booking), run)
 
 
-def _save(precision_map: PrecisionMap, run: Path) -> None:
-    """Write the run's answer; the map that another question was answered with stays, under its fingerprint.
-
-    What lies there and is no map any more (edited, damaged, of an older version) stays, too: it must not cost the answer.
-    """
-    path = run / "map.json"
-    if path.is_file():
-        try:
-            before = PrecisionMap.load(path)
-        except MapError:
-            path.replace(run / f"unreadable-{path.stat().st_mtime_ns}.json")
-        else:
-            if before.fingerprint != precision_map.fingerprint:
-                before.save(run / f"map-{before.fingerprint}.json")
-    precision_map.save(path)
+def _bound_to(premise: Premise, task: Task, target: Target, prints: SplitPrints) -> dict[str, str]:
+    """What a run belongs to. Not to the certify split: what was measured on the search split serves fresh data, too."""
+    found = premise.model_dump(exclude={"certify"}) | {"target": target.name, "numerics": NUMERICS_VERSION}
+    return {**found, "metrics beside it": task.kept_beside, **terms(task, prints.search)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What is known before a run directory is made: wrong input leaves none behind."""
 
-    prints: preflight.SplitPrints
+    prints: SplitPrints
     notes: tuple[str, ...]
     inventory: Inventory
     allowed: Eligibility
@@ -141,7 +129,7 @@ class _Seen:
     failed: Mapping[tuple[str, str], str] = field(default_factory=dict)  # what the trial refused
 
 
-def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
+def _searched(search: Asked, seen: _Seen, booking: Booking) -> SearchResult:
     """Up to where the long work begins: what can be tried at all, and what the splits can tell."""
     run, task, inventory = search.run, search.run.task, seen.inventory
     calibration = calibrated(run, inventory, search.schemes)
@@ -150,11 +138,11 @@ def _searched(search: Asked, seen: _Seen, ledger: Path) -> SearchResult:
     preflight.check_baseline(task, baseline.whole)
     told = _outlook(search, seen, calibration, baseline)
     if any(found.impossible is not None for found in told):
-        return _too_small(search, seen, calibration, _preflight(search, seen, calibration, baseline, told, ledger))
+        return _too_small(search, seen, calibration, _preflight(search, seen, calibration, baseline, told, booking))
     seen = _with_times(search, seen, calibration)
     stand = stand_of(search, inventory, calibration, seen.allowed, seen.latency)
-    checked = _preflight(search, seen, calibration, baseline, told, ledger)
-    return _decided(search, seen, calibration, baseline, checked, stand, ledger)
+    checked = _preflight(search, seen, calibration, baseline, told, booking)
+    return _decided(search, seen, calibration, baseline, checked, stand, booking)
 
 
 def _decided(
@@ -164,11 +152,11 @@ def _decided(
     baseline: Parts,
     checked: preflight.Preflight,
     stand: Stand | None,
-    ledger: Path,
+    booking: Booking,
 ) -> SearchResult:
     """From single layers to the proof of a whole map."""
-    run, alpha, inventory, timed = search.run, search.limits.alpha, seen.inventory, seen.latency
-    savings = None if timed is None else timed.savings
+    run, alpha, inventory = search.run, search.limits.alpha, seen.inventory
+    savings = None if seen.latency is None else seen.latency.savings
     floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha, seen.failed)
     run.journal.conclude("floor", "all layers", asdict(floor))
     pairs = open_pairs(seen.allowed, search.schemes)
@@ -189,9 +177,8 @@ def _decided(
     findings = _findings(search, seen, calibration, evidence, realigner)
     chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
     run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
-    proof = proved(search, findings, chosen, stand, timed, seen.prints, ledger)
-    final = proof.map.model_copy(update={"rounding": _rounding(search, proof.map, baseline, realigner)})
-    conclude(run, final, proof.answer)
+    proof = proved(search, findings, chosen, stand, seen.latency, booking)
+    final = _final(search, proof, baseline, realigner, booking)
     return SearchResult(
         final,
         proof.certificate,
@@ -202,7 +189,7 @@ def _decided(
         evidence,
         chosen.joints,
         proof.certificates,
-        timed,
+        seen.latency,
         proof.end_to_end,
     )
 
@@ -247,6 +234,15 @@ def _without_failures(search: Asked, seen: _Seen, evidence: Evidence) -> tuple[_
     return replace(seen, allowed=allowed), replace(evidence, known=known)
 
 
+def _final(search: Asked, proof: Proof, baseline: Parts, realigner: Realigner | None, booking: Booking) -> PrecisionMap:
+    """The answer's map with its rounding draws and the units that chose it. Raises TaskError for scores that changed."""
+    preflight.check_unchanged(search.run.task, booking.first)
+    rounding = _rounding(search, proof.map, baseline, realigner)
+    final = proof.map.model_copy(update={"rounding": rounding, "chosen_on": chosen_on(booking.prints.search)})
+    conclude(search.run, final, proof.answer)
+    return final
+
+
 def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
     """With the times of a profile, or of this machine, and without the pairs that save none."""
     run, pairs = search.run, open_pairs(seen.allowed, search.schemes)
@@ -262,7 +258,7 @@ def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
 def _outlook(search: Asked, seen: _Seen, calibration: Calibration, baseline: Parts) -> tuple[Outlook, ...]:
     """What the splits can tell of the gate and of each guard; before anything takes long."""
     pairs, limits = open_pairs(seen.allowed, search.schemes), search.limits
-    share = len(seen.prints.certify.units) / len(seen.prints.search.units)
+    share = len(seen.prints.certify.distinct) / len(seen.prints.search.distinct)
     return tuple(
         outlook(pilot, limits.margin if pilot.margin is None else pilot.margin, share, limits.alpha)
         for pilot in pilots(search.run, seen.inventory, calibration, baseline, pairs)
@@ -289,7 +285,7 @@ def _preflight(
     calibration: Calibration,
     baseline: Parts,
     found: tuple[Outlook, ...],
-    ledger: Path,
+    booking: Booking,
 ) -> preflight.Preflight:
     inventory, task = seen.inventory, search.run.task
     coupled = batch_dependence(task, inventory, calibration, search.schemes, seen.allowed.open_pairs())
@@ -300,8 +296,7 @@ def _preflight(
     search.run.journal.conclude("inventory", task.name, asdict(inventory))
     if search.on_preflight is not None:
         # Said and not written down: a run that is taken up after it paid is to find what an undisturbed one does.
-        spent = alpha_note(ledger, seen.prints.certify.whole, search.limits)
-        search.on_preflight(replace(checked, notes=(*notes, spent)) if spent else checked)
+        search.on_preflight(replace(checked, notes=(*notes, *booking.notes(search.limits))))
     return checked
 
 

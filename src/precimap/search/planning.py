@@ -20,6 +20,7 @@ from precimap.search.limits import Limits
 from precimap.search.progress import Progress, silent
 from precimap.search.run import Run, scored
 from precimap.search.sample_size import Outlook, outlook, pilots
+from precimap.search.splits.three_splits import fingerprint_splits, unchanging
 from precimap.search.trial import tried
 from precimap.task import Task, first_batch
 
@@ -73,8 +74,9 @@ def plan(
     input. The model stays as it was.
     """
     limits, chosen = Limits(margin, confidence, None, None), schemes_of(schemes, target)
-    preflight.check_weights(task)
-    prints, note = preflight.fingerprint_splits(task), preflight.check_task(task)
+    first = preflight.check_task(task)
+    prints = fingerprint_splits(task, first.reads)
+    task = unchanging(task, prints)
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
     eligible = eligibility(inventory, chosen, target, ())
     with run_journal(None, {}) as journal:
@@ -85,8 +87,8 @@ def plan(
         baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
         preflight.check_baseline(task, baseline.whole)
         gate, *guards = pilots(run, inventory, calibration, baseline, open_pairs(eligible, chosen))
-    share = len(prints.certify.units) / len(prints.search.units)
+    share = len(prints.certify.distinct) / len(prints.search.distinct)
     rows = [outlook(gate, margin * multiple, share, limits.alpha) for multiple in MULTIPLES]
     rows += [outlook(guard, guard.margin or margin, share, limits.alpha) for guard in guards]
-    notes = (*((note,) if note else ()), *preflight.doubts(task, baseline.whole, margin), *eligible.idle())
+    notes = (*first.notes, *prints.notes, *preflight.doubts(task, baseline.whole, margin), *eligible.idle())
     return Plan(margin, confidence, tuple(rows), notes)

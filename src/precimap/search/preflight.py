@@ -4,8 +4,8 @@ Invariant: whatever can be known to be wrong from one batch and the splits' cont
 a TaskError; what is only worth knowing is a note. The model is scored, never changed.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from precimap.errors import ModelError, TaskError
-from precimap.fingerprints import SplitFingerprint, of_split
 from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantized
 from precimap.layers.views import plain_name
@@ -24,24 +23,17 @@ from precimap.metrics.metric import RELATIVE
 from precimap.search.batch_invariance import BatchDependence
 from precimap.search.batches import along_units
 from precimap.search.in_place import check_tables, written_by
+from precimap.search.own_model import USERS_ERRORS, ModelState, check_given_model
 from precimap.search.sample_size import Outlook
 from precimap.search.split_checks import check_clusters, check_slice, check_splits
-from precimap.task import Scored, Task, can_be_written, first_batch, join_parts, score_batch
+from precimap.search.splits.reads import Path, Reads, watched
+from precimap.search.splits.three_splits import first_of
+from precimap.task import Scored, Task, can_be_written, join_parts, score_batch, to_device
 
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
 INFLUENCE_TOLERANCE = 1e-4
-SHARED_UNITS_ALLOWED = 0.5
 LARGE_RELATIVE_MARGIN = 0.1
 LARGE_NE_MARGIN = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class SplitPrints:
-    """The content of the three splits."""
-
-    calibration: SplitFingerprint
-    search: SplitFingerprint
-    certify: SplitFingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,34 +60,6 @@ class Preflight:
         return next((found.impossible for found in self.outlook if found.impossible is not None), None)
 
 
-def fingerprint_splits(task: Task) -> SplitPrints:
-    """Hash the splits. Raises TaskError for an empty, shuffling or shared split."""
-    prints = {}
-    for name in ("calibration", "search", "certify"):
-        batches = getattr(task.splits, name)
-        prints[name] = of_split(batches)
-        if not prints[name].batches:
-            raise TaskError(
-                f"expected batches in the {name} split, got none (a generator can be read only once: give a list)"
-            )
-        if of_split(batches).whole != prints[name].whole:
-            raise TaskError(
-                f"the {name} split gives other batches when it is read again; drops are paired unit by unit, "
-                "so give a list, or a DataLoader with shuffle=False"
-            )
-    _check_disjoint(prints["search"], prints["certify"])
-    return SplitPrints(**prints)
-
-
-def _check_disjoint(search: SplitFingerprint, certify: SplitFingerprint) -> None:
-    shared = len(search.units & certify.units) / max(1, len(certify.units))
-    if search.whole == certify.whole or shared > SHARED_UNITS_ALLOWED:
-        raise TaskError(
-            f"{shared:.0%} of the certify split is also in the search split; a certificate needs data that chose nothing. "
-            "Split by user, query or time."
-        )
-
-
 def check_weights(task: Task) -> None:
     """Raises ModelError for a model in training mode, without weights, or with parameters that are not finite; TaskError
     inside of torch.inference_mode()."""
@@ -120,21 +84,53 @@ def check_weights(task: Task) -> None:
         raise ModelError(f"expected finite weights, got NaN or Inf in {', '.join(broken[:5])}; repair the model first")
 
 
-def check_task(task: Task) -> str | None:
-    """Look at every batch; score the first search batch twice and with one unit replaced.
+@dataclass(frozen=True, slots=True, eq=False)
+class FirstBatch:
+    """The first search batch under the model as given. reads: what forward and loss read of it."""
 
-    Returns a note if units could not be told apart. Raises TaskError as `check_splits`, for a forward that fails, that is
-    not deterministic, or whose units influence each other.
+    scored: Scored
+    reads: Reads
+    notes: tuple[str, ...]
+
+
+def check_task(task: Task) -> FirstBatch:
+    """Look at every batch; score the first search batch twice, with one unit replaced, and with a copy of the model.
+
+    Raises ModelError as `check_weights`, TaskError as `check_splits`, for a forward that fails, that is not deterministic,
+    that writes the model or computes with another one than it is given, or whose units influence each other.
     """
+    check_weights(task)
     check_splits(task)
     check_tables(task.model)
-    batch = first_batch(task, task.splits.search)
-    first, second = _score_one(task, batch), _score_one(task, batch)
+    batch = to_device(first_of(task), task.device)
+    state = ModelState.of(task.model)
+    first, reads = _score_watched(task, batch)
+    state.check_unwritten()
+    state = ModelState.of(task.model)  # what the first call builds once is no matter
+    second = _score_one(task, batch)
+    notes = [f"forward adds to {name} of the model with every call; is that a cache?" for name in state.grown()]
+    state.check_unwritten()
     if not (first.losses == second.losses).all():
         why = written_by(task, batch) or "switch off dropout and sampling, and fix the seed in forward"
         raise TaskError(f"the same batch scored twice gives other losses; {why}")
-    n = len(first.losses)
-    changed = _with_unit_replaced(batch, n)
+    found = check_given_model(task, batch), _influence(task, batch, first)
+    return FirstBatch(first, reads, (*notes, *(note for note in found if note)))
+
+
+def check_unchanged(task: Task, first: Scored) -> None:
+    """Raises TaskError when the first search batch is scored otherwise than in the beginning."""
+    again = _score_one(task, to_device(first_of(task), task.device))
+    if not (again.losses == first.losses).all():
+        raise TaskError(
+            f"{int((again.losses != first.losses).sum())} units of the first search batch have other losses now than "
+            "when this search began: forward, loss or the model changed on the way, so the baseline and the maps were not "
+            "measured alike. Remove what counts calls, draws numbers or writes state, and choose another run directory"
+        )
+
+
+def _influence(task: Task, batch: Any, first: Scored) -> str | None:
+    """A note where units could not be told apart. Raises TaskError where one that is replaced changes others."""
+    changed = _with_unit_replaced(batch, len(first.losses))
     if changed is None:
         return "whether units influence each other was not checked: no tensor of the batch has one row per unit"
     after = _score_one(task, changed)
@@ -145,6 +141,25 @@ def check_task(task: Task) -> str | None:
             "other (in-batch negatives, batch statistics): score each against a frozen index, or make the group the unit"
         )
     return None
+
+
+def _score_watched(task: Task, batch: Any) -> tuple[Scored, Reads]:
+    """The scores of the batch, and what was read for them; where a function takes no watched dict, that is not known."""
+    read: list[set[Path]] = [set(), set()]
+
+    def watching(function: Callable[[Any, Any], Any], read: set[Path]) -> Callable[[Any, Any], Any]:
+        def called(first: Any, _: Any) -> Any:
+            try:
+                return function(first, watched(batch, read))
+            except USERS_ERRORS:  # it may want the very dict; if it fails with that one, too, that is what is said
+                read.clear()
+                return function(first, batch)
+
+        return called
+
+    seen = replace(task, forward=watching(task.forward, read[0]), loss=watching(task.loss, read[1]))
+    scored = _score_one(seen, batch)
+    return scored, Reads(*(frozenset(paths) if paths else None for paths in read))
 
 
 def _score_one(task: Task, batch: Any) -> Scored:

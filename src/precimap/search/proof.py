@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from precimap.certificate import Certificate
 from precimap.end_to_end import EndToEnd
@@ -19,15 +18,12 @@ from precimap.search.allocation.knapsack import Step
 from precimap.search.answer import answer_of, gain_said, no_gain
 from precimap.search.asked import Asked
 from precimap.search.calibrate import Calibration
-from precimap.search.certificate.certify import Question, baseline_to_certify, certify
-from precimap.search.certificate.ledger import Ledger
+from precimap.search.certificate.booking import Booking
 from precimap.search.eligibility import Eligibility
 from precimap.search.evidence.known import BYTES_WORTH
 from precimap.search.evidence.probe import Comparison
 from precimap.search.latency.planned import Latency
 from precimap.search.latency.whole import Stand
-from precimap.search.limits import chain_fingerprint
-from precimap.search.preflight import SplitPrints, check_baseline
 from precimap.search.run import Run
 from precimap.search.whole.assemble import Findings, assemble
 from precimap.search.whole.whole_maps import Chosen, seen_on_search, sequence
@@ -65,8 +61,7 @@ def proved(
     chosen: Chosen,
     stand: Stand | None,
     latency: Latency | None,
-    prints: SplitPrints,
-    ledger: Path,
+    booking: Booking,
 ) -> Proof:
     """Time the fastest map that is to be certified, certify the sequence, time the map that passed.
 
@@ -78,7 +73,7 @@ def proved(
         maps = []
     _write(search.run, times)
     try:
-        certificates = _certified(search, maps, seen, prints, ledger)
+        certificates = _certified(search, maps, seen, booking)
     except AlphaSpent:
         said = "not certified: the alpha of the certify split is spent; what was found on the search split stays"
         search.run.journal.conclude("certificates", "certify", {"certificates": []})
@@ -117,24 +112,12 @@ def conclude(run: Run, final: PrecisionMap, answer: str) -> None:
 
 
 def _certified(
-    search: Asked,
-    chain: Sequence[PrecisionMap],
-    seen: Sequence[Comparison | None],
-    prints: SplitPrints,
-    ledger: Path,
+    search: Asked, chain: Sequence[PrecisionMap], seen: Sequence[Comparison | None], booking: Booking
 ) -> tuple[Certificate, ...]:
     certificates: tuple[Certificate, ...] = ()
     if chain:
-        limits, run = search.limits, search.run
-        # Alpha is booked only when a comparison can be made: the baseline is scored first, which no map depends on.
-        check_baseline(run.task, baseline_to_certify(run, search.target, prints.certify.whole), "certify")
-        spent = Ledger.open(ledger, prints.certify.whole, limits.budget).spend(
-            chain_fingerprint(chain, run.task.guarded),
-            limits.alpha,
-            f"{run.task.name}: {len(chain)} maps for {search.target.name}",
-        )
-        question = Question(limits.margin, limits.alpha, spent, prints.certify.whole)
-        certificates = certify(run, search.target, chain, question, seen)
+        said = f"{search.run.task.name}: {len(chain)} maps for {search.target.name}"
+        certificates = booking.judged(search.run, search.target, chain, seen, search.limits, said)
     rows = [certificate.model_dump() for certificate in certificates]
     search.run.journal.conclude("certificates", "certify", {"certificates": rows})
     return certificates

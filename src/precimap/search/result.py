@@ -1,9 +1,11 @@
 """What a search returns: the answer, and the values of all steps that it rests on."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from precimap.certificate import Certificate
 from precimap.end_to_end import EndToEnd
+from precimap.errors import MapError
 from precimap.layers.inventory import Inventory
 from precimap.precision_map import PrecisionMap
 from precimap.search.evidence.gather import Evidence
@@ -41,3 +43,20 @@ class SearchResult:
 
     def __repr__(self) -> str:
         return f"SearchResult({self.answer!r})"
+
+
+def saved(result: SearchResult, run: str | Path | None) -> SearchResult:
+    """The answer is in its run's directory; the map that another question was answered with stays, by its fingerprint."""
+    if run is None:
+        return result
+    path = Path(run) / "map.json"
+    if path.is_file():
+        try:
+            before = PrecisionMap.load(path)
+        except MapError:  # edited, damaged, of an older version: it stays, too, and must not cost the answer
+            path.replace(path.with_name(f"unreadable-{path.stat().st_mtime_ns}.json"))
+        else:
+            if before.fingerprint != result.map.fingerprint:
+                before.save(path.with_name(f"map-{before.fingerprint}.json"))
+    result.map.save(path)
+    return result

@@ -9,8 +9,9 @@ aggressive end down until something passes is not this: measured, 9 to 27 % fals
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import nn
 
 from precimap.certificate import Certificate, GuardAnswer, Unrepaired, units_said
@@ -23,7 +24,8 @@ from precimap.metrics.paired import Drop
 from precimap.metrics.power import needed_range
 from precimap.precision_map import PrecisionMap
 from precimap.search.evidence.probe import Comparison, compare, finite
-from precimap.search.run import Run, scored
+from precimap.search.run import Parts, Run, scored
+from precimap.search.splits.split_print import SplitPrint, counted_once
 from precimap.task import Scored, Task
 
 _T = "cluster t raised for skewness, plus one cluster that nobody has seen:"
@@ -33,12 +35,16 @@ BOUND_FARTHEST = f"{_T} it loses what the worst one lost, here or on the search 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What the certify split is asked: is the drop of a map at most `margin`, with confidence 1 - alpha?"""
+    """What the certify split is asked: is the drop of a map at most `margin`, with confidence 1 - alpha?
+
+    known: the content of the split, by which units that stand in it more than once are told; None counts all as they stand.
+    """
 
     margin: float
     alpha: float
     spent_alpha: float
     split: str
+    known: SplitPrint | None = None
 
 
 def certify(
@@ -55,15 +61,15 @@ def certify(
     """
     task, looks = run.task, len(chain) + 1
     run.progress("certify", 0, looks)
-    baseline = _certify_split(run, target, question.split, None)
+    baseline = _certify_split(run, target, question, None)
     certificates: list[Certificate] = []
     for number, (precision_map, seen) in enumerate(zip(chain, elsewhere, strict=True)):
         run.progress("certify", number + 1, looks)
-        other = _certify_split(run, target, question.split, precision_map)
+        other = _certify_split(run, target, question, precision_map)
         compared = compare(task, baseline, other, question.alpha, seen)
         found = _certificate(task, target, baseline, compared, question, precision_map.fingerprint)
         if precision_map.realignment is not None:
-            plain = _certify_split(run, target, question.split, precision_map.model_copy(update={"realignment": None}))
+            plain = _certify_split(run, target, question, precision_map.model_copy(update={"realignment": None}))
             found = found.model_copy(update={"unrepaired": _unrepaired(task, baseline, plain, question.alpha)})
         certificates.append(found)
         if not certificates[-1].certified:
@@ -72,12 +78,12 @@ def certify(
     return tuple(certificates)
 
 
-def baseline_to_certify(run: Run, target: Target, split: str) -> Scored:
+def baseline_to_certify(run: Run, target: Target, question: Question) -> Scored:
     """The baseline on the certify split, which every certificate needs and no map has chosen: to be looked at first."""
-    return _certify_split(run, target, split, None)
+    return _certify_split(run, target, question, None)
 
 
-def _certify_split(run: Run, target: Target, split: str, precision_map: PrecisionMap | None) -> Scored:
+def _certify_split(run: Run, target: Target, question: Question, precision_map: PrecisionMap | None) -> Scored:
     """The certify split as the target runs the map (None: the baseline); quantised only if a batch is to be scored."""
     task = run.task
 
@@ -87,8 +93,26 @@ def _certify_split(run: Run, target: Target, split: str, precision_map: Precisio
     subject = "baseline" if precision_map is None else precision_map.fingerprint
     timer = None if precision_map is None else target.whole_timer
     check = (lambda _: None) if timer is None else timer.check
-    name = f"{subject} on {target.name} with {split}"
-    return scored(run, "certify", name, task.splits.certify, running, check=check).whole
+    said = "" if question.known is None else f" {question.known.said}"
+    name = f"{subject} on {target.name} with {question.split}{said}"
+    parts = scored(run, "certify", name, task.splits.certify, running, check=check)
+    return _counted_once(parts, question.known)
+
+
+def _counted_once(parts: Parts, known: SplitPrint | None) -> Scored:
+    """The scores of the split, further copies of it left out; units that still stand there twice are one cluster.
+
+    Where the task has clusters of its own, equal units have one already: it is a part of what makes them equal.
+    """
+    whole = parts.whole
+    found = None if known is None else counted_once(known, parts.sizes)
+    if found is None:
+        return whole
+    rows, ids = found
+    kept = whole.only(rows)
+    if kept.units.clusters is not None or len(np.unique(ids)) == len(ids):
+        return kept
+    return replace(kept, units=replace(kept.units, clusters=ids))
 
 
 def mapped(model: nn.Module, target: Target, precision_map: PrecisionMap) -> AbstractContextManager[nn.Module]:

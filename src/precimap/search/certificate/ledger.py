@@ -1,47 +1,55 @@
 """The alpha ledger: how much confidence a certify split has already given away.
 
-Invariant: the file holds every chain of maps that was ever judged on the split, written before the split is looked at;
-the sum of their alphas bounds the probability that any certificate from this split is false (union bound). Data that
-judged often enough ends up choosing; a plain counter of runs was not taken, because the same chain may be judged again
-for nothing: same question, same data, same answer.
+Invariant: the directory holds every chain of maps that was ever judged on a split, written before the split is looked at;
+the sum of the alphas of all chains that judged with its units bounds the probability that any certificate from them is
+false (union bound). Data that judged often enough ends up choosing; a plain counter of runs was not taken, because the
+same question may be asked again for nothing: same question, same data, same answer.
 
-File `<directory>/<split>.alpha.json`, UTF-8:
-
-    {"version": 1, "split": "<fingerprint>",
-     "judged": [{"chain": "<fingerprint>", "alpha": 0.05, "description": "nDCG@10, margin 0.002, 8 maps",
-                 "first": "2026-05-04T10:20:30+00:00"}]}
-
-One entry per chain, oldest first; `alpha` is the largest level it was judged at, `first` the time of its first judging
-(UTC). Deleting the file makes a used split look fresh, and the certificates made from it false. Processes that share
-the directory take turns through a lock on `<split>.alpha.lock` (POSIX `flock`).
+A split is known by the set of its units, by what the forward reads of each: another size or order of batches, a row more
+or less, another key beside, other clusters are the same data. Each split has a file of its own (`account`); where more
+than SHARED_ALLOWED of a split's units are in accounts, all that those have given away counts as given away by this one,
+too, which is never too little. Deleting a file makes a used split look fresh, and the certificates made from it false.
+Processes that share the directory take turns through a lock on `ledger.lock` (POSIX `flock`).
 """
 
 import fcntl
-import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from precimap.durable import write_text
 from precimap.errors import AlphaSpent, JournalError, SaveError, TaskError
+from precimap.search.certificate.account import Account, Answer, Judged, parse
+from precimap.search.certificate.known_units import IN_LEDGER, Sketch, shared_units
+from precimap.search.splits.rows import Prints
 
-_VERSION = 1
+LOCK_NAME = "ledger.lock"
+SHARED_ALLOWED = 0.01
+FRESH = (
+    "fresh data are no second chance for nothing: each split says yes to a map that is too bad with a probability of up to "
+    "its alpha, and k splits, asked until one says yes, with up to k times alpha"
+)
+_SUFFIX = ".alpha.json"
 _SLACK = 1e-9  # 0.025 + 0.025 is at most 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One chain of maps that the split has judged; a row of the file."""
+@dataclass(frozen=True, slots=True, eq=False)
+class AskedSplit:
+    """A certify split as the ledger knows it.
 
-    chain: str
-    alpha: float
-    description: str
-    first: str
+    name: its fingerprint, fit for a file name. views: prints of its units, of what the forward reads of each and of single
+    columns that tell them apart. older: gives the name that older releases knew it by; called only where the directory holds
+    files of theirs.
+    """
+
+    name: str
+    views: tuple[Prints, ...]
+    older: Callable[[], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,48 +57,52 @@ class Ledger:
     """The account of one certify split. `open` it, then `spend` before each look at the split."""
 
     path: Path
-    split: str
+    split: AskedSplit
     budget: float
 
     @classmethod
-    def open(cls, directory: Path, split: str, budget: float) -> Self:
-        """The ledger of `split` (a fingerprint, fit for a file name) in `directory`, which is made if need be.
+    def open(cls, directory: Path, split: AskedSplit, budget: float) -> Self:
+        """The ledger of `split` in `directory`, which is made if need be.
 
         budget: the largest total alpha, in (0, 1); a property of this run and not of the file.
-        Raises TaskError for a bad `split` or `budget`, SaveError when the directory cannot be made, JournalError when
-        the ledger is there and cannot be read.
+        Raises TaskError for a bad name or `budget`, SaveError when the directory cannot be made, JournalError when an
+        account in it cannot be read.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", split):
-            raise TaskError(f"expected a fingerprint of the certify split (letters, digits, . _ -), got {split!r}")
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", split.name):
+            raise TaskError(f"expected a fingerprint of the certify split (letters, digits, . _ -), got {split.name!r}")
         _check_level("a budget", budget)
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SaveError(f"cannot make {directory} for the alpha ledger: {error.strerror or error}") from error
-        ledger = cls(directory / f"{split}.alpha.json", split, budget)
+        ledger = cls(directory / f"{split.name}{_SUFFIX}", split, budget)
         ledger.judged()
         return ledger
 
     def judged(self) -> tuple[Judged, ...]:
-        """What the split has judged so far, oldest first. Raises JournalError when the file cannot be read."""
-        try:
-            return _parse(self.path.read_text(encoding="utf-8"), self.split)
-        except FileNotFoundError:
-            return ()
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise JournalError(
-                f"expected the alpha ledger of the certify split in {self.path}, got a file that cannot be read "
-                f"({error}). Restore it from a backup, or certify on fresh data. Do not delete it: the split has been "
-                "looked at, and nobody knows any more how often."
-            ) from error
+        """What these units have judged so far, under any name. Raises JournalError when a file cannot be read."""
+        return tuple(entry for account, _ in self._known() for entry in account.judged)
+
+    def spent(self) -> float:
+        """The alpha that these units have given away so far. Raises JournalError as `judged`."""
+        return math.fsum(entry.alpha for entry in self.judged())
+
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of units that were asked before under another name. Raises JournalError as `judged`."""
+        return tuple(
+            f"{100 * share:.3g} % of the certify split's units have judged before, as the split {account.split}: "
+            + _counted(account)
+            for account, share in self._shared()
+            if account.split != self.split.name
+        )
 
     def spend(self, chain: str, alpha: float, description: str) -> float:
         """Book that `chain` is about to be judged at level `alpha`; the total alpha spent on the split, this included.
 
-        chain: fingerprint of the model, metric, target and ordered maps. description: what a person recognises it by.
-        A chain that was judged before costs only what `alpha` exceeds its earlier level by: a false certificate at one
-        level is a false one at every larger level, so that the larger level covers both. At the same level or below it
-        is free, also when the budget has become smaller than what is spent.
+        chain: fingerprint of the whole question: maps in order, margin, metric, guards, data. description: what a person
+        recognises it by. A chain that was judged before costs only what `alpha` exceeds its earlier level by: a false
+        certificate at one level is a false one at every larger level, so that the larger level covers both. At the same
+        level or below it is free, also when the budget has become smaller than what is spent.
 
         When this returns, the booking is on the disk. Raises AlphaSpent when the total would exceed the budget (then
         nothing is booked), TaskError for an `alpha` outside (0, 1), SaveError when the file cannot be written, and
@@ -98,20 +110,96 @@ class Ledger:
         """
         _check_level("an alpha", alpha)
         with self._alone():
-            before = self.judged()
-            after = _with(before, chain, alpha, description)
-            total = math.fsum(entry.alpha for entry in after)
-            if after == before:
+            known = self._known()
+            accounts = [account for account, _ in known]
+            booked = next((account for account in accounts if _has(account, chain)), self._own(accounts))
+            after = _with(booked.judged, chain, alpha, description)
+            spent = math.fsum(entry.alpha for account in accounts if account is not booked for entry in account.judged)
+            total = math.fsum((spent, *(entry.alpha for entry in after)))
+            if after == booked.judged:
                 return total
             if total > self.budget + _SLACK:
-                raise AlphaSpent(self._refusal(before, total, alpha, description))
-            write_text(self.path, _render(self.split, after))
+                raise AlphaSpent(self._refusal(known, total, alpha, description))
+            for account in (*(one for one in accounts if one.units is None and one is not booked), booked):
+                # One of an older release is known by its units from now on.
+                judged = after if account is booked else account.judged
+                self._write(replace(account, units=account.units or self._sketch(), judged=judged))
             return total
+
+    def answer(self, answers: Sequence[Answer]) -> None:
+        """Write down what the split said of the maps of a chain that was booked. Raises SaveError, JournalError."""
+        with self._alone():
+            accounts = self._accounts()
+            own = next((account for account in accounts if _has(account, answers[0].chain)), self._own(accounts))
+            kept = [row for row in own.answers if (row.chain, row.map) not in {(a.chain, a.map) for a in answers}]
+            after = (*kept, *answers)
+            if after != own.answers:
+                self._write(replace(own, units=own.units or self._sketch(), answers=after))
+
+    def answers_before(self, chain: str) -> tuple[tuple[str, Answer], ...]:
+        """What any split in the directory was asked and said before this split was asked `chain`: (split, answer).
+
+        Raises JournalError as `judged`.
+        """
+        accounts = self._accounts()
+        asked = {(a.split, entry.chain): datetime.fromisoformat(entry.first) for a in accounts for entry in a.judged}
+        now = min(
+            (first for (_, one), first in asked.items() if one == chain), default=datetime.max.replace(tzinfo=UTC)
+        )
+        rows = [(asked.get((a.split, row.chain), now), a.split, row) for a in accounts for row in a.answers]
+        before = sorted((first, split, number) for number, (first, split, _) in enumerate(rows) if first < now)
+        return tuple((split, rows[number][2]) for _, split, number in before)
+
+    def _known(self) -> list[tuple[Account, float]]:
+        """The accounts that count as this split's own, with the share of its units that each holds."""
+        shared = self._shared()
+        if math.fsum(share for _, share in shared) > SHARED_ALLOWED:
+            return shared
+        return [(account, share) for account, share in shared if account.split == self.split.name]
+
+    def _shared(self) -> list[tuple[Account, float]]:
+        accounts = self._accounts()
+        older = self.split.older() if any(account.units is None for account in accounts) else ""
+        found = []
+        for account in accounts:
+            if account.units is None or account.split == self.split.name:
+                share = float(account.split in (self.split.name, older))
+            else:
+                share = shared_units(account.units, self.split.views)
+            if share:
+                found.append((account, share))
+        return found
+
+    def _accounts(self) -> list[Account]:
+        found = []
+        for path in sorted(self.path.parent.glob(f"*{_SUFFIX}")):
+            try:
+                found.append(parse(path.read_text(encoding="utf-8"), path.name.removesuffix(_SUFFIX)))
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+                raise JournalError(
+                    f"expected the alpha ledger of a certify split in {path}, got a file that cannot be read ({error}). "
+                    "Restore it from a backup, or certify on fresh data with another --ledger. Do not delete it: the split "
+                    "has been looked at, and nobody knows any more how often."
+                ) from error
+        return found
+
+    def _own(self, accounts: Sequence[Account]) -> Account:
+        """This split's account, a new one if it has none."""
+        blank = Account(self.split.name, self._sketch())
+        return next((account for account in accounts if account.split == self.split.name), blank)
+
+    def _sketch(self) -> tuple[Sketch, ...]:
+        return tuple(Sketch.of(view, IN_LEDGER) for view in self.split.views)
+
+    def _write(self, account: Account) -> None:
+        write_text(self.path.with_name(f"{account.split}{_SUFFIX}"), account.render())
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Holds the lock, so that of two processes only one spends the last alpha. The lock ends with the process."""
-        lock = self.path.with_suffix(".lock")
+        lock = self.path.with_name(LOCK_NAME)
         with ExitStack() as held:
             try:
                 fcntl.flock(held.enter_context(lock.open("a")), fcntl.LOCK_EX)
@@ -119,15 +207,27 @@ class Ledger:
                 raise SaveError(f"cannot lock the alpha ledger with {lock}: {error.strerror or error}") from error
             yield
 
-    def _refusal(self, before: tuple[Judged, ...], total: float, alpha: float, description: str) -> str:
-        spent = math.fsum(entry.alpha for entry in before)
-        history = "".join(f"\n  {e.first}  alpha {e.alpha:g}  {e.description} (chain {e.chain})" for e in before)
+    def _refusal(self, known: Sequence[tuple[Account, float]], total: float, alpha: float, description: str) -> str:
+        spent = math.fsum(entry.alpha for account, _ in known for entry in account.judged)
+        lines = []
+        for account, share in known:
+            if account.split != self.split.name:
+                lines.append(f"\n  as the split {account.split}, which holds {100 * share:.3g} % of its units:")
+            lines += [f"\n  {e.first}  alpha {e.alpha:g}  {e.description} (chain {e.chain})" for e in account.judged]
         return (
-            f"the certify split {self.split} has given away alpha {spent:g} of the budget {self.budget:g}; judging "
-            f"'{description}' at alpha {alpha:g} would make it {total:g}. It has judged:{history or ' nothing yet'}\n"
-            f"Give a fresh certify split, or a budget of at least {total:g}; the certificate then states this total. "
-            f"Judging one of the chains above again costs nothing. Ledger: {self.path}"
+            f"the certify split {self.split.name} has given away alpha {spent:g} of the budget {self.budget:g}; judging "
+            f"'{description}' at alpha {alpha:g} would make it {total:g}. It has judged:{''.join(lines) or ' nothing yet'}\n"
+            f"Give a fresh certify split, or a budget of at least {total:g}; the certificate then states this total. Asking "
+            f"one of the questions above again costs nothing. Mind that {FRESH}. Ledger: {self.path}"
         )
+
+
+def _has(account: Account, chain: str) -> bool:
+    return any(entry.chain == chain for entry in account.judged)
+
+
+def _counted(account: Account) -> str:
+    return f"alpha {math.fsum(entry.alpha for entry in account.judged):g} in {len(account.judged)} questions"
 
 
 def _with(before: tuple[Judged, ...], chain: str, alpha: float, description: str) -> tuple[Judged, ...]:
@@ -137,30 +237,8 @@ def _with(before: tuple[Judged, ...], chain: str, alpha: float, description: str
             if alpha <= entry.alpha + _SLACK:
                 return before
             return (*before[:place], replace(entry, alpha=alpha), *before[place + 1 :])
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
     return (*before, Judged(chain, alpha, description, now))
-
-
-def _render(split: str, judged: tuple[Judged, ...]) -> str:
-    rows = [asdict(entry) for entry in judged]
-    return json.dumps({"version": _VERSION, "split": split, "judged": rows}, indent=2) + "\n"
-
-
-def _parse(text: str, split: str) -> tuple[Judged, ...]:
-    """Raises ValueError, TypeError or KeyError for anything but what `_render` writes for this split."""
-    content: Any = json.loads(text)
-    if content["version"] != _VERSION:
-        raise ValueError(f"version {content['version']!r}, this precimap reads version {_VERSION}")
-    if content["split"] != split:
-        raise ValueError(f"it belongs to the split {content['split']!r}")
-    judged = tuple(Judged(**row) for row in content["judged"])
-    for entry in judged:
-        texts = (entry.chain, entry.description, entry.first)
-        if not (all(isinstance(text, str) for text in texts) and type(entry.alpha) is float and 0 < entry.alpha < 1):
-            raise ValueError(f"an entry that is none: {entry}")
-    if len({entry.chain for entry in judged}) != len(judged):
-        raise ValueError("the same chain twice")
-    return judged
 
 
 def _check_level(what: str, level: float) -> None:

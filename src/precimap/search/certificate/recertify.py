@@ -1,24 +1,27 @@
 """Judge one given map, on the task's certify split: a map from a file, on fresh data, or with another margin.
 
-Invariant: the same question about the same data is free, every other one spends alpha of that split. A bound of one map
-serves every margin, so a certified map may be asked about a wider margin again.
+Invariant: the same question about the same data is free, every other one spends alpha of that split, as the ledger has
+it; the certificate that a map brings along is history, and no proof that a question was paid for.
 """
 
 from pathlib import Path
 
+from precimap.certificate import Certificate, Earlier
 from precimap.errors import MapError, TaskError
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
 from precimap.search import preflight
-from precimap.search.certificate.certify import Question, baseline_to_certify, certify, mapped
-from precimap.search.certificate.ledger import Ledger
+from precimap.search.certificate.booking import Booking, share_that_chose
+from precimap.search.certificate.certify import mapped
+from precimap.search.certificate.older_prints import older_print
 from precimap.search.evidence.probe import Comparison, compare
-from precimap.search.limits import Limits, chain_fingerprint, state_directory
+from precimap.search.limits import Limits, state_directory
 from precimap.search.progress import Progress, silent
 from precimap.search.run import Run, scored
-from precimap.search.split_checks import check_splits
+from precimap.search.splits.split_print import SplitPrint
+from precimap.search.splits.three_splits import SHARED_UNITS_ALLOWED, fingerprint_splits, unchanging
 from precimap.task import Task
 
 
@@ -36,30 +39,35 @@ def recertify(
     """The map with the certificate that the task's certify split gives it.
 
     Raises PremiseMismatch for other weights or another metric, MapError for a map without a low-precision layer,
-    TaskError when the map was chosen on this very data, AlphaSpent when the split has judged other maps.
+    TaskError when the map was chosen on these data, in whatever batches, AlphaSpent when the split has judged other
+    questions.
     """
     limits = Limits(margin, confidence, None, alpha_budget)
-    preflight.check_weights(task)
     precision_map.check(weights=of_weights(task.model), metric=task.metric.name)
     if not precision_map.low:
         raise MapError("the map keeps every layer at base precision; there is nothing to certify")
-    prints = preflight.fingerprint_splits(task)
-    if prints.certify.whole == precision_map.premise.search:
-        raise TaskError("the map was chosen on this certify split; a certificate needs data that chose nothing")
-    check_splits(task)
+    first = preflight.check_task(task)
+    prints = fingerprint_splits(task, first.reads)
+    _check_did_not_choose(task, precision_map, prints.certify)
+    task = unchanging(task, prints)
+    booking = Booking(task, prints, first.scored, Path(ledger) if ledger else state_directory())
+    said = f"{task.name}: one map for {precision_map.target}"
     with run_journal(None, {}) as journal:
-        run, split = Run(task, journal, progress), prints.certify.whole
-        preflight.check_baseline(task, baseline_to_certify(run, target, split), "certify")
-        seen = _on_search(run, target, precision_map, limits.alpha) if _needs_search(task) else None
-        spent = _spent(task, precision_map, limits, split, Path(ledger) if ledger else state_directory())
-        certificates = certify(run, target, [precision_map], Question(margin, limits.alpha, spent, split), [seen])
-    return precision_map.model_copy(update={"certificate": certificates[0]})
+        run = Run(task, journal, progress)
+        seen = _on_search(run, target, precision_map, limits.alpha) if _needs_search(task, prints.certify) else None
+        (certificate,) = booking.judged(run, target, [precision_map], [seen], limits, said)
+    preflight.check_unchanged(task, first.scored)
+    before = () if precision_map.certificate is None else _history(precision_map.certificate)
+    known = [row for row in before if row not in certificate.earlier and not _same(row, certificate)]
+    certificate = certificate.model_copy(update={"earlier": (*known, *certificate.earlier)})
+    return precision_map.model_copy(update={"certificate": certificate})
 
 
-def _needs_search(task: Task) -> bool:
+def _needs_search(task: Task, certify: SplitPrint) -> bool:
     """Whether the bound looks at the search split: for a loss without a limit, or clusters of unequal size."""
     metrics = [task.metric, *(guard.metric for guard in task.guarded)]
-    return any(metric.worst is None for metric in metrics) or task.clusters is not None or task.weights is not None
+    unequal = task.clusters is not None or task.weights is not None or certify.repeated > 0
+    return unequal or any(metric.worst is None for metric in metrics)
 
 
 def _on_search(run: Run, target: Target, precision_map: PrecisionMap, alpha: float) -> Comparison:
@@ -74,22 +82,28 @@ def _on_search(run: Run, target: Target, precision_map: PrecisionMap, alpha: flo
     return compare(run.task, parts[0].whole, parts[1].whole, alpha)
 
 
-def _spent(task: Task, precision_map: PrecisionMap, limits: Limits, split: str, ledger: Path) -> float:
-    before = precision_map.certificate
-    same_question = (
-        before is not None
-        and (before.map, before.split) == (precision_map.fingerprint, split)
-        and before.certified
-        and {name: answer.margin for name, answer in before.guards.items()}
-        == {guard.label: guard.margin for guard in task.guarded}
-        and before.margin <= limits.margin
-        and before.alpha <= limits.alpha
-    )
-    if before is not None and same_question:
-        return before.spent_alpha
-    book = Ledger.open(ledger, split, limits.budget)
-    return book.spend(
-        chain_fingerprint([precision_map], task.guarded),
-        limits.alpha,
-        f"{task.name}: one map for {precision_map.target}",
-    )
+def _check_did_not_choose(task: Task, precision_map: PrecisionMap, certify: SplitPrint) -> None:
+    """Raises TaskError for a certify split that chose the map, in whatever batches; MapError for a broken sketch."""
+    try:
+        share = share_that_chose(precision_map, certify)
+    except ValueError as error:
+        raise MapError(f"chosen_on: expected a sketch of the units that chose the map, got {error}") from error
+    premise = precision_map.premise.search
+    if not precision_map.chosen_on and older_print(task.splits.certify) == premise:
+        share = 1.0
+    if share > SHARED_UNITS_ALLOWED or certify.whole == premise:
+        raise TaskError(
+            f"the map was chosen on {100 * share:.3g} % of this certify split's {certify.n:,} units; a certificate needs "
+            f"data that chose nothing, and more than {SHARED_UNITS_ALLOWED:.0%} is refused"
+        )
+
+
+def _history(before: Certificate) -> tuple[Earlier, ...]:
+    """The certificate that a map brings along, and those before it."""
+    fields = {name: getattr(before, name) for name in Earlier.model_fields}
+    return (*before.earlier, Earlier(**fields))
+
+
+def _same(row: Earlier, certificate: Certificate) -> bool:
+    """Whether a row of the history is this very certificate, asked again."""
+    return all(getattr(row, name) == getattr(certificate, name) for name in Earlier.model_fields)

@@ -19,7 +19,7 @@ from precimap.search.calibrate import Calibration
 from precimap.search.eligibility import Eligibility
 from precimap.search.evidence.known import Known
 from precimap.search.evidence.probe import Comparison
-from precimap.search.preflight import SplitPrints
+from precimap.search.splits.three_splits import SplitPrints
 from precimap.task import Task
 
 

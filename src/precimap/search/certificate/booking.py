@@ -1,0 +1,112 @@
+"""Asking a certify split: what it has given away is booked first, then it is looked at, then its answer is written down.
+
+Invariant: every look at a certify split goes through `judged`, so that none is free that was not paid for: not a map's own
+certificate, which anyone may have written, but the ledger says what was asked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from precimap.certificate import Certificate, Earlier
+from precimap.decisions import UnitSketch
+from precimap.layers.target import Target
+from precimap.precision_map import PrecisionMap
+from precimap.search.batch_invariance import shares_a_scale
+from precimap.search.certificate.account import Answer
+from precimap.search.certificate.certify import Question, baseline_to_certify, certify
+from precimap.search.certificate.known_units import IN_MAP, Sketch, shared_units
+from precimap.search.certificate.ledger import FRESH, AskedSplit, Ledger
+from precimap.search.certificate.older_prints import older_print
+from precimap.search.evidence.probe import Comparison
+from precimap.search.limits import Limits, chain_fingerprint
+from precimap.search.preflight import check_baseline
+from precimap.search.run import Run
+from precimap.search.same_task import question_terms
+from precimap.search.splits.split_print import SplitPrint
+from precimap.search.splits.three_splits import SplitPrints
+from precimap.task import Scored, Task
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Booking:
+    """The splits of a task, and the directory of the ledgers. first: the first search batch, by the base model."""
+
+    task: Task
+    prints: SplitPrints
+    first: Scored
+    directory: Path
+
+    @property
+    def split(self) -> SplitPrint:
+        """The certify split."""
+        return self.prints.certify
+
+    def ledger(self, budget: float) -> Ledger:
+        """The split's account. Raises what `Ledger.open` raises."""
+        asked = AskedSplit(self.split.whole, self.split.views, lambda: older_print(self.task.splits.certify))
+        return Ledger.open(self.directory, asked, budget)
+
+    def notes(self, limits: Limits) -> tuple[str, ...]:
+        """Said before the long work: whether the split can still answer new questions, and where it is known from."""
+        if not self.directory.is_dir():
+            return ()
+        ledger = self.ledger(limits.budget)
+        spent, notes = ledger.spent(), ledger.notes()
+        if spent + limits.alpha <= limits.budget * (1 + 1e-9):
+            return notes
+        return (
+            *notes,
+            f"the certify split has given away alpha {spent:g}: other questions than those answered need fresh data "
+            f"or an alpha budget of {spent + limits.alpha:g} (--alpha-budget); {FRESH}",
+        )
+
+    def judged(
+        self,
+        run: Run,
+        target: Target,
+        chain: Sequence[PrecisionMap],
+        elsewhere: Sequence[Comparison | None],
+        limits: Limits,
+        said: str,
+    ) -> tuple[Certificate, ...]:
+        """Book the question, then ask it: one certificate for each map that was tested.
+
+        elsewhere: as `certify` takes it. said: what the ledger calls the question.
+
+        Raises AlphaSpent where the split has given away too much, and what `check_baseline` and `certify` raise.
+        """
+        ledger = self.ledger(limits.budget)
+        asked = chain_fingerprint(chain, limits.margin, self._terms(chain))
+        question = Question(limits.margin, limits.alpha, limits.alpha, self.split.whole, self.split)
+        # Alpha is booked only when a comparison can be made: the baseline is scored first, which no map depends on.
+        check_baseline(self.task, baseline_to_certify(run, target, question), "certify")
+        spent = ledger.spend(asked, limits.alpha, f"{said}, margin {limits.margin:g}")
+        certificates = certify(run, target, chain, replace(question, spent_alpha=spent), elsewhere)
+        before = ledger.answers_before(asked)
+        ledger.answer([Answer(asked, c.map, c.margin, c.alpha, c.upper, c.certified) for c in certificates])
+        return tuple(c.model_copy(update={"earlier": _earlier(before, c.map)}) for c in certificates)
+
+    def _terms(self, chain: Sequence[PrecisionMap]) -> dict[str, str]:
+        schemes = {one.scheme_of(name) for one in chain for name in one.low}
+        coupled = any(scheme is not None and shares_a_scale(scheme) for scheme in schemes)
+        return question_terms(self.task, self.first, self.prints, coupled)
+
+
+def chosen_on(split: SplitPrint) -> tuple[UnitSketch, ...]:
+    """What a map keeps of the split that chose it."""
+    sketches = [Sketch.of(view, IN_MAP) for view in split.views]
+    return tuple(UnitSketch(n=sketch.n, prints=sketch.text()) for sketch in sketches)
+
+
+def share_that_chose(precision_map: PrecisionMap, split: SplitPrint) -> float:
+    """The share of a split's units that chose the map, as far as its sketch tells. Raises ValueError for a broken one."""
+    return shared_units([Sketch.parse(known.prints, known.n) for known in precision_map.chosen_on], split.views)
+
+
+def _earlier(before: Sequence[tuple[str, Answer]], fingerprint: str) -> tuple[Earlier, ...]:
+    return tuple(
+        Earlier(split=split, margin=row.margin, alpha=row.alpha, upper=row.upper, certified=row.certified)
+        for split, row in before
+        if row.map == fingerprint
+    )
