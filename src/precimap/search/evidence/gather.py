@@ -16,9 +16,10 @@ from precimap.metrics.paired import drop_of
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.rules import Rule, cutoff_of
 from precimap.search.calibrate import Calibration
-from precimap.search.evidence.audit import Audit, ambiguous, audit, kind_of, to_audit
+from precimap.search.evidence.audit import Audit, ambiguous, audit, to_audit
 from precimap.search.evidence.input_rates import InputRates, input_rates
 from precimap.search.evidence.known import Known, costs_of, gain, price
+from precimap.search.evidence.means import kind_of
 from precimap.search.evidence.predict import Predictor
 from precimap.search.evidence.probe import Probe, probe
 from precimap.search.evidence.screen import Screen, screen
@@ -76,11 +77,12 @@ def gather(
     seen = [pair for pair in pairs if (pair[0], pair[1].name) in screened.pairs]
     few = tuple(numbers[at] for at in scattered([baseline.sizes[n] for n in numbers], effort.audit_units))
     audits = probing.on(to_audit(inventory, seen, AUDIT_SEED), few) if seen else ()
-    found = audit(inventory, predictor, audits)
+    found = audit(inventory, predictor, audits, screened.pairs, limits.margin)
     direct = [pair for pair in pairs if pair not in seen or _distrusted(inventory, pair, found)]
     probes = {(p.layer, p.scheme): p for p in (*audits, *probing.on(direct, numbers))}
     known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), savings)
-    evidence = Evidence(known, predictor, found, _rates(run, screened))
+    believed = predictor.believed([(row.layer, row.scheme) for row in known if row.trusted], probes.values())
+    evidence = Evidence(known, believed, found, _rates(run, screened))
     flipping = _flipping(evidence, inventory, {s.name: s for _, s in pairs}, rule, limits)
     if flipping:
         asked = [pair for pair in pairs if (pair[0], pair[1].name) in flipping]

@@ -51,10 +51,11 @@ class Known:
     def decisive(self) -> Comparison | None:
         """What decides: the probe alone where the screen is not trusted or blind, otherwise the prediction.
 
+        None where that probe is missing (time ran out): what is not believed decides nothing.
         A probe of a trusted layer corrects the prediction (the screen is its control variate): the difference between
         the two varies so little over units that a few of them tell it.
         """
-        if self.predicted is None or (self.probed is not None and not self.trusted):
+        if self.predicted is None or not self.trusted:
             return self.probed
         return self.predicted if self.correction is None else _shifted(self.predicted, *self.correction)
 
@@ -95,7 +96,7 @@ def cost(found: Known, counted: Price) -> float:
     Of a mean drop: from the gate's budget, or from that of the guard of which it takes the larger share.
     """
     if counted.currency is Currency.VARIANCE:
-        return found.loss_square
+        return found.loss_square if found.trusted or found.probed is not None else float("inf")
     decisive = found.decisive
     if decisive is None or not np.isfinite(decisive.drop.error):
         return float("inf")

@@ -100,18 +100,19 @@ def joint_parts(run: Run, precision_map: PrecisionMap) -> Parts:
 def bound(predictor: Predictor | None, known: Mapping[Key, Known], choice: Mapping[str, str], margin: float) -> float:
     """The predicted upper bound of a whole map's drop, without credit for layers that surely improve it.
 
-    Where a guard fills more of its margin than the gate of `margin`, its bound counts, in units of the gate's. Layers
-    without a row in the screen add the upper bound of their own probe. Infinite where nothing is predicted.
+    Where a guard fills more of its margin than the gate of `margin`, its bound counts, in units of the gate's. The screen
+    speaks for the layers that the audit left to it; others add what their probes measured, unit by unit, or, where those
+    saw fewer units, the upper bound of the probe. Infinite where nothing is predicted.
     """
     keys = list(choice.items())
-    seen = [] if predictor is None else [key for key in keys if key in predictor.screen.pairs]
-    comparison = None if predictor is None else predictor.comparison(seen)
+    told = [] if predictor is None else [key for key in keys if predictor.tells(key)]
+    comparison = None if predictor is None else predictor.comparison(told)
     if comparison is None:
         return float("inf")
     upper = comparison.strictest(margin)
     for key in keys:
         decisive = known[key].decisive
-        if key not in seen:
+        if key not in told:
             upper += max(0.0, decisive.upper) if decisive is not None else float("inf")
         elif decisive is not None and decisive.upper < 0:
             upper -= decisive.drop.estimate
@@ -123,9 +124,10 @@ def predicted_joint(predictor: Predictor | None, known: Mapping[Key, Known], ste
     keys = list(step.choice.items())
     decisive = [known[key].decisive for key in keys]
     singles = sum(d.drop.estimate for d in decisive if d is not None) if all(d is not None for d in decisive) else None
+    comparison = None if predictor is None else predictor.comparison(keys)
     if predictor is None or any(key not in predictor.screen.pairs for key in keys):
-        return Joint(step, None, singles, None)
-    return Joint(step, predictor.comparison(keys), singles, predictor.drift(keys))
+        return Joint(step, comparison, singles, None)
+    return Joint(step, comparison, singles, predictor.drift(keys))
 
 
 @dataclass(frozen=True, slots=True)
