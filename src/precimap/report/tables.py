@@ -149,7 +149,9 @@ def audit_text(evidence: dict[str, Any]) -> RenderableType:
     elif audit is None:
         lines.append("every layer was probed on its own; nothing was predicted")
     elif audit["rows"]:
-        lines.append(f"screen: {evidence['screened_units']:,} units in one pass; audit by direct probes: {_agreement(audit)}")
+        lines.append(
+            f"screen: {evidence['screened_units']:,} units in one pass; audit by direct probes: {_agreement(audit)}"
+        )
         lines += [_means_said(row) for row in audit["means"] if row["kind"] is None or not row["agrees"]]
         lines += [f"screen not believed for {kind}: probed instead" for kind in audit["distrusted"]]
     lines += [f"not screened, probed: {name}: {why}" for name, why in evidence["unseen"].items()]

@@ -29,6 +29,9 @@ class Rule(Protocol):
 
     def accepts(self, inventory: Inventory, step: Step) -> bool: ...
 
+    def limits(self, inventory: Inventory) -> Constraints:
+        """What every map has to keep beside its quality."""
+
     def wants(self, gain: float) -> bool:
         """Whether it would take a layer for this gain alone."""
 
@@ -112,6 +115,9 @@ class Threshold:
 
     def accepts(self, inventory: Inventory, step: Step) -> bool:
         return True
+
+    def limits(self, inventory: Inventory) -> Constraints:
+        return UNCONSTRAINED
 
     def steps(
         self,

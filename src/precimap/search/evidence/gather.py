@@ -6,7 +6,7 @@ literal one-at-a-time measurement.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -37,13 +37,15 @@ MOST_AMBIGUOUS = 4
 class Evidence:
     """known: one row for each open (layer, scheme). predictor, audit: None where nothing was screened.
 
-    rates: what each scheme does to a layer's input, on one screened batch.
+    rates: what each scheme does to a layer's input, on one screened batch. suspects: audits these layers, too, where a map
+    of them lost more than was predicted, and names those that the screen is wrong about.
     """
 
     known: tuple[Known, ...]
     predictor: Predictor | None
     audit: Audit | None
     rates: Mapping[Key, InputRates] = field(default_factory=dict)
+    suspects: Callable[[Iterable[Key]], frozenset[Key]] = lambda keys: frozenset()
 
     def by_key(self) -> dict[Key, Known]:
         return {(found.layer, found.scheme): found for found in self.known}
@@ -82,7 +84,14 @@ def gather(
     probes = {(p.layer, p.scheme): p for p in (*audits, *probing.on(direct, numbers))}
     known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), savings)
     believed = predictor.believed([(row.layer, row.scheme) for row in known if row.trusted], probes.values())
-    evidence = Evidence(known, believed, found, _rates(run, screened))
+
+    def suspects(keys: Iterable[Key]) -> frozenset[Key]:
+        asked = set(keys) & set(believed.screen.pairs)
+        more = probing.on([pair for pair in seen if (pair[0], pair[1].name) in asked], few)
+        rows = audit(inventory, predictor, more, asked, limits.margin).rows
+        return frozenset((row.layer, row.scheme) for row in rows if not row.agrees)
+
+    evidence = Evidence(known, believed, found, _rates(run, screened), suspects)
     flipping = _flipping(evidence, inventory, {s.name: s for _, s in pairs}, rule, limits)
     if flipping:
         asked = [pair for pair in pairs if (pair[0], pair[1].name) in flipping]

@@ -10,7 +10,7 @@ screen is called wrong in at most `FALSE_ALARMS` of all audits; the alternative,
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +104,7 @@ def means_of(
 
     def ask(scheme: str, kind: Kind | None, pairs: Sequence[_Pair], size: int) -> None:
         asked = [what for what in margins if _holds(pairs, what)]
-        found.extend(_agreement((scheme, kind), what, pairs, size, margins[what], level) for what in asked)
+        found.extend(mean_agreement((scheme, kind), what, pairs, size, margins[what], level) for what in asked)
 
     for kind, pairs in groups.items():
         ask(kind[2], kind, pairs, sizes[kind])
@@ -138,7 +138,7 @@ def _holds(found: Sequence[_Pair], what: str) -> bool:
     return what == GATE or all(what in predicted.guards and what in probed.guards for predicted, probed in found)
 
 
-def _agreement(
+def mean_agreement(
     group: Group,
     what: str,
     found: Sequence[_Pair],
@@ -164,4 +164,3 @@ def _agreement(
         margin,
         level,
     )
-

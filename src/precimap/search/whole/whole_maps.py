@@ -119,6 +119,20 @@ def bound(predictor: Predictor | None, known: Mapping[Key, Known], choice: Mappi
     return upper
 
 
+def hoped(predictor: Predictor, base: Joint, choice: Mapping[str, str], margin: float) -> float:
+    """The predicted bound of a map above `base`, with all credit, for a look and for nothing else.
+
+    Superposition says by how much the bound moves, `base` where it starts: what the prediction of `base` was off by is off
+    in both. Infinite where a layer cannot be predicted.
+    """
+    found, there = predictor.comparison(list(choice.items())), predictor.comparison(list(base.step.choice.items()))
+    if found is None:
+        return float("inf")
+    if base.measured is None or there is None:
+        return found.strictest(margin)
+    return base.measured.strictest(margin) + found.strictest(margin) - there.strictest(margin)
+
+
 def predicted_joint(predictor: Predictor | None, known: Mapping[Key, Known], step: Step) -> Joint:
     """A map with what the screen says of it as a whole."""
     keys = list(step.choice.items())
@@ -147,11 +161,17 @@ def choose(
     look: Callable[[Joint], Joint],
     out_of_time: Callable[[], bool],
 ) -> Chosen:
-    """Find the most aggressive map of a chain that passes on the search split, in at most `MOST_LOOKS` looks."""
+    """Find the most aggressive map of a chain that passes on the search split, in at most `MOST_LOOKS` looks.
+
+    A map that fails although it was predicted to pass says that the prediction is wrong, not by how much: the next one is
+    at most half as far.
+    """
     found = list(joints)
     low, high = -1, len(found)
     for _ in range(MOST_LOOKS):
         at = _next(found, low, high, predictor, known, margin)
+        if at is not None and high < len(found):
+            at = min(at, (low + high) // 2) if low + 1 < high else at
         if at is None or out_of_time():
             break
         found[at] = look(found[at])
@@ -182,7 +202,13 @@ def _next(
 
 
 def sequence(chosen: Chosen) -> tuple[Joint, ...]:
-    """The maps that are certified in this order: from two below the best one on."""
+    """The maps that are certified in this order: one of about half the gain, then from two below the best one on.
+
+    Where the certify split is unlucky with the second, the first is still an answer; it costs a pass and no certainty.
+    """
     if chosen.best is None:
         return ()
-    return chosen.joints[max(0, chosen.best - CERTIFIED_BELOW) : chosen.best + 1]
+    first = max(0, chosen.best - CERTIFIED_BELOW)
+    half = chosen.joints[chosen.best].step.gain / 2
+    safer = min(range(first), key=lambda at: abs(chosen.joints[at].step.gain - half), default=None)
+    return (*(() if safer is None else (chosen.joints[safer],)), *chosen.joints[first : chosen.best + 1])
