@@ -20,14 +20,15 @@ from precimap.metrics import LogLoss
 from precimap.metrics.paired import Drop
 from precimap.numerics.schemes import scheme
 from precimap.search.allocation.knapsack import Constraints, Step
-from precimap.search.allocation.rules import KNAPSACK, Knapsack
+from precimap.search.allocation.rules import KNAPSACK, Knapsack, Threshold
 from precimap.search.evidence import gather
 from precimap.search.evidence.gather import Evidence
 from precimap.search.evidence.known import Currency, Known, Price, options
 from precimap.search.evidence.probe import Comparison
 from precimap.search.whole import choosing, growing
-from precimap.search.whole.growing import MOST_GROWTH, eager, grown
+from precimap.search.whole.growing import MOST_CONFIRMED, MOST_GROWTH, eager, grown
 from precimap.search.whole.whole_maps import CERTIFIED_BELOW, MOST_LOOKS, Chosen, Joint, choose, sequence
+from small_tasks import planted_task
 
 MARGIN = 1.0
 ERROR = 0.01
@@ -43,6 +44,7 @@ class Invented:
 
     predicted: dict[str, float]
     added: dict[str, float] = field(default_factory=dict)  # beside what is predicted, when the layer is in
+    together: tuple[str, str, float] | None = None  # two layers that make good for each other, and by how much
     looks: list[frozenset[str]] = field(default_factory=list)
     screen: Any = None
 
@@ -55,14 +57,19 @@ class Invented:
         self.screen = type("NoScreen", (), {"pairs": {}})()
 
     def comparison(self, keys: Iterable[tuple[str, str]]) -> Comparison:
-        return compared(sum(self.predicted[name] for name, _ in keys))
+        return compared(self.summed(name for name, _ in keys))
+
+    def summed(self, names: Iterable[str]) -> float:
+        chosen = set(names)
+        bonus = 0.0 if self.together is None or not chosen.issuperset(self.together[:2]) else self.together[2]
+        return sum(self.predicted[name] for name in chosen) - bonus
 
     def fitted(self, keys: object, measured: object) -> "Invented":
         return self
 
     def truth(self, names: Iterable[str]) -> float:
         chosen = list(names)
-        return sum(self.predicted[name] + self.added.get(name, 0.0) for name in chosen)
+        return self.summed(chosen) + sum(self.added.get(name, 0.0) for name in chosen)
 
     def look(self, joint: Joint) -> Joint:
         self.looks.append(frozenset(joint.step.choice))
@@ -98,13 +105,20 @@ def test_an_improvement_buys_room_in_the_plan() -> None:
     assert names(Invented({"worse": 0.05, "cheap": 0.8, "dear": 0.6}).searched()) != {"worse", "cheap", "dear"}
 
 
+def test_layers_that_make_good_for_each_other_stay_together() -> None:
+    """No step up from the best map finds them: each alone is beyond the margin, and another lies between."""
+    invented = Invented({"a": 0.1, "b": 1.0, "x": 1.1, "c": 1.2}, together=("b", "c", 1.9))
+    assert names(invented.searched()) == {"a", "b", "c"}
+    assert len(invented.looks) <= 4 + MOST_CONFIRMED
+
+
 def test_a_layer_that_breaks_a_map_costs_itself_alone() -> None:
     """It looks like the safest of sixteen, so that every map of the chain holds it."""
     drops = {f"l{k:02}": 0.001 * k for k in range(16)}
     invented = Invented(drops, added={"l00": 5.0})
     found = invented.searched()
     assert names(found) == set(drops) - {"l00"}
-    assert len(invented.looks) <= MOST_LOOKS + MOST_GROWTH
+    assert len(invented.looks) <= MOST_LOOKS + MOST_GROWTH + MOST_CONFIRMED
 
 
 def test_one_in_the_middle_does_not_cost_what_stands_behind_it() -> None:
@@ -122,7 +136,7 @@ def test_suspects_are_left_out_without_more_looks() -> None:
     invented = Invented(drops, added=dict.fromkeys(guilty, 5.0))
     found = invented.searched(suspects=lambda keys: frozenset((n, s) for n, s in keys if n in guilty))
     assert names(found) == set(drops) - guilty
-    assert len(invented.looks) <= MOST_LOOKS + 2
+    assert len(invented.looks) <= MOST_LOOKS + 2 + MOST_CONFIRMED
 
 
 def test_what_passed_with_a_suspect_passed_by_luck() -> None:
@@ -145,7 +159,7 @@ def test_what_is_sent_is_nested_and_lies_below_what_passed(drops: list[float], w
     invented = Invented(predicted, added={f"l{k:02}": more for k, more in wrong.items()})
     found = invented.searched()
     sent = sequence(found)
-    assert len(invented.looks) <= MOST_LOOKS + MOST_GROWTH
+    assert len(invented.looks) <= MOST_LOOKS + MOST_GROWTH + MOST_CONFIRMED
     assert len(set(invented.looks)) == len(invented.looks), "no map is measured twice"
     assert len(sent) <= CERTIFIED_BELOW + 2
     for small, large in itertools.pairwise(sent):
@@ -162,6 +176,18 @@ def test_limits_of_the_rule_are_kept() -> None:
     rule = Knapsack(Constraints(minimum_gain=2.0))  # more than all of them gain
     assert Invented(drops).searched(rule=rule).best is None
     assert names(Invented(drops).searched(rule=Knapsack(Constraints(minimum_gain=0.1)))) == set(drops)
+
+
+def test_the_plain_rule_never_adds_a_sensitive_layer(tmp_path: Path) -> None:
+    found = search(
+        planted_task(), schemes=["fp8"], margin=0.2, cutoff=0.002, rule=Threshold(), ledger=tmp_path,
+        effort=Effort(rounding_draws=0),
+    )  # fmt: skip
+    decisive = {row.layer: row.decisive for row in found.evidence.known}
+    sensitive = {name for name, known in decisive.items() if known is not None and known.lower > 0.002}
+    assert sensitive
+    for joint in found.chain:
+        assert not sensitive & set(joint.step.choice)
 
 
 # The order in which layers are added

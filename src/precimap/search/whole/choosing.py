@@ -48,7 +48,8 @@ def chosen_maps(
     if not chosen.joints:
         return chosen
     counted = price(run.task.metric, evidence.known, margin)
-    rows = options(findings.inventory, evidence.known, schemes, counted, rule.bytes_worth)
+    open_ones = [found for found in evidence.known if rule.may_add(found, findings.cutoff)]
+    rows = options(findings.inventory, open_ones, schemes, counted, rule.bytes_worth)
     return grown(findings, rule, chosen, evidence, eager(rows, known, counted), margin, look, out_of_time)
 
 
