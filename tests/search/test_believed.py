@@ -114,8 +114,8 @@ def test_without_its_probe_it_cannot_be_in_any_plan(evidence: Evidence) -> None:
     assert forgotten.comparison([KEY]) is None
     for currency in Currency:
         assert cost(missing[KEY], Price(currency, MARGIN)) == float("inf")
-    others = {key: row.scheme for key, row in known.items() if row.trusted}
-    choice = dict(others)
+    choice = dict(key for key, row in known.items() if row.trusted)
+    assert len(choice) == 2
     assert bound(forgotten, missing, choice, MARGIN) < MARGIN, "what is believed is planned as before"
 
 
