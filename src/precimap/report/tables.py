@@ -152,7 +152,7 @@ def audit_text(evidence: dict[str, Any]) -> RenderableType:
         lines.append(
             f"screen: {evidence['screened_units']:,} units in one pass; audit by direct probes: {_agreement(audit)}"
         )
-        lines += [_means_said(row) for row in audit["means"] if row["kind"] is None or not row["agrees"]]
+        lines += [_means_said(row) for row in audit.get("means", ()) if row["kind"] is None or not row["agrees"]]
         lines += [f"screen not believed for {kind}: probed instead" for kind in audit["distrusted"]]
     lines += [f"not screened, probed: {name}: {why}" for name, why in evidence["unseen"].items()]
     lines += _schemes_compared(evidence["layers"])
@@ -163,7 +163,7 @@ def _agreement(audit: dict[str, Any]) -> str:
     """How many agree; unit by unit is not in the mean, and where the two answers differ both are said."""
     agreeing, n = sum(row["agrees"] for row in audit["rows"]), len(audit["rows"])
     said = f"{agreeing} of {n} agree"
-    if not all(row["agrees"] for row in audit["means"]):
+    if not all(row["agrees"] for row in audit.get("means", ())):  # an older run has none
         return f"{said} unit by unit, but not in the mean"
     return f"{said} (at least {audit['share_at_least']:.0%}, 95 %)"
 
