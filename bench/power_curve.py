@@ -210,8 +210,8 @@ class Row:
 def reachable(population: Population, margin: float) -> float:
     """The gain of the most aggressive map that the pipeline sends when the search split is the population.
 
-    Not the most of all maps with a true drop below the margin: those may hold a layer that improves the metric, which
-    the pipeline never sets off against another one's loss.
+    Not the most of all maps with a true drop below the margin: a search looks at a few of them; `bench/regret.py` measures
+    what it misses.
     """
     n = population.baseline.units.n
     chosen = chosen_at(searched(population, Sample(np.arange(n), population.baseline.units), ALPHA), margin)

@@ -22,10 +22,10 @@ from precimap.search.evidence.audit import (
     Audit,
     Audited,
     ambiguous,
-    kind_of,
     to_audit,
 )
 from precimap.search.evidence.gather import Evidence
+from precimap.search.evidence.means import kind_of
 from precimap.search.evidence.screen import Screen, screen
 from precimap.search.limits import Effort
 from small_tasks import planted_task

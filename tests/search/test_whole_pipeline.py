@@ -29,6 +29,7 @@ from power_curve import Count, Seen, certified, chosen_at, count, searched, to_c
 
 SEARCHES, JUDGEMENTS = 60, 30
 AT_THE_MARGIN = (("w5a8", "int8", "w4a8"), ("w4a8", "int8", "w4a8"), ("w4a8", "w5a8", "w4a8"))  # maps of its chain
+GROWN = (("w4a8", "w6a8", "w4a8"), ("w4a8", "w5a8", "w4a8"))  # looked at where layers that improve are in the plan
 LAYERS = ("layer1.weight", "layer2.weight", "layer3.weight")
 
 
@@ -104,6 +105,15 @@ def test_every_map_has_a_true_drop_of_the_margin(n: int, alpha: float) -> None:
     found = count(replace(every_scheme(), level=1e-3), [1e-3], n, alpha, SEARCHES, JUDGEMENTS)
     assert kept(found, alpha)
     assert found.false == found.certified
+
+
+@pytest.mark.parametrize("n", [200, 2000])
+def test_maps_that_were_grown_with_credit(n: int) -> None:
+    """Layers that improve are set off in the plan, and the whole of what was looked at is sent, bad maps at its end."""
+    people = every_scheme()
+    margins = [people.true_drop(ncf_map(*schemes)) for schemes in GROWN]
+    assert min(margins) > 0
+    assert kept(count(people, margins, n, 0.05, SEARCHES, 5, send=whole_chain), 0.05)
 
 
 def test_every_map_has_a_true_drop_of_the_margin_in_clusters() -> None:

@@ -16,6 +16,7 @@ from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.proof import certificate_text, rounding_text
 from precimap.report.run_record import RunRecord
 from precimap.report.terminal import Rows, lines_of, shown
+from precimap.search.evidence.means import said_of
 from precimap.search.latency.savings import Savings
 
 NAME_WIDTH = 36
@@ -149,15 +150,34 @@ def audit_text(evidence: dict[str, Any]) -> RenderableType:
     elif audit is None:
         lines.append("every layer was probed on its own; nothing was predicted")
     elif audit["rows"]:
-        agreeing, n = sum(row["agrees"] for row in audit["rows"]), len(audit["rows"])
         lines.append(
-            f"screen: {evidence['screened_units']:,} units in one pass; audit by direct probes: {agreeing} of {n} agree "
-            f"(at least {audit['share_at_least']:.0%}, 95 %)"
+            f"screen: {evidence['screened_units']:,} units in one pass; audit by direct probes: {_agreement(audit)}"
         )
+        lines += [_means_said(row) for row in audit.get("means", ()) if row["kind"] is None or not row["agrees"]]
         lines += [f"screen not believed for {kind}: probed instead" for kind in audit["distrusted"]]
     lines += [f"not screened, probed: {name}: {why}" for name, why in evidence["unseen"].items()]
     lines += _schemes_compared(evidence["layers"])
     return lines_of(lines)
+
+
+def _agreement(audit: dict[str, Any]) -> str:
+    """How many agree; unit by unit is not in the mean, and where the two answers differ both are said."""
+    agreeing, n = sum(row["agrees"] for row in audit["rows"]), len(audit["rows"])
+    said = f"{agreeing} of {n} agree"
+    if not all(row["agrees"] for row in audit.get("means", ())):  # an older run has none
+        return f"{said} unit by unit, but not in the mean"
+    return f"{said} (at least {audit['share_at_least']:.0%}, 95 %)"
+
+
+def _means_said(row: dict[str, Any]) -> str:
+    """The sum that was predicted beside the one that was measured, and how much of the margin the error can hide."""
+    kind = row["scheme"] if row["kind"] is None else said_of(tuple(row["kind"]))
+    verdict = "agree" if row["agrees"] else "DISAGREE"
+    hidden = 2 * row["error"] * row["of"] / row["layers"] / row["margin"]
+    return (
+        f"mean drop of {row['layers']} audited ({kind}, {row['what']}): predicted {row['predicted']:+.2g}, "
+        f"measured {row['probed']:+.2g} ({verdict}; n = {row['n']}, off by up to {hidden:.2g} margins would not show)"
+    )
 
 
 def _schemes_compared(layers: list[dict[str, Any]]) -> list[str]:

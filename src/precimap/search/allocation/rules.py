@@ -29,6 +29,12 @@ class Rule(Protocol):
 
     def accepts(self, inventory: Inventory, step: Step) -> bool: ...
 
+    def limits(self, inventory: Inventory) -> Constraints:
+        """What every map has to keep beside its quality."""
+
+    def may_add(self, found: Known, cutoff: float) -> bool:
+        """Whether a map that passed may be tried with this layer, too."""
+
     def wants(self, gain: float) -> bool:
         """Whether it would take a layer for this gain alone."""
 
@@ -73,6 +79,9 @@ class Knapsack:
         given = self.constraints.maximum_bytes
         return replace(self.constraints, maximum_bytes=size if given is None else min(given, size))
 
+    def may_add(self, found: Known, cutoff: float) -> bool:
+        return True
+
     def wants(self, gain: float) -> bool:
         return gain > 0
 
@@ -112,6 +121,13 @@ class Threshold:
 
     def accepts(self, inventory: Inventory, step: Step) -> bool:
         return True
+
+    def limits(self, inventory: Inventory) -> Constraints:
+        return UNCONSTRAINED
+
+    def may_add(self, found: Known, cutoff: float) -> bool:
+        """A sensitive layer is never in, whatever the others gain."""
+        return found.decisive is not None and found.decisive.lower <= cutoff
 
     def steps(
         self,

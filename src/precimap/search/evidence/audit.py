@@ -4,15 +4,19 @@ Invariant: screen and probe are compared on the same units, so that what differs
 nothing else. A *kind* of layer (its op and shape, under one scheme) of which an audited layer disagrees is not decided
 by the screen any more: all of its layers are probed. Trusting a screen that agrees on average, the alternative, would
 let one saturating kind of layer through.
+
+Two questions, for one does not answer the other: does each layer's change agree unit by unit (`Audited`), and do the mean
+drops agree, which are what is budgeted (`means.py`)? A screen may follow every unit and miss their common shift.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy.stats import beta
 
 from precimap.layers.inventory import Inventory
+from precimap.search.evidence.means import Kind, MeanAgreement, kind_of, means_of, said_of, wrong_kinds
 from precimap.search.evidence.predict import Predictor
 from precimap.search.evidence.probe import Probe
 from precimap.search.evidence.screen_plan import Key, Pair
@@ -21,7 +25,6 @@ LEAST_AUDITED = 8
 MOST_AUDITED = 16
 LEAST_CORRELATION = 0.9
 LARGEST_RATIO = 2.0
-Kind = tuple[str, tuple[int, ...], str]  # op, shape of the weight, scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +47,11 @@ class Audited:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """The audit as a whole. `distrusted` kinds are for the probe."""
+    """The audit as a whole. `distrusted` kinds are for the probe. means: of kinds and of schemes, see `means.py`."""
 
     rows: tuple[Audited, ...]
     distrusted: tuple[Kind, ...]
+    means: tuple[MeanAgreement, ...] = ()
 
     @property
     def share(self) -> tuple[float, float]:
@@ -72,19 +76,14 @@ class Audit:
             "rows": [{name: getattr(row, name) for name in names} for row in self.rows],
             "share": share,
             "share_at_least": lower,
-            "distrusted": [f"{op} {'x'.join(map(str, shape))} under {scheme}" for op, shape, scheme in self.distrusted],
+            "means": [{**asdict(found), "agrees": found.agrees} for found in self.means],
+            "distrusted": [said_of(kind) for kind in self.distrusted],
         }
 
 
 def _relative(row: Audited) -> float:
     scale = abs(row.predicted) + row.error
     return abs(row.probed - row.predicted) / scale if scale > 0 else 0.0
-
-
-def kind_of(inventory: Inventory, key: Key) -> Kind:
-    """The kind of a layer under a scheme."""
-    layer = inventory.layer(key[0])
-    return layer.ops[0] if layer.ops else "", layer.shape, key[1]
 
 
 def to_audit(inventory: Inventory, pairs: Sequence[Pair], seed: int) -> tuple[Pair, ...]:
@@ -98,11 +97,18 @@ def to_audit(inventory: Inventory, pairs: Sequence[Pair], seed: int) -> tuple[Pa
     return tuple(chosen)
 
 
-def audit(inventory: Inventory, predictor: Predictor, probes: Iterable[Probe]) -> Audit:
-    """Compare probes with the screen, unit by unit, on the batches that both have seen."""
-    rows = tuple(_audited(predictor, probe) for probe in probes)
-    distrusted = dict.fromkeys(kind_of(inventory, (row.layer, row.scheme)) for row in rows if not row.agrees)
-    return Audit(rows, tuple(distrusted))
+def audit(
+    inventory: Inventory, predictor: Predictor, probes: Sequence[Probe], screened: Iterable[Key], margin: float
+) -> Audit:
+    """Compare probes with the screen on the batches that both have seen: unit by unit, and in the mean.
+
+    screened: all pairs that the probed ones are a sample of. margin: of the gate.
+    """
+    rows, pairs = tuple(_audited(predictor, probe) for probe in probes), list(screened)
+    wrong = [kind_of(inventory, (row.layer, row.scheme)) for row in rows if not row.agrees]
+    means = means_of(inventory, predictor, probes, pairs, wrong, margin)
+    biased = wrong_kinds(means, [kind_of(inventory, key) for key in pairs])
+    return Audit(rows, tuple(dict.fromkeys([*wrong, *biased])), means)
 
 
 def _audited(predictor: Predictor, probe: Probe) -> Audited:

@@ -6,7 +6,7 @@ literal one-at-a-time measurement.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -16,9 +16,10 @@ from precimap.metrics.paired import drop_of
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.rules import Rule, cutoff_of
 from precimap.search.calibrate import Calibration
-from precimap.search.evidence.audit import Audit, ambiguous, audit, kind_of, to_audit
+from precimap.search.evidence.audit import Audit, ambiguous, audit, to_audit
 from precimap.search.evidence.input_rates import InputRates, input_rates
 from precimap.search.evidence.known import Known, costs_of, gain, price
+from precimap.search.evidence.means import kind_of
 from precimap.search.evidence.predict import Predictor
 from precimap.search.evidence.probe import Probe, probe
 from precimap.search.evidence.screen import Screen, screen
@@ -36,13 +37,15 @@ MOST_AMBIGUOUS = 4
 class Evidence:
     """known: one row for each open (layer, scheme). predictor, audit: None where nothing was screened.
 
-    rates: what each scheme does to a layer's input, on one screened batch.
+    rates: what each scheme does to a layer's input, on one screened batch. suspects: audits these layers, too, where a map
+    of them lost more than was predicted, and names those that the screen is wrong about.
     """
 
     known: tuple[Known, ...]
     predictor: Predictor | None
     audit: Audit | None
     rates: Mapping[Key, InputRates] = field(default_factory=dict)
+    suspects: Callable[[Iterable[Key]], frozenset[Key]] = lambda keys: frozenset()
 
     def by_key(self) -> dict[Key, Known]:
         return {(found.layer, found.scheme): found for found in self.known}
@@ -77,11 +80,19 @@ def gather(
     seen = [pair for pair in pairs if (pair[0], pair[1].name) in screened.pairs]
     few = baseline.scattered(effort.audit_units, among=numbers)
     audits = probing.on(to_audit(inventory, seen, AUDIT_SEED), few) if seen else ()
-    found = audit(inventory, predictor, audits)
+    found = audit(inventory, predictor, audits, screened.pairs, limits.margin)
     direct = [pair for pair in pairs if pair not in seen or _distrusted(inventory, pair, found)]
     probes = {(p.layer, p.scheme): p for p in (*audits, *probing.on(direct, numbers))}
     known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), savings)
-    evidence = Evidence(known, predictor, found, _rates(run, screened))
+    believed = predictor.believed([(row.layer, row.scheme) for row in known if row.trusted], probes.values())
+
+    def suspects(keys: Iterable[Key]) -> frozenset[Key]:
+        asked = set(keys) & set(believed.screen.pairs)
+        more = probing.on([pair for pair in seen if (pair[0], pair[1].name) in asked], few)
+        rows = audit(inventory, predictor, more, asked, limits.margin).rows
+        return frozenset((row.layer, row.scheme) for row in rows if not row.agrees)
+
+    evidence = Evidence(known, believed, found, _rates(run, screened), suspects)
     flipping = _flipping(evidence, inventory, {s.name: s for _, s in pairs}, rule, limits)
     if flipping:
         asked = [pair for pair in pairs if (pair[0], pair[1].name) in flipping]

@@ -13,6 +13,7 @@ import numpy as np
 from precimap.layers.inventory import Inventory
 from precimap.metrics.guard import Head
 from precimap.metrics.metric import Metric
+from precimap.metrics.paired import Drop
 from precimap.numerics.schemes import Scheme
 from precimap.search.allocation.ladders import Option
 from precimap.search.evidence.probe import Comparison
@@ -52,10 +53,11 @@ class Known:
     def decisive(self) -> Comparison | None:
         """What decides: the probe alone where the screen is not trusted or blind, otherwise the prediction.
 
+        None where that probe is missing (time ran out): what is not believed decides nothing.
         A probe of a trusted layer corrects the prediction (the screen is its control variate): the difference between
         the two varies so little over units that a few of them tell it.
         """
-        if self.predicted is None or (self.probed is not None and not self.trusted):
+        if self.predicted is None or not self.trusted:
             return self.probed
         return self.predicted if self.correction is None else _shifted(self.predicted, *self.correction)
 
@@ -99,13 +101,28 @@ def cost(found: Known, counted: Price) -> float:
     Of a mean drop: from the gate's budget, or from that of the guard of which it takes the larger share.
     """
     if counted.currency is Currency.VARIANCE:
-        return found.loss_square
+        return found.loss_square if found.trusted or found.probed is not None else float("inf")
+    drops = _drops(found, counted)
+    return max((rate * (max(0.0, drop.estimate) + drop.error) for drop, rate in drops), default=float("inf"))
+
+
+def mean_cost(found: Known, counted: Price) -> float | None:
+    """The mean drop alone, of the gate or of the guard that loses more of its margin: negative where the layer improves all.
+
+    None where nothing is known, or means are not what is counted.
+    """
+    if counted.currency is Currency.VARIANCE:
+        return None
+    return max((rate * drop.estimate for drop, rate in _drops(found, counted)), default=None)
+
+
+def _drops(found: Known, counted: Price) -> list[tuple[Drop, float]]:
+    """The drop of the gate and of each guard, and what one of its own is worth in the gate's; none where none is known."""
     decisive = found.decisive
     if decisive is None or not np.isfinite(decisive.drop.error):
-        return float("inf")
+        return []
     guards = [(guard.found.size, counted.margin / guard.margin) for guard in decisive.guards.values()]
-    drops = [(decisive.drop, 1.0), *((drop, rate) for drop, rate in guards if np.isfinite(drop.error))]
-    return max(rate * (max(0.0, drop.estimate) + drop.error) for drop, rate in drops)
+    return [(decisive.drop, 1.0), *((drop, rate) for drop, rate in guards if np.isfinite(drop.error))]
 
 
 def gain(

@@ -2,15 +2,17 @@
 
 Where the screen holds changes of scores, the user's own loss and metrics are evaluated on baseline scores plus changes,
 for any map, without a forward pass. Where it holds changes of losses, a metric that is a loss gets their sum plus a
-curvature term; any other metric is not predicted at all. Invariant: a prediction is a `Comparison` like a measurement,
-made on the same units with the same statistics, but no prediction is ever stored or shown as a measurement.
+curvature term; any other metric is not predicted at all. What a layer loses that the screen cannot see,
+or that the audit took from it, was measured by its own probe, unit by unit, and is added to what the rest is predicted to
+lose. Invariant: a prediction is a `Comparison` like a measurement, made on the same units with the same statistics, but no
+prediction is ever stored or shown as a measurement.
 
 The curvature of a sum of losses is taken in proportion to sum E[change^2]: its factor is fitted on whole maps that were
 measured (`fitted`), and is zero before. A factor from theory would need the second derivative of the user's loss.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from precimap.metrics.metric import Loss
-from precimap.search.evidence.probe import Comparison, compare
+from precimap.search.evidence.probe import Comparison, Differences, Probe, differences, judged
 from precimap.search.evidence.screen import Screen
 from precimap.search.evidence.screen_plan import Key
 from precimap.search.realign import by_output, realigning
@@ -33,7 +35,8 @@ Floats = NDArray[np.float64]
 class Predictor:
     """Predicts maps of screened layers. batches: those of the search split that were screened, by number.
 
-    realigned: of how many outputs the scores are realigned before maps are compared; 0: they are not.
+    realigned: of how many outputs the scores are realigned before maps are compared; 0: they are not. probed: what the
+    units lose under layers that are not in the screen, as measured one by one.
     """
 
     task: Task
@@ -43,6 +46,7 @@ class Predictor:
     alpha: float
     curvature: float = 0.0
     realigned: int = 0
+    probed: Mapping[Key, Differences] = field(default_factory=dict)
 
     @property
     def predicts_metric(self) -> bool:
@@ -54,9 +58,24 @@ class Predictor:
         return tuple(sorted(self.screen.batches))
 
     def on(self, numbers: Sequence[int]) -> "Predictor":
-        """The same predictor on some of its batches."""
+        """The screen on some of its batches; without what was probed, which is of all of them."""
         batches = {number: self.screen.batches[number] for number in numbers}
-        return replace(self, screen=replace(self.screen, batches=batches))
+        return replace(self, screen=replace(self.screen, batches=batches), probed={})
+
+    def believed(self, keys: Iterable[Key], probes: Iterable[Probe]) -> "Predictor":
+        """Only `keys` are predicted by the screen; of others the probes that saw all its batches are taken."""
+        kept = set(keys)
+        pairs = {key: row for key, row in self.screen.pairs.items() if key in kept}
+        found = {
+            (probe.layer, probe.scheme): differences(self.task, self.reference, probe.scored)
+            for probe in probes
+            if probe.numbers == self.numbers and (probe.layer, probe.scheme) not in pairs
+        }
+        return replace(self, screen=replace(self.screen, pairs=pairs), probed=found)
+
+    def tells(self, key: Key) -> bool:
+        """Whether anything is known, unit by unit, of what this layer does."""
+        return key in self.screen.pairs or key in self.probed
 
     @cached_property
     def reference(self) -> Scored:
@@ -74,10 +93,13 @@ class Predictor:
         return join_parts(task, [self._by_losses(keys, number, bend) for number in self.numbers])
 
     def comparison(self, keys: Sequence[Key]) -> Comparison | None:
-        """The predicted comparison with the baseline; None where the metric cannot be predicted."""
-        if not self.predicts_metric:
+        """The predicted comparison with the baseline; None where the metric, or one of the layers, cannot be predicted."""
+        if not (self.predicts_metric and all(self.tells(key) for key in keys)):
             return None
-        return compare(self.task, self.reference, self._as_served(keys), self.alpha)
+        seen = [key for key in keys if key in self.screen.pairs]
+        found = differences(self.task, self.reference, self._as_served(seen))
+        measured = [self.probed[key] for key in keys if key not in self.screen.pairs]
+        return judged(self.task, found.plus(measured) if measured else found, self.alpha)
 
     def _as_served(self, keys: Sequence[Key]) -> Scored:
         if not (self.realigned and self.screen.by_scores):
@@ -102,11 +124,11 @@ class Predictor:
     def fitted(self, keys: Sequence[Key], measured: Comparison) -> "Predictor":
         """With the curvature that makes the prediction for this map agree with its measurement on the screened units.
 
-        Unchanged by a map with layers that the screen cannot see: what they add is not the curvature's.
+        Unchanged by a map with layers of which nothing is known unit by unit: what they add is not the curvature's.
         """
-        if self.screen.by_scores or not self.predicts_metric or any(key not in self.screen.pairs for key in keys):
+        if self.screen.by_scores or not self.predicts_metric or not all(self.tells(key) for key in keys):
             return self
-        energy = self._energy(keys)
+        energy = self._energy([key for key in keys if key in self.screen.pairs])
         straight = replace(self, curvature=0.0).comparison(keys)
         if straight is None or energy == 0.0:
             return self

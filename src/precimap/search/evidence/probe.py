@@ -6,9 +6,10 @@ that the recorded results of one batch at a time are held.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from precimap.layers.quantized import QuantizedLayer, quantized
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.metrics.guard import Guard
+from precimap.metrics.metric import PairedDrops
 from precimap.metrics.paired import Bounded, Drop, bounded, drop_of
 from precimap.metrics.sight import Sight
 from precimap.numerics.schemes import Scheme, scheme_key
@@ -100,31 +102,71 @@ def compare(
     task: Task, baseline: Scored, other: Scored, alpha: float, elsewhere: Comparison | None = None
 ) -> Comparison:
     """The paired comparison of two scorings of one split. elsewhere: the same map's on other data, for what it saw there."""
-    far = None if elsewhere is None or elsewhere.sight is None else elsewhere.sight.farthest
-    gate = bounded(task.metric.paired(baseline.values, other.values, baseline.units), alpha, far)
+    return judged(task, differences(task, baseline, other), alpha, elsewhere)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Differences:
+    """What every unit lost: for the gate, for the guards by label, for the reported metrics by name."""
+
+    gate: PairedDrops
+    guards: Mapping[str, PairedDrops]
+    reported: Mapping[str, PairedDrops]
+
+    def plus(self, others: Iterable["Differences"]) -> "Differences":
+        """What the units would lose if losses added up, each at most the worst there is; of what all of them hold."""
+        found = [self, *others]
+        names = {name for name in self.guards if all(name in one.guards for one in found)}
+        shown = {name for name in self.reported if all(name in one.reported for one in found)}
+        return Differences(
+            _added([one.gate for one in found]),
+            {name: _added([one.guards[name] for one in found]) for name in self.guards if name in names},
+            {name: _added([one.reported[name] for one in found]) for name in self.reported if name in shown},
+        )
+
+
+def _added(samples: Sequence[PairedDrops]) -> PairedDrops:
+    first = samples[0]
+    d = np.sum([sample.d for sample in samples], axis=0)
+    if first.worst is not None:
+        d = np.minimum(d, first.worst)
+    return replace(first, d=d, changed=max(sample.changed for sample in samples))
+
+
+def differences(task: Task, baseline: Scored, other: Scored) -> Differences:
+    """Unit by unit; guards whose slice holds none of these units are left out."""
+    guards = {}
+    for guard in task.guarded:
+        empty = guard.label in baseline.slices and not baseline.slices[guard.label].any()
+        if guard.label in other.guards and not empty:
+            (before, units), (after, _) = baseline.of_guard(guard.label), other.of_guard(guard.label)
+            guards[guard.label] = guard.metric.paired(before, after, units)
     reported = {
-        metric.name: drop_of(metric.paired(baseline.reported[metric.name], other.reported[metric.name], baseline.units))
+        metric.name: metric.paired(baseline.reported[metric.name], other.reported[metric.name], baseline.units)
         for metric in task.reported
         if metric.name in other.reported
     }
-    seen = {} if elsewhere is None else elsewhere.guards
-    found = {
-        guard.label: _guarded(guard, baseline, other, alpha, seen.get(guard.label))
+    return Differences(task.metric.paired(baseline.values, other.values, baseline.units), guards, reported)
+
+
+def judged(task: Task, found: Differences, alpha: float, elsewhere: Comparison | None = None) -> Comparison:
+    """Drops with their bounds. A guard of which these few units cannot tell (one cluster) is left out; whole splits are
+    checked first. elsewhere: as `compare` takes it."""
+    far = None if elsewhere is None or elsewhere.sight is None else elsewhere.sight.farthest
+    gate = bounded(found.gate, alpha, far)
+    reported = {name: drop_of(sample) for name, sample in found.reported.items()}
+    guards = {
+        guard.label: _guarded(guard, found.guards[guard.label], alpha, elsewhere)
         for guard in task.guarded
-        if guard.label in other.guards
+        if guard.label in found.guards
     }
-    guards = {label: guarded for label, guarded in found.items() if guarded is not None}
-    return Comparison(gate.size, gate.lower, gate.upper, reported, gate.largest, guards, gate.sight)
+    told = {name: guarded for name, guarded in guards.items() if guarded.found.drop.clusters > 1}
+    return Comparison(gate.size, gate.lower, gate.upper, reported, gate.largest, told, gate.sight)
 
 
-def _guarded(guard: Guard, baseline: Scored, other: Scored, alpha: float, elsewhere: Guarded | None) -> Guarded | None:
-    """None where these few units cannot tell: none of them in the slice, or one cluster. Whole splits are checked first."""
-    if guard.label in baseline.slices and not baseline.slices[guard.label].any():
-        return None
-    (before, units), (after, _) = baseline.of_guard(guard.label), other.of_guard(guard.label)
-    far = None if elsewhere is None else elsewhere.found.sight.farthest
-    found = bounded(guard.metric.paired(before, after, units), alpha, far)
-    return Guarded(found, guard.margin) if found.drop.clusters > 1 else None
+def _guarded(guard: Guard, sample: PairedDrops, alpha: float, elsewhere: Comparison | None) -> Guarded:
+    seen = None if elsewhere is None else elsewhere.guards.get(guard.label)
+    return Guarded(bounded(sample, alpha, None if seen is None else seen.found.sight.farthest), guard.margin)
 
 
 def prepare(

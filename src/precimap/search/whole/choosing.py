@@ -1,51 +1,66 @@
-"""From a chain of maps to those that go to the certificate: look, give back where all fail, fill up where room is left.
+"""From a chain of maps to those that go to the certificate: look, give back where all fail, grow where one passed.
 
 Invariant: everything here looks at the search split only, and every map that leaves was measured there as a whole or is
 nested below one that was.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from precimap.errors import InputError
 from precimap.metrics.metric import Loss, Metric
 from precimap.search.allocation.knapsack import Step
 from precimap.search.allocation.ladders import settled, total_gain
-from precimap.search.allocation.repair import repair
 from precimap.search.allocation.rules import Rule
 from precimap.search.evidence.gather import Evidence
-from precimap.search.evidence.known import options, price
+from precimap.search.evidence.known import Known, options, price
+from precimap.search.evidence.predict import Predictor
+from precimap.search.evidence.screen_plan import Key
 from precimap.search.limits import Limits
 from precimap.search.run import Parts, Run
 from precimap.search.whole.assemble import Findings, assemble
+from precimap.search.whole.growing import eager, grown
 from precimap.search.whole.rescore import contributions, halved, reverted
-from precimap.search.whole.whole_maps import Chosen, Joint, bound, choose, measure, predicted_joint, sequence
+from precimap.search.whole.whole_maps import Chosen, Joint, choose, measure, predicted_joint, sequence
 
 MOST_GIVEN_BACK = 2
-WORTH_A_LOOK = 0.02  # of the gain of everything: a smaller one is not worth a pass
-MOST_PREDICTIONS = 64
 
 
 def chosen_maps(
     run: Run, findings: Findings, rule: Rule, evidence: Evidence, baseline: Parts, limits: Limits
 ) -> Chosen:
-    """The chain of `rule`, and which of its maps passed on the search split."""
-    known = evidence.by_key()
+    """The chain of `rule`, and which of its maps passed on the search split; with what could be added to the best."""
+    known, margin = evidence.by_key(), limits.margin
     schemes = {scheme.name: scheme for scheme in findings.schemes}
-    steps = rule.steps(findings.inventory, run.task.metric, evidence.known, schemes, limits.margin, findings.cutoff)
+    steps = rule.steps(findings.inventory, run.task.metric, evidence.known, schemes, margin, findings.cutoff)
     joints = [predicted_joint(evidence.predictor, known, step) for step in steps]
     screened = () if evidence.predictor is None else evidence.predictor.numbers
 
     def look(joint: Joint) -> Joint:
         return measure(run, _written(findings, joint), baseline, limits.alpha, screened)
 
-    chosen = choose(joints, evidence.predictor, known, limits.margin, look, lambda: run.out_of_time)
+    def out_of_time() -> bool:
+        return run.out_of_time
+
+    chosen = choose(joints, evidence.predictor, known, margin, look, out_of_time)
     if chosen.best is None:
-        return _given_back(run, findings, rule, chosen, evidence, baseline, limits)
-    return _filled_up(run, findings, rule, chosen, evidence, baseline, limits)
+        chosen = _given_back(run, findings, rule, chosen, known, margin, look)
+    if not chosen.joints:
+        return chosen
+    counted = price(run.task.metric, evidence.known, margin)
+    open_ones = [found for found in evidence.known if rule.may_add(found, findings.cutoff)]
+    rows = options(findings.inventory, open_ones, schemes, counted, rule.bytes_worth)
+    return grown(findings, rule, chosen, evidence, eager(rows, known, counted), margin, look, out_of_time)
 
 
 def _given_back(
-    run: Run, findings: Findings, rule: Rule, chosen: Chosen, evidence: Evidence, baseline: Parts, limits: Limits
+    run: Run,
+    findings: Findings,
+    rule: Rule,
+    chosen: Chosen,
+    known: Mapping[Key, Known],
+    margin: float,
+    look: Callable[[Joint], Joint],
 ) -> Chosen:
     """When no map passed: give back what adds most where the safest measured map runs, and look again."""
     predictor = chosen.predictor
@@ -59,62 +74,42 @@ def _given_back(
             added = contributions(run, predictor, failed.step)
         except (RuntimeError, TypeError):  # scores were screened, but the loss carries no gradient
             break
-        if isinstance(run.task.metric, Loss) and failed.measured.upper > limits.margin:
-            choice = reverted(failed.step, failed.measured, added, fused, limits.margin)
+        if isinstance(run.task.metric, Loss) and failed.measured.upper > margin:
+            choice = reverted(failed.step, failed.measured, added, fused, margin)
         else:
             choice = halved(failed.step, added, fused)
         if choice is None:
             break
-        step = _priced(findings, rule, run.task.metric, choice, limits.margin)
+        step = _priced(findings, rule, run.task.metric, choice, margin)
         if not step.choice:
             break
-        joint = _written(findings, predicted_joint(predictor, evidence.by_key(), step))
-        failed = measure(run, joint, baseline, limits.alpha, predictor.numbers)
+        failed = look(predicted_joint(predictor, known, step))
         chosen = replace(chosen, joints=(failed, *chosen.joints))
-        if failed.passed(limits.margin) and rule.accepts(findings.inventory, step):
-            return replace(chosen, best=0)
+        if failed.passed(margin) and rule.accepts(findings.inventory, step):
+            below = _below(run, findings, rule, failed, predictor, known, margin)
+            return replace(chosen, joints=(*below, *chosen.joints), best=len(below))
     return chosen
 
 
-def _filled_up(
-    run: Run, findings: Findings, rule: Rule, chosen: Chosen, evidence: Evidence, baseline: Parts, limits: Limits
-) -> Chosen:
-    """Between the best map and the next one, what fits by superposition; taken if it passes as a whole."""
-    predictor, best = chosen.predictor, chosen.best
-    assert best is not None
-    if predictor is None or not predictor.predicts_metric or best + 1 == len(chosen.joints) or run.out_of_time:
-        return chosen
-    known, start = evidence.by_key(), chosen.joints[best].step
-    rows = options(
-        findings.inventory,
-        [found for found in evidence.known if (found.layer, found.scheme) in predictor.screen.pairs],
-        {scheme.name: scheme for scheme in findings.schemes},
-        price(run.task.metric, evidence.known, limits.margin),
-        rule.bytes_worth,
+def _below(
+    run: Run,
+    findings: Findings,
+    rule: Rule,
+    top: Joint,
+    predictor: Predictor,
+    known: Mapping[Key, Known],
+    margin: float,
+) -> tuple[Joint, ...]:
+    """The chain of the rule anew, of nothing but what `top` holds: a map that fails the proof has others below it."""
+    held = [known[key] for key in top.step.choice.items()]
+    schemes = {scheme.name: scheme for scheme in findings.schemes}
+    try:
+        steps = rule.steps(findings.inventory, run.task.metric, held, schemes, margin, findings.cutoff)
+    except InputError:  # nothing smaller is small enough
+        return ()
+    return tuple(
+        predicted_joint(predictor, known, step) for step in steps if step.choice.items() < top.step.choice.items()
     )
-    seen = all(key in predictor.screen.pairs for key in start.choice.items())
-    if not seen or bound(predictor, known, start.choice, limits.margin) > limits.margin:
-        return chosen
-    base = {layer.name: layer.bytes for layer in findings.inventory.layers}
-
-    def predicted(choice: Mapping[str, str]) -> float:
-        return bound(predictor, known, choice, limits.margin)
-
-    step = repair(start, rows, base, predicted, limits.margin, most_tries=MOST_PREDICTIONS)
-    grown = start.choice.items() <= step.choice.items()
-    if (
-        not grown
-        or not rule.accepts(findings.inventory, step)
-        or step.gain - start.gain < WORTH_A_LOOK * chosen.joints[-1].step.gain
-    ):
-        return chosen
-    joint = _written(findings, predicted_joint(predictor, known, step))
-    joint = measure(run, joint, baseline, limits.alpha, predictor.numbers)
-    at = best + 1
-    # Of the maps above it those stay in the chain that hold it, and those that were looked at.
-    above = [j for j in chosen.joints[at:] if j.measured or step.choice.items() <= j.step.choice.items()]
-    joints = (*chosen.joints[:at], joint, *above)
-    return replace(chosen, joints=joints, best=at if joint.passed(limits.margin) else best)
 
 
 def _written(findings: Findings, joint: Joint) -> Joint:

@@ -100,22 +100,37 @@ def joint_parts(run: Run, precision_map: PrecisionMap) -> Parts:
 def bound(predictor: Predictor | None, known: Mapping[Key, Known], choice: Mapping[str, str], margin: float) -> float:
     """The predicted upper bound of a whole map's drop, without credit for layers that surely improve it.
 
-    Where a guard fills more of its margin than the gate of `margin`, its bound counts, in units of the gate's. Layers
-    without a row in the screen add the upper bound of their own probe. Infinite where nothing is predicted.
+    Where a guard fills more of its margin than the gate of `margin`, its bound counts, in units of the gate's. The screen
+    speaks for the layers that the audit left to it; others add what their probes measured, unit by unit, or, where those
+    saw fewer units, the upper bound of the probe. Infinite where nothing is predicted.
     """
     keys = list(choice.items())
-    seen = [] if predictor is None else [key for key in keys if key in predictor.screen.pairs]
-    comparison = None if predictor is None else predictor.comparison(seen)
+    told = [] if predictor is None else [key for key in keys if predictor.tells(key)]
+    comparison = None if predictor is None else predictor.comparison(told)
     if comparison is None:
         return float("inf")
     upper = comparison.strictest(margin)
     for key in keys:
         decisive = known[key].decisive
-        if key not in seen:
+        if key not in told:
             upper += max(0.0, decisive.upper) if decisive is not None else float("inf")
         elif decisive is not None and decisive.upper < 0:
             upper -= decisive.drop.estimate
     return upper
+
+
+def hoped(predictor: Predictor, base: Joint, choice: Mapping[str, str], margin: float) -> float:
+    """The predicted bound of a map above `base`, with all credit, for a look and for nothing else.
+
+    Superposition says by how much the bound moves, `base` where it starts: what the prediction of `base` was off by is off
+    in both. Infinite where a layer cannot be predicted.
+    """
+    found, there = predictor.comparison(list(choice.items())), predictor.comparison(list(base.step.choice.items()))
+    if found is None:
+        return float("inf")
+    if base.measured is None or there is None:
+        return found.strictest(margin)
+    return base.measured.strictest(margin) + found.strictest(margin) - there.strictest(margin)
 
 
 def predicted_joint(predictor: Predictor | None, known: Mapping[Key, Known], step: Step) -> Joint:
@@ -123,9 +138,10 @@ def predicted_joint(predictor: Predictor | None, known: Mapping[Key, Known], ste
     keys = list(step.choice.items())
     decisive = [known[key].decisive for key in keys]
     singles = sum(d.drop.estimate for d in decisive if d is not None) if all(d is not None for d in decisive) else None
+    comparison = None if predictor is None else predictor.comparison(keys)
     if predictor is None or any(key not in predictor.screen.pairs for key in keys):
-        return Joint(step, None, singles, None)
-    return Joint(step, predictor.comparison(keys), singles, predictor.drift(keys))
+        return Joint(step, comparison, singles, None)
+    return Joint(step, comparison, singles, predictor.drift(keys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +161,17 @@ def choose(
     look: Callable[[Joint], Joint],
     out_of_time: Callable[[], bool],
 ) -> Chosen:
-    """Find the most aggressive map of a chain that passes on the search split, in at most `MOST_LOOKS` looks."""
+    """Find the most aggressive map of a chain that passes on the search split, in at most `MOST_LOOKS` looks.
+
+    A map that fails although it was predicted to pass says that the prediction is wrong, not by how much: the next one is
+    at most half as far.
+    """
     found = list(joints)
     low, high = -1, len(found)
     for _ in range(MOST_LOOKS):
         at = _next(found, low, high, predictor, known, margin)
+        if at is not None and high < len(found):
+            at = min(at, (low + high) // 2) if low + 1 < high else at
         if at is None or out_of_time():
             break
         found[at] = look(found[at])
@@ -180,10 +202,16 @@ def _next(
 
 
 def sequence(chosen: Chosen) -> tuple[Joint, ...]:
-    """The maps that are certified in this order: from two below the best one on."""
+    """The maps that are certified in this order: one of about half the gain, then from two below the best one on.
+
+    Where the certify split is unlucky with the second, the first is still an answer; it costs a pass and no certainty.
+    """
     if chosen.best is None:
         return ()
-    return chosen.joints[max(0, chosen.best - CERTIFIED_BELOW) : chosen.best + 1]
+    first = max(0, chosen.best - CERTIFIED_BELOW)
+    half = chosen.joints[chosen.best].step.gain / 2
+    safer = min(range(first), key=lambda at: abs(chosen.joints[at].step.gain - half), default=None)
+    return (*(() if safer is None else (chosen.joints[safer],)), *chosen.joints[first : chosen.best + 1])
 
 
 def seen_on_search(joints: Sequence[Joint]) -> tuple[Comparison | None, ...]:
