@@ -85,6 +85,13 @@ class GuardAnswer(Record):
     needed: tuple[int, int | None] | None
     blind_spot: BlindSpot | None
 
+    @property
+    def verdict(self) -> str:
+        """Held, not held, or not to be told from so few units."""
+        if self.held:
+            return "held"
+        return "cannot be told" if _within(self.drop, self.upper, self.margin) else "not held"
+
     def contradictions(self) -> Iterator[str]:
         """What its fields say against each other, a phrase each."""
         if self.held and not _within(self.drop, self.upper, self.margin):
@@ -213,7 +220,7 @@ class Certificate(Record):
     def guard_statements(self) -> tuple[str, ...]:
         """Each guard, in a sentence."""
         return tuple(
-            f"Guard {name} {'held' if g.held else 'not held'}: {g.drop:+.5f} +- {g.error:.5f}, bound "
+            f"Guard {name} {g.verdict}: {g.drop:+.5f} +- {g.error:.5f}, bound "
             f"{'none' if g.upper is None else format(g.upper, '.5f')}, margin {g.margin:g}."
             for name, g in self.guards.items()
         )

@@ -219,7 +219,7 @@ def test_a_second_search_of_the_same_run_is_refused(start: Start, undisturbed: A
 
 
 def test_a_run_that_a_fault_interrupted_goes_on_when_it_is_repaired(undisturbed: Attempt, tmp_path: Path) -> None:
-    faults = (27, 46, 34, 60)  # forwards until the next one
+    faults = (25, 45, 40, 70)  # forwards until the next one
     stages = []
     for fault in faults:
         left = iter(range(fault))
@@ -240,6 +240,19 @@ def test_a_run_that_a_fault_interrupted_goes_on_when_it_is_repaired(undisturbed:
     assert_same_answer(tmp_path, undisturbed.folder)
     assert measured(tmp_path) == measured(undisturbed.folder)
     assert charged(tmp_path) == charged(undisturbed.folder)
+
+
+@pytest.mark.parametrize("fault", range(1, 180, 11))
+def test_whichever_forward_fails_is_named_in_the_user_s_words(fault: int, tmp_path: Path) -> None:
+    """Also where it is called without being scored: to find layers, to cut a batch, to see what a forward writes."""
+    left = iter(range(fault))
+
+    def failing(_: int) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("the data server is away")
+
+    with pytest.raises(TaskError, match=r"forward failed on .* \(test_killed_search\.py, .*the data server is away"):
+        searched(task_of(failing), tmp_path)
 
 
 def _spoil_weights(task: Task) -> Task:

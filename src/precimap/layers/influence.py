@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from precimap.errors import FAILURES
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.ops import Arguments, call_name
+from precimap.user_code import called
 
 
 class InfluenceTrace:
@@ -62,7 +63,7 @@ def confirmed_dead(
     if not suspects:
         return {}
     with torch.no_grad():
-        with Interception({}):
+        with Interception({}), called("forward", "the first batch"):
             before = forward(model, batch)
         dead = {}
         for name in suspects:

@@ -49,7 +49,7 @@ def _guard_lines(name: str, guard: GuardAnswer, alpha: float) -> list[str]:
     size = f"n = {guard.n:,}{worth(guard.n, guard.clusters, guard.effective)}"
     needed = "" if guard.needed is None else f"; needs {units_said(guard.needed)}"
     return [
-        f"guard {name} {'held' if guard.held else 'NOT HELD'}: {drop} ± {error.lstrip('+')}"
+        f"guard {name} {guard.verdict if guard.held else guard.verdict.upper()}: {drop} ± {error.lstrip('+')}"
         f"{' ' + guard.unit if guard.unit else ''}, baseline {guard.baseline:.5f},",
         f"  {100 * (1 - alpha):g} % bound {upper.lstrip('+')}, margin {guard.margin:g}; {size}{needed}",
     ]

@@ -30,6 +30,7 @@ from precimap.runtime.kernel_checks import check_experts, check_layer, check_sto
 from precimap.runtime.stored_linear import StoredLinear
 from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.task import Task, first_batch
+from precimap.user_code import called
 
 Build = Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module]
 TARGETS: dict[str, Build] = {
@@ -165,7 +166,7 @@ def deployment_of(deployed: nn.Module) -> Deployment:
 def agreement(task: Task, model: nn.Module, deployed: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Agreement:
     """Compare the deployed model with the emulation of `layers` in `model`, on the first calibration batch."""
     batch = first_batch(task, task.splits.calibration)
-    with torch.no_grad():
+    with torch.no_grad(), called("forward", "the first batch of the calibration split"):
         found = task.forward(deployed, batch)
         with quantized(model, layers):
             expected = task.forward(model, batch)

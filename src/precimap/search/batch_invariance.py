@@ -23,6 +23,7 @@ from precimap.search.batches import cut
 from precimap.search.calibrate import Calibration
 from precimap.search.evidence.probe import prepare
 from precimap.task import Scored, Task, first_batch, join_parts, judge_scores
+from precimap.user_code import called
 
 PARTS = 8  # beside halves; single units where a batch has no more than these
 # A base model whose scores move by more of their own size when its batch is cut was not cut along its units.
@@ -142,8 +143,10 @@ class _Scores:
         rows, judged = [], []
         with torch.no_grad(), quantized(task.model, layers):
             for number, part in enumerate(parts):
-                scores = task.forward(task.model, part)
-                judged.append(judge_scores(task, scores, part, f"part {number} of the first search batch"))
+                place = f"part {number} of the first batch of the search split"
+                with called("forward", place):
+                    scores = task.forward(task.model, part)
+                judged.append(judge_scores(task, scores, part, place))
                 rows.append(scores.detach().double().cpu().reshape(scores.shape[0], -1))
         if len({each.shape[1] for each in rows}) > 1:
             raise TaskError("a unit has another number of scores in another part")

@@ -15,6 +15,7 @@ from precimap.errors import TaskError
 from precimap.layers.quantized import quantized
 from precimap.layers.views import plain_name
 from precimap.task import Task
+from precimap.user_code import called
 
 _ROWS = 1 << 16  # of a table, copied at a time
 
@@ -46,7 +47,7 @@ def written_by(task: Task, batch: Any) -> str | None:
     """What one forward of `batch` writes to, as a sentence with what to do; None where it writes to nothing it is given."""
     watched = list(_watched(task, batch))
     before = [tensor._version for _, tensor in watched]
-    with torch.no_grad(), quantized(task.model, {}):
+    with torch.no_grad(), quantized(task.model, {}), called("forward", "the first batch of the search split"):
         task.forward(task.model, batch)
     changed = [name for (name, tensor), version in zip(watched, before, strict=True) if tensor._version != version]
     if not changed:

@@ -213,7 +213,8 @@ def _failed(what: str, surely: bool, shortage: str | None, needed: tuple[int, in
     if surely:
         return f"no: {what} is above the margin"
     if shortage is not None:
-        return f"cannot tell {what}: {shortage}"
+        takes = "" if needed is None else f"; for a drop of this size it takes {units_said(needed)}"
+        return f"cannot tell {what}: {shortage}{takes}"
     if needed is None:
         return f"cannot tell: the estimate of {what} is not below the margin"
     return f"cannot tell at this sample size: needs {units_said(needed)} for {what}"

@@ -17,6 +17,7 @@ from precimap.layers.views import parameter_names
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.quantize import Affine
 from precimap.task import Task, to_device
+from precimap.user_code import called
 
 ROWS = 64  # of each input: rates are for people, two digits will do
 
@@ -73,7 +74,7 @@ def input_rates(task: Task, layers: Sequence[QuantizedLayer], batch: Any) -> dic
     for layer in layers:
         by_name.setdefault(layer.name, []).append(layer)
     mode = _Rates(parameter_names(task.model), by_name)
-    with torch.no_grad(), mode:
+    with torch.no_grad(), mode, called("forward", "a batch of the search split"):
         task.forward(task.model, to_device(batch, task.device))
     return {
         key: InputRates(amax, beyond / inputs, gone / max(1.0, nonzero))
