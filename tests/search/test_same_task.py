@@ -17,8 +17,8 @@ from precimap.journal import open_journal, run_journal
 from precimap.metrics import NDCG, NE, Custom, LogLoss, Loss
 from precimap.metrics.metric import UnitMean
 from precimap.search.certificate.recertify import recertify
-from precimap.search.pipeline import SearchResult
 from precimap.search.preflight import check_task
+from precimap.search.result import SearchResult
 from precimap.search.same_task import check_first_batch, terms
 from precimap.search.splits.three_splits import fingerprint_splits
 
@@ -418,3 +418,28 @@ def test_a_loader_that_changes_late_is_found_by_split(tmp_path: Path, which: str
     with pytest.raises(TaskError, match=f"batch . of the {which} split is another one than when this run began"):
         searched(changing, tmp_path, schemes=["fp8-static"])
     assert not (tmp_path / "run" / "map.json").exists()
+
+
+def test_the_same_rows_with_other_labels_judge_something_else(tmp_path: Path) -> None:
+    """Clicks and purchases of the same impressions: two questions to two sets of evidence. Equal labels are the same."""
+    first = task_of()
+    searched(first, tmp_path / "a", ledger=tmp_path / "ledger")
+
+    def relabelled(share: float) -> Task:
+        def other(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+            changed = []
+            for batch in batches:
+                labels = batch["labels"].clone()
+                count = round(share * len(labels))
+                labels[:count] = (labels[:count] + 1) % 2
+                changed.append({**batch, "labels": labels})
+            return changed
+
+        splits = replace(first.splits, search=other(first.splits.search), certify=other(first.splits.certify))
+        return task_of(splits=splits)
+
+    with pytest.raises(AlphaSpent, match=r"which holds \d+ % of its units"):
+        searched(relabelled(0.5), tmp_path / "b", ledger=tmp_path / "ledger")
+    found = searched(relabelled(1.0), tmp_path / "c", ledger=tmp_path / "ledger")
+    assert found.certificate is not None
+    assert found.certificate.spent_alpha == 0.05

@@ -44,7 +44,7 @@ class Booking:
 
     def ledger(self, budget: float) -> Ledger:
         """The split's account. Raises what `Ledger.open` raises."""
-        asked = AskedSplit(self.split.whole, self.split.views, lambda: older_print(self.task.splits.certify))
+        asked = AskedSplit(self.split.whole, self.split.judged_views, lambda: older_print(self.task.splits.certify))
         return Ledger.open(self.directory, asked, budget)
 
     def notes(self, limits: Limits) -> tuple[str, ...]:

@@ -5,10 +5,12 @@ the sum of the alphas of all chains that judged with its units bounds the probab
 false (union bound). Data that judged often enough ends up choosing; a plain counter of runs was not taken, because the
 same question may be asked again for nothing: same question, same data, same answer.
 
-A split is known by the set of its units, by what the forward reads of each: another size or order of batches, a row more
-or less, another key beside, other clusters are the same data. Each split has a file of its own (`account`); where more
-than SHARED_ALLOWED of a split's units are in accounts, all that those have given away counts as given away by this one,
-too, which is never too little. Deleting a file makes a used split look fresh, and the certificates made from it false.
+A split is known by the set of its units, by what the forward reads of each and its label: another size or order of batches,
+a row more or less, another key beside, other clusters are the same data. Each split has a file of its own (`account`).
+Where more than NEARLY_NEW of a split's units are in accounts, all that those have given away counts as given away by this
+one, too, which is never too little. Data that are new but for a smaller share are new data: what was given away with that
+share is counted as that share, stands in the total that a certificate states, and is no reason to refuse. Deleting a file
+makes a used split look fresh, and the certificates made from it false.
 Processes that share the directory take turns through a lock on `ledger.lock` (POSIX `flock`).
 """
 
@@ -29,7 +31,7 @@ from precimap.search.certificate.known_units import IN_LEDGER, Sketch, shared_un
 from precimap.search.splits.rows import Prints
 
 LOCK_NAME = "ledger.lock"
-SHARED_ALLOWED = 0.01
+NEARLY_NEW = 0.1
 FRESH = (
     "fresh data are no second chance for nothing: each split says yes to a map that is too bad with a probability of up to "
     "its alpha, and k splits, asked until one says yes, with up to k times alpha"
@@ -116,15 +118,16 @@ class Ledger:
             after = _with(booked.judged, chain, alpha, description)
             spent = math.fsum(entry.alpha for account in accounts if account is not booked for entry in account.judged)
             total = math.fsum((spent, *(entry.alpha for entry in after)))
+            shares = self._by_share(accounts)
             if after == booked.judged:
-                return total
+                return total + shares
             if total > self.budget + _SLACK:
                 raise AlphaSpent(self._refusal(known, total, alpha, description))
             for account in (*(one for one in accounts if one.units is None and one is not booked), booked):
                 # One of an older release is known by its units from now on.
                 judged = after if account is booked else account.judged
                 self._write(replace(account, units=account.units or self._sketch(), judged=judged))
-            return total
+            return total + shares
 
     def answer(self, answers: Sequence[Answer]) -> None:
         """Write down what the split said of the maps of a chain that was booked. Raises SaveError, JournalError."""
@@ -153,9 +156,19 @@ class Ledger:
     def _known(self) -> list[tuple[Account, float]]:
         """The accounts that count as this split's own, with the share of its units that each holds."""
         shared = self._shared()
-        if math.fsum(share for _, share in shared) > SHARED_ALLOWED:
+        if math.fsum(share for account, share in shared if account.split != self.split.name) > NEARLY_NEW:
             return shared
         return [(account, share) for account, share in shared if account.split == self.split.name]
+
+    def _by_share(self, whole: Sequence[Account]) -> float:
+        """The alpha that was given away with the few units which this split shares with other accounts than `whole`."""
+        names = {account.split for account in whole}
+        return math.fsum(
+            share * entry.alpha
+            for account, share in self._shared()
+            if account.split not in names
+            for entry in account.judged
+        )
 
     def _shared(self) -> list[tuple[Account, float]]:
         accounts = self._accounts()

@@ -32,8 +32,8 @@ class SplitPrint:
     name, whole: which split, and the hash of its batches in order. batches: the hash of each. said: of what the task's own
     functions say of it: labels, clusters, weights, slices. inputs, units: uint64, one for each unit in the order of the
     split. plain, wide: further prints by which the data are known again: the inputs without what is constant, where
-    something is; columns that tell nearly all units apart by themselves. sizes: units of each batch. clusters: the
-    different ids, int64, or None.
+    something is; columns that tell nearly all units apart by themselves. answers: of the label and what the loss reads.
+    sizes: units of each batch. clusters: the different ids, int64, or None.
     """
 
     name: str
@@ -44,6 +44,7 @@ class SplitPrint:
     units: Prints
     plain: tuple[Prints, ...]
     wide: tuple[Prints, ...]
+    answers: Prints
     sizes: tuple[int, ...]
     clusters: NDArray[np.int64] | None
 
@@ -55,6 +56,11 @@ class SplitPrint:
     def views(self) -> tuple[Prints, ...]:
         """By which the data are known again, whatever stands beside."""
         return (self.inputs, *self.plain, *self.wide)
+
+    @property
+    def judged_views(self) -> tuple[Prints, ...]:
+        """By which units that have judged are known again: the same inputs with other labels judge something else."""
+        return tuple(finished(view + self.answers) for view in self.views)
 
     @cached_property
     def distinct(self) -> Prints:
@@ -123,6 +129,7 @@ def split_print(task: Task, name: str, reads: Reads) -> SplitPrint:
         finished(inputs + _joined([part.evidence for part in parts])),
         _without_constants(parts, inputs),
         _wide(parts, inputs),
+        _joined([part.answers for part in parts]),
         tuple(len(part.inputs.total) for part in parts),
         np.unique(np.concatenate(clusters)) if clusters else None,
     )
@@ -149,6 +156,7 @@ class _Batch:
     said: str
     inputs: _Columns
     evidence: _Columns
+    answers: _Columns
     wide: dict[Path, Prints]
     clusters: NDArray[np.int64] | None
 
@@ -157,8 +165,8 @@ def _batch(task: Task, batch: Any, name: str, number: int, reads: Reads) -> _Bat
     where = f"batch {number} of the {name} split"
     content = of_value(batch, where)
     own = {} if name == "calibration" else _own(task, batch, where)  # whose labels are not read
-    told = next((len(own[k]) for k in ("clusters", "weights") if k in own), None)
-    units = units_in(list(leaves(batch)), size_of(own.get("labels")) if told is None else told)
+    count = next((len(own[k]) for k in ("clusters", "weights") if k in own), None)
+    units = units_in(list(leaves(batch)), size_of(own.get("labels")) if count is None else count)
     said = of_value(own, f"what the task says of {where}")
     inputs: dict[Any, Prints] = {}
     evidence: dict[Any, Prints] = {}
@@ -177,8 +185,10 @@ def _batch(task: Task, batch: Any, name: str, number: int, reads: Reads) -> _Bat
     for place, (kind, told_of_units) in enumerate(sorted(own.items())):
         for path, prints in _rows_of(told_of_units, units):
             evidence[kind, path] = finished(prints + np.uint64(place))
+    answers = {key: prints for key, prints in evidence.items() if key[0] in ("loss", "labels")}
     n = units or 1
-    return _Batch(content, said, _Columns.of(inputs, n), _Columns.of(evidence, n), wide, own.get("clusters"))
+    told = _Columns.of(inputs, n), _Columns.of(evidence, n), _Columns.of(answers, n)
+    return _Batch(content, said, *told, wide, own.get("clusters"))
 
 
 def _rows_of(values: Any, units: int | None) -> Iterator[tuple[Path, Prints]]:
