@@ -2,7 +2,7 @@
 
 from statistics import fmean, stdev
 
-from precimap.certificate import BlindSpot, Certificate, GuardAnswer, Rounding, Unrepaired
+from precimap.certificate import BOUND_FARTHEST, BlindSpot, Certificate, GuardAnswer, Rounding, Unrepaired
 from precimap.numerics.schemes import SCHEMES
 from precimap.precision_map import Decision, Evidence, PrecisionMap, Premise, Realignment, Verdict
 
@@ -57,9 +57,9 @@ def certified(example: PrecisionMap, realigned_at: str | None = None) -> Precisi
     )  # fmt: skip
     found = Certificate(
         metric="loss", certified=True, verdict="certified", claim="codes", drop=0.001, error=4e-4, upper=0.0018,
-        margin=0.002, alpha=0.05, spent_alpha=0.05, bound="t", baseline=0.7, n=1000, clusters=300, changed=812, needed=None,
-        effective=250.0, blind_spot=a_blind_spot(), guards={"calibration": held}, reported={"AUC": (1e-4, 2e-4)},
-        unrepaired=without, split="v", map=plain.fingerprint,
+        margin=0.002, alpha=0.05, spent_alpha=0.05, bound=BOUND_FARTHEST, baseline=0.7, n=1000, clusters=300, changed=812,
+        needed=None, effective=250.0, blind_spot=a_blind_spot(), guards={"calibration": held},
+        reported={"AUC": (1e-4, 2e-4)}, unrepaired=without, split="v", map=plain.fingerprint,
     )  # fmt: skip
     drops = (0.001, 0.002, 0.0025)
     draws = Rounding(

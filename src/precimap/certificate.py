@@ -21,6 +21,12 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+LEAST_CLUSTERS = 20  # effective ones; below, neither a standard error nor a bound means much (docs/log.md)
+_T = "cluster t raised for skewness, plus one cluster that nobody has seen:"
+BOUND_WORST = f"{_T} it loses all that a unit can lose"
+BOUND_FARTHEST = f"{_T} it loses what the worst one lost, here or on the search split"
+
+
 class BlindSpot(Record):
     """Losses that no number of this certificate speaks of: so rare that the split may hold none of them.
 
@@ -173,6 +179,12 @@ class Certificate(Record):
         """Without what one number says of another only under one bound or one metric."""
         if self.certified != self.verdict.startswith(CERTIFIED):
             yield f"certified is {str(self.certified).lower()}, and its verdict is {self.verdict!r}"
+        if self.certified and self.bound not in (BOUND_WORST, BOUND_FARTHEST):
+            yield f"it is certified, by a bound that no precimap has: {self.bound!r}"
+        if self.certified and self.bound == BOUND_FARTHEST and self.blind_spot is None:
+            yield "it is certified for a loss without a limit, and names no blind spot"
+        if self.certified and not self.changed and abs(self.drop) > _SLACK:
+            yield f"a drop of {self.drop:g}, and no unit changed"
         if self.certified and not _within(self.drop, self.upper, self.margin):
             yield f"it is certified, with {_bound_said(self.drop, self.upper, self.margin)}"
         for name, guard in self.guards.items():
@@ -182,6 +194,11 @@ class Certificate(Record):
         if not self.changed <= self.n:
             yield f"{self.changed} of {self.n} units changed"
         yield from _sizes(self.n, self.clusters, self.effective, self.needed)
+        if self.certified:
+            yield from _proof(self.drop, self.error, self.upper, self.alpha, self.effective)
+            for name, guard in self.guards.items():
+                told = _proof(guard.drop, guard.error, guard.upper, self.alpha, guard.effective)
+                yield from (f"guard {name}: {found}" for found in told)
         if self.alpha > self.spent_alpha + _SLACK:
             yield f"alpha {self.alpha:g} was spent, and {self.spent_alpha:g} in all"
 
@@ -208,13 +225,14 @@ class Certificate(Record):
         """How often this map was judged before, in a sentence without its full stop; empty if it never was."""
         if not self.earlier:
             return ""
-        said_no = sum(not row.certified for row in self.earlier)
+        failed = sum(not row.certified for row in self.earlier)
+        count = len(self.earlier)
+        if not failed:
+            times = "once before, and passed" if count == 1 else f"{count} times before, and passed each time"
+            return f"this map was judged {times}"
         alpha = min(1.0, self.alpha + sum(row.alpha for row in self.earlier))
-        tries = "once" if len(self.earlier) == 1 else f"{len(self.earlier)} times"
-        return (
-            f"this map was judged {tries} before and failed {said_no} of them: counting all, the chance of a false yes "
-            f"is up to {alpha:g}"
-        )
+        times = "once before, and failed" if count == 1 else f"{count} times before, and failed {failed} of these times"
+        return f"this map was judged {times}: with all tries counted, the chance of a false yes is up to {alpha:g}"
 
     @property
     def guard_statements(self) -> tuple[str, ...]:
@@ -283,6 +301,15 @@ def _sizes(n: int, clusters: int, effective: float, needed: tuple[int, int | Non
         yield f"{clusters} clusters that are worth {effective:g} of equal weight"
     if needed is not None and needed[1] is not None and needed[0] > needed[1]:
         yield f"it needs at least {needed[0]} units and at most {needed[1]}"
+
+
+def _proof(drop: float, error: float, upper: float | None, alpha: float, effective: float) -> Iterator[str]:
+    """What no bound of precimap says, whatever the data: it never lies nearer to the drop than half of a z bound."""
+    if effective < LEAST_CLUSTERS * (1 - _SLACK):
+        yield f"it is certified from {effective:g} clusters of equal weight, and {LEAST_CLUSTERS} are the least"
+    reach = 0.5 * statistics.NormalDist().inv_cdf(1 - alpha) * error
+    if upper is not None and upper < drop + reach - _SLACK * (1 + abs(drop)):
+        yield f"an upper bound of {upper:g} over a drop of {drop:g} with the standard error {error:g}"
 
 
 def _within(drop: float, upper: float | None, margin: float) -> bool:

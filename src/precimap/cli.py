@@ -214,6 +214,7 @@ def certify(
             confidence=confidence,
             alpha_budget=alpha_budget,
             progress=progress,
+            on_note=lambda note: _errors.print(lines_of([f"note: {note}"])),
         )
     assert certified.certificate is not None
     if output is not None:

@@ -51,7 +51,7 @@ def ended(command: Callable[[], Result]) -> int:
         return told(
             f"the task's code ended the program (exit {error.code}); let it raise an error instead", WRONG_INPUT
         )
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is not the answer no
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is not the answer no
         return unexpected(error)
     try:
         _print(result)
@@ -62,7 +62,7 @@ def ended(command: Callable[[], Result]) -> int:
     return result.code
 
 
-def unexpected(error: Exception) -> int:
+def unexpected(error: BaseException) -> int:
     """Say that this is no answer, in one line, and where its traceback is; returns the exit code."""
     said = f"{type(error).__name__}: {error}".rstrip(": ")
     return told(f"an error that precimap did not expect, {said}; {_kept(error)}", INTERNAL)

@@ -38,12 +38,12 @@ def clusters_of(values: Any, units: int, place: str) -> np.ndarray:
     except (TypeError, ValueError) as error:
         raise TaskError(
             f"{place}: expected clusters to give integers, got {type(values).__name__} ({error}); "
-            "number them with np.unique(ids, return_inverse=True)[1]"
+            "number them once for all of your data, not batch by batch, so that a user has one number everywhere"
         ) from error
     if found.shape != (units,) or found.is_floating_point() or found.is_complex():
         raise TaskError(
             f"{place}: expected clusters to give one integer per unit, [{units}], got {found.dtype} {tuple(found.shape)}; "
-            "number them with np.unique(ids, return_inverse=True)[1]"
+            "number them once for all of your data, not batch by batch, so that a user has one number everywhere"
         )
     return found.to(torch.int64).numpy()
 

@@ -315,7 +315,7 @@ def test_bounds_lie_on_their_sides_and_tighten_with_alpha(d: Floats, alpha: floa
     [
         (np.arange(3), None, r"clusters of 2 units, \[2\], got \[3\]"),
         (np.zeros((2, 1), np.int64), None, r"got \[2, 1\]"),
-        (np.array([0.0, 1.0]), None, r"integer clusters, got float64; number them with np\.unique"),
+        (np.array([0.0, 1.0]), None, r"integer clusters, got float64; number them once for all of your data"),
         (None, np.ones(1), r"weights of 2 units, \[2\], got \[1\]"),
         (None, np.array([1.0, 0.0]), r"positive, finite weights, got 0\.0 for unit 1 \(1 such units\)"),
         (None, np.array([-1.0, -2.0]), r"got -1\.0 for unit 0 \(2 such units\)"),

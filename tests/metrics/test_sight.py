@@ -269,3 +269,35 @@ def test_a_blind_spot_reads_well_with_one_positive_class_and_without() -> None:
         weight=None,
     )
     assert str(spot) == "Blind spot: a loss that hits fewer than 1 unit in 34 would not be seen."
+
+
+# Functions of the user's own
+
+
+def mean_loss(scores: Floats, labels: Floats, _: Floats) -> float:
+    return float(np.mean((scores - labels) ** 2))
+
+
+def test_custom_metrics_count_clusters_by_what_they_are_worth() -> None:
+    """One cluster of 101 holds half of the rows: blocks of equal number hide it."""
+    clusters = np.concatenate([np.zeros(1000, np.int64), np.repeat(np.arange(1, 101), 10)])
+    found = judged(Custom("own", mean_loss, higher_is_better=False), 2000, 0.3, Units(n=2000, clusters=clusters))
+    assert found.sight.effective == pytest.approx(2000**2 / (1000**2 + 100 * 10**2))
+    assert found.sight.shortage is not None
+    assert "101 clusters are worth 3.96 of equal weight" in found.sight.shortage
+
+
+def test_a_custom_metric_does_not_depend_on_the_order_of_rows() -> None:
+    own = Custom("own", mean_loss, higher_is_better=False, blocks=40)
+    z, other, y = clicks(1500, 0.3)
+    order = np.random.default_rng(0).permutation(1500)
+    first = bounded(drops(own, z, other, y, Units(n=1500)), ALPHA)
+    second = bounded(drops(own, z[order], other[order], y[order], Units(n=1500)), ALPHA)
+    assert (second.drop.estimate, second.upper) == pytest.approx((first.drop.estimate, first.upper))
+
+
+def test_a_few_clusters_tell_a_custom_metric_nothing() -> None:
+    """The first batch of rows sorted by user holds one."""
+    found = judged(Custom("own", mean_loss, False), 100, 0.3, Units(n=100, clusters=np.zeros(100, np.int64)))
+    assert found.drop.error == math.inf
+    assert found.upper == math.inf

@@ -213,3 +213,20 @@ def test_a_search_after_the_checks_leaves_the_model_as_it_was(tmp_path: Path) ->
     before = copy.deepcopy(model.state_dict())
     search(task_of(model, mean), schemes=["fp8"], margin=5.0, ledger=tmp_path, effort=Effort(rounding_draws=0))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Remembering(Body):
+    """Keeps the mean of the embeddings of the last batch it saw."""
+
+    def remembered(self, ids: Tensor) -> Tensor:
+        key = (ids.shape, int(ids.sum()))
+        if vars(self).get("_key") != key:
+            vars(self)["_key"], vars(self)["_kept"] = key, self.table(ids).mean(1)
+        kept: Tensor = vars(self)["_kept"]
+        return kept
+
+
+def test_results_of_the_call_before_are_refused() -> None:
+    """A map would be scored with what the baseline computed for the same batch."""
+    with pytest.raises(TaskError, match=r"does not compute with table\.weight when it is given the same batch again"):
+        check_task(task_of(Remembering().eval(), lambda m, b: m.last(m.first(m.remembered(b["ids"])))))

@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from precimap.errors import TaskError
-from precimap.metrics.metric import PairedDrops, Stakes, check_declared, check_paired, count_changed, refuse_units
+from precimap.metrics.metric import (
+    CLUSTER,
+    UNIT,
+    PairedDrops,
+    Stakes,
+    check_declared,
+    check_paired,
+    count_changed,
+    refuse_units,
+    untold,
+)
 from precimap.metrics.units import Floats, Units
 
 Function = Callable[[NDArray[np.float32], Floats, NDArray[np.int64]], float]
@@ -69,11 +79,15 @@ class Custom:
         return self._called(kept, rows if units.clusters is None else units.clusters, rows)
 
     def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
-        """One pseudo-value for each block. Raises TaskError as `value`, and for fewer clusters than 10."""
+        """One pseudo-value for each block; an infinite error for fewer clusters than 10. Raises TaskError as `value`."""
         check_paired(self.name, baseline, other, 2)
         sign = -1.0 if self.higher_is_better else 1.0
         groups = np.arange(units.n) if units.clusters is None else units.clusters
-        blocks, block = _dealt(groups, self.blocks)
+        if len(np.unique(groups)) < LEAST_BLOCKS:
+            return untold(units, self.worst)
+        # Rows without clusters are dealt by what they hold, so that their order makes no difference.
+        names = groups if units.clusters is not None else _ranks(baseline)
+        blocks, block = _dealt(names, self.blocks)
         whole = sign * (self.value(other, units) - self.value(baseline, units))
         left = np.empty(blocks)
         same = ~(baseline != other).any(1)
@@ -89,7 +103,9 @@ class Custom:
         # Centred, so that the weighted mean is the drop itself and not the drop less its estimated bias.
         d = pull * (whole - left)
         d += whole - float(d @ rows_of) / units.n
-        stakes = Stakes(f"of {self.name}", clusters=len(np.unique(groups)))
+        sizes = np.unique(groups, return_counts=True)[1].astype(np.float64)
+        noun = UNIT if units.clusters is None else CLUSTER
+        stakes = Stakes(f"of {self.name}", noun=noun, within=sizes)
         of_blocks = Units(n=blocks, weights=rows_of)
         return PairedDrops(d, of_blocks, units.n, count_changed(baseline, other), self.worst, stakes=stakes)
 
@@ -105,11 +121,16 @@ class Custom:
         return value
 
 
+def _ranks(kept: Floats) -> NDArray[np.int64]:
+    """The place of each row when rows are sorted by all that they hold; equal rows are alike in any order."""
+    ranks = np.empty(len(kept), np.int64)
+    ranks[np.lexsort(kept.T[::-1])] = np.arange(len(kept))
+    return ranks
+
+
 def _dealt(groups: NDArray[np.int64], blocks: int) -> tuple[int, NDArray[np.int64]]:
     """How many blocks, and the block of each row: clusters in a shuffled order, dealt like cards."""
     names, of_row = np.unique(groups, return_inverse=True)
-    if len(names) < LEAST_BLOCKS:
-        raise TaskError(f"expected at least {LEAST_BLOCKS} clusters to tell an error from, got {len(names)}")
     blocks = min(blocks, len(names))
     dealt = np.random.default_rng(_SEED).permutation(len(names)) % blocks
     return blocks, dealt[of_row]

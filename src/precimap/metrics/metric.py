@@ -30,8 +30,8 @@ class Stakes:
 
     unit, scale: of a unit's own loss, and what the metric drops by where every unit loses 1 of it (NE: nats, and one over
     the mean loss). rare, named: how much of each unit, float64 [units.n], belongs to the rarer class, and what that class
-    is called; None where there are no classes. noun: what the metric's units are. clusters: how many were resampled, where
-    the drops are of larger blocks.
+    is called; None where there are no classes. noun: what the metric's units are. within: the weight of each cluster that
+    was resampled, where the drops are of larger blocks.
     """
 
     unit: str = ""
@@ -39,7 +39,7 @@ class Stakes:
     rare: Floats | None = None
     named: str = ""
     noun: str = UNIT
-    clusters: int | None = None
+    within: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,12 +9,11 @@ matters are refused (`shortage`). A bound for "reasonable" tails, the alternativ
 import math
 from dataclasses import dataclass, replace
 
-from precimap.certificate import BlindSpot
+from precimap.certificate import LEAST_CLUSTERS, BlindSpot
 from precimap.metrics.metric import CLUSTER, UNIT, PairedDrops
 from precimap.metrics.totals import Farthest, Totals, summed
 from precimap.metrics.units import Floats
 
-LEAST_CLUSTERS = 20  # effective ones; below, neither a standard error nor a bound means much (docs/log.md)
 LEAST_UNITS = 50  # effective ones, for a metric without a limit
 LEAST_RARE = 20  # rows of the rarer class, for a metric of clicks
 _UNEQUAL = 0.8  # clusters that are worth fewer than this share of their number may hide heavier ones
@@ -98,11 +97,11 @@ def sight_of(sample: PairedDrops, totals: Totals) -> Sight:
     per_row = totals.whole / sample.rows
     far = totals.beyond if not sample.two_sided else abs(totals.beyond)
     at = int(far.argmax())
-    clusters = totals.count if stakes.clusters is None else stakes.clusters
+    weights = totals.weights if stakes.within is None else stakes.within
     return Sight(
         noun=stakes.noun if units.clusters is None else CLUSTER,
-        clusters=clusters,
-        effective=totals.effective if stakes.clusters is None else float(clusters),
+        clusters=len(weights),
+        effective=_worth(weights),
         rare=None if stakes.rare is None else _worth(summed(units.known_weights * stakes.rare, units)),
         named=stakes.named,
         limit=sample.worst,

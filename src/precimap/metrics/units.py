@@ -34,7 +34,7 @@ class Units:
             if self.clusters.dtype.kind not in "iu":
                 raise TaskError(
                     f"expected integer clusters, got {self.clusters.dtype}; "
-                    "number them with np.unique(ids, return_inverse=True)[1]"
+                    "number them once for all of your data, not batch by batch, so that a user has one number everywhere"
                 )
         if self.weights is not None:
             check_length("weights", self.weights, self.n)

@@ -10,10 +10,10 @@ from precimap.search.sample_size import Outlook
 def plan_page(plan: Plan) -> RenderableType:
     """Units that each of the two splits needs, beside those that they have."""
     table = Rows(box=None, pad_edge=False)
-    table.add_column("metric", no_wrap=True)
+    table.add_column("metric")
     for heading in ("margin", "at least", "about", "search", "certify"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("can a map pass?", no_wrap=True)
+    table.add_column("can pass", no_wrap=True)
     asked = plan.asked
     for row in plan.rows:
         cells = (f"{row.margin:g}", _units(row.enough), _units(row.about), _units(row.search_units))
@@ -39,7 +39,8 @@ def _answer(plan: Plan) -> str:
     if short:
         row = short[0]
         return (
-            f"These splits can certify quiet maps at a margin of {row.margin:g}; noisy ones need about "
+            f"These splits are small for a margin of {row.margin:g}: a map as noisy as one with every layer in low "
+            f"precision passes at {row.detectable:.2g}, so only quieter ones can pass at yours; for all it takes about "
             f"{_units(row.about)} units in each split ({row.label})."
         )
     return f"These splits are large enough for a margin of {plan.margin:g}."

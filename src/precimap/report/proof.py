@@ -18,7 +18,6 @@ def certificate_text(certificate: Certificate) -> RenderableType:
         f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error)"
         f"{' ' + certificate.unit if certificate.unit else ''}, baseline {certificate.baseline:.5f}",
         f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
-        *_selected(certificate),
         f"bound: {certificate.bound}",
         f"n = {certificate.n:,} units"
         + worth(certificate.n, certificate.clusters, certificate.effective)
@@ -35,13 +34,6 @@ def certificate_text(certificate: Certificate) -> RenderableType:
     lines += [*certificate.blind_spots, *([certificate.history] if certificate.earlier else []), certificate.claim]
     head = lines_of([certificate.verdict.upper()], "bold green" if certificate.certified else "bold yellow")
     return Group(head, lines_of(f"  {line}" for line in lines))
-
-
-def _selected(certificate: Certificate) -> list[str]:
-    """What the bound is not: of several maps, it is that of the one that passed last."""
-    if not certificate.certified:
-        return []
-    return ["proved is the margin; drop and bound are those of the map that passed, and a little too good"]
 
 
 def _guard_lines(name: str, guard: GuardAnswer, alpha: float) -> list[str]:

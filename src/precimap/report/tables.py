@@ -19,6 +19,7 @@ from precimap.report.terminal import Rows, lines_of, shown
 from precimap.search.evidence.means import said_of
 from precimap.search.latency.savings import Savings
 
+SELECTED = "Proved is the margin: drop and bound are those of the map that passed, and a little too good."
 NAME_WIDTH = 36
 NARROW_NAME_WIDTH = 24  # beside all columns of a map
 SCHEME_WIDTH = 15
@@ -199,6 +200,8 @@ def _schemes_compared(layers: list[dict[str, Any]]) -> list[str]:
 def run_page(run: RunRecord) -> RenderableType:
     """Everything about a run."""
     parts: list[RenderableType] = []
+    if run.answer is not None:
+        parts += [lines_of([f"answer: {run.answer}"], "bold"), Text()]
     if run.preflight is not None:
         parts += [preflight_text(run.preflight), Text()]
     if run.map is not None:
@@ -213,13 +216,11 @@ def run_page(run: RunRecord) -> RenderableType:
     if run.end_to_end is not None:
         parts += [end_to_end_page(run.end_to_end), Text()]
     if run.map is not None and run.map.certificate is not None:
-        parts += [certificate_text(run.map.certificate)]
+        parts += [certificate_text(run.map.certificate), lines_of([f"  {SELECTED}"])]
     elif run.certificates:
         parts += [certificate_text(run.certificates[0])]
     if run.map is not None and run.map.rounding is not None:
         parts += [rounding_text(run.map.rounding)]
-    if run.answer is not None:
-        parts += [lines_of([f"answer: {run.answer}"], "bold")]
     return Group(*parts)
 
 

@@ -33,7 +33,7 @@ def along_units(batch: Any, units: int, change: Callable[[Any], Any]) -> Any:
     def visit(value: Any) -> Any:
         nonlocal found
         if isinstance(value, Tensor):
-            if value.dim() and value.shape[0] == units:
+            if value.layout == torch.strided and not value.is_nested and value.dim() and value.shape[0] == units:
                 found = True
                 return change(value)
             return value

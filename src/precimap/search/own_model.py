@@ -36,13 +36,18 @@ _SHOWN = 3
 _LARGEST_COPY = 2**28  # bytes of one tensor
 
 
-class _Uses(TorchFunctionMode):
+class Uses(TorchFunctionMode):
     """Notes which of the named tensors a call with a tensor for a result was given."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self._names = names
         self.seen: dict[str, None] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Uses":
+        """The parameters of a model, by their names."""
+        return cls({id(parameter): plain_name(name) for name, parameter in model.named_parameters()})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -53,6 +58,21 @@ class _Uses(TorchFunctionMode):
                     if id(part) in self._names:
                         self.seen[self._names[id(part)]] = None
         return result
+
+
+def check_no_memory(fresh: Uses, again: Uses, another: Uses) -> None:
+    """Raises TaskError for a forward that computes less when it is called again with the batch of the call before.
+
+    fresh, again: of two calls with one batch; another: of one with another batch. What only the second left out is a result
+    that was kept: a map would be scored with what the baseline computed.
+    """
+    kept = [name for name in fresh.seen if name not in again.seen and name in another.seen]
+    if kept:
+        more = f" and {len(kept) - _SHOWN} more" if len(kept) > _SHOWN else ""
+        raise TaskError(
+            f"forward does not compute with {', '.join(kept[:_SHOWN])}{more} when it is given the same batch again: it "
+            "keeps results of the call before, and a map would be scored with those of the baseline. Switch that memory off"
+        )
 
 
 def check_given_model(task: Task, batch: Any) -> str | None:
@@ -67,7 +87,7 @@ def check_given_model(task: Task, batch: Any) -> str | None:
     if twin is None:
         return "whether forward uses the model that it is given was not checked: the model cannot be copied"
     given = {id(parameter): name for name, parameter in twin.named_parameters()}
-    with torch.no_grad(), quantized(task.model, {}), _Uses(own) as foreign, _Uses(given) as used:
+    with torch.no_grad(), quantized(task.model, {}), Uses(own) as foreign, Uses(given) as used:
         try:
             task.forward(twin, batch)
         except USERS_ERRORS as error:

@@ -23,9 +23,10 @@ from precimap.metrics.metric import RELATIVE
 from precimap.search.batch_invariance import BatchDependence
 from precimap.search.batches import along_units
 from precimap.search.in_place import check_tables, written_by
-from precimap.search.own_model import USERS_ERRORS, ModelState, check_given_model
+from precimap.search.own_model import USERS_ERRORS, ModelState, Uses, check_given_model, check_no_memory
 from precimap.search.sample_size import Outlook
 from precimap.search.split_checks import check_clusters, check_slice, check_splits
+from precimap.search.splits.columns import counted_by
 from precimap.search.splits.reads import Path, Reads, watched
 from precimap.search.splits.three_splits import first_of
 from precimap.task import Scored, Task, can_be_written, join_parts, score_batch, to_device
@@ -104,16 +105,21 @@ def check_task(task: Task) -> FirstBatch:
     check_tables(task.model)
     batch = to_device(first_of(task), task.device)
     state = ModelState.of(task.model)
-    first, reads = _score_watched(task, batch)
+    with Uses.of(task.model) as fresh:
+        first, reads = _score_watched(task, batch)
     state.check_unwritten()
     state = ModelState.of(task.model)  # what the first call builds once is no matter
-    second = _score_one(task, batch)
+    with Uses.of(task.model) as again:
+        second = _score_one(task, batch)
     notes = [f"forward adds to {name} of the model with every call; is that a cache?" for name in state.grown()]
     state.check_unwritten()
     if not (first.losses == second.losses).all():
         why = written_by(task, batch) or "switch off dropout and sampling, and fix the seed in forward"
         raise TaskError(f"the same batch scored twice gives other losses; {why}")
-    found = check_given_model(task, batch), _influence(task, batch, first)
+    with Uses.of(task.model) as another:
+        influence = _influence(task, batch, first)
+    check_no_memory(fresh, again, another)
+    found = check_given_model(task, batch), influence
     return FirstBatch(first, reads, (*notes, *(note for note in found if note)))
 
 
@@ -133,7 +139,12 @@ def _influence(task: Task, batch: Any, first: Scored) -> str | None:
     changed = _with_unit_replaced(batch, len(first.losses))
     if changed is None:
         return "whether units influence each other was not checked: no tensor of the batch has one row per unit"
-    after = _score_one(task, changed)
+    try:
+        after = _score_one(task, changed)
+    except TaskError:  # what has a row per unit may be counts or places, which no other unit's fit
+        return (
+            "whether units influence each other was not checked: forward fails when one unit is put in another's place"
+        )
     moved = abs(after.losses[1:] - first.losses[1:]) > INFLUENCE_TOLERANCE * (1 + abs(first.losses[1:]))
     if moved.any():
         raise TaskError(
@@ -159,7 +170,8 @@ def _score_watched(task: Task, batch: Any) -> tuple[Scored, Reads]:
 
     seen = replace(task, forward=watching(task.forward, read[0]), loss=watching(task.loss, read[1]))
     scored = _score_one(seen, batch)
-    return scored, Reads(*(frozenset(paths) if paths else None for paths in read))
+    forward, loss = (frozenset(paths) if paths else None for paths in read)
+    return scored, Reads(forward, loss, counted_by(batch, len(scored.losses)))
 
 
 def _score_one(task: Task, batch: Any) -> Scored:
@@ -195,7 +207,10 @@ def check_baseline(task: Task, baseline: Scored, split: str = "search") -> None:
 def doubts(task: Task, baseline: Scored, margin: float) -> tuple[str, ...]:
     """What is possible and mostly a mistake: probabilities given as logits, a margin of several times the metric."""
     found = []
-    values = _values(task, baseline, "search")
+    try:
+        values = _values(task, baseline, "search")
+    except TaskError:  # of one batch, which may hold one class
+        return ()
     asked = {task.metric.name: (task.metric, margin), **{g.label: (g.metric, g.margin) for g in task.guarded}}
     for name, (metric, accepted) in asked.items():
         plain = metric.metric if isinstance(metric, Head) else metric

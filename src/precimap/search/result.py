@@ -58,5 +58,16 @@ def saved(result: SearchResult, run: str | Path | None) -> SearchResult:
         else:
             if before.fingerprint != result.map.fingerprint:
                 before.save(path.with_name(f"map-{before.fingerprint}.json"))
+            elif _asked(before) != _asked(result.map):
+                margin = f"-margin-{before.certificate.margin:g}" if before.certificate is not None else ""
+                before.save(path.with_name(f"map-{before.fingerprint}{margin}.json"))
     result.map.save(path)
     return result
+
+
+def _asked(precision_map: PrecisionMap) -> tuple[object, ...] | None:
+    """What its certificate answers; None without one."""
+    found = precision_map.certificate
+    if found is None:
+        return None
+    return (found.margin, found.alpha, found.split, *((name, guard.margin) for name, guard in found.guards.items()))

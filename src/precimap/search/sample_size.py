@@ -82,7 +82,7 @@ class Pilot:
 
     def least(self, units: float, alpha: float) -> float:
         """The margin that not even a map without any change keeps, with so many units."""
-        blocks = self.nothing.stakes.clusters is not None  # their number stays the same in a split of any size
+        blocks = self.nothing.stakes.within is not None  # their number stays the same in a split of any size
         clusters = self.nothing.units.n if blocks else units * self.sight.effective / self.nothing.rows
         return least_margin(self.nothing, int(clusters), alpha)
 

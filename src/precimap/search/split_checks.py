@@ -82,7 +82,7 @@ def check_slice(rows: np.ndarray, clusters: np.ndarray | None, label: str, split
 
 def _look(task: Task, batch: Any, place: str, into: _Given | None) -> None:
     """Check one batch, and keep what a whole split is checked by; of the calibration split no label is read."""
-    rows = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}
+    rows = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() and _is_plain(leaf)}
     if rows == {0}:
         raise TaskError(f"{place}: expected at least one unit, got none; leave empty batches out")
     if into is None:
@@ -90,7 +90,13 @@ def _look(task: Task, batch: Any, place: str, into: _Given | None) -> None:
     with called("labels", place):
         labels = labels_of(task, batch)
     if not isinstance(labels, Tensor | np.ndarray) or not labels.ndim:
-        return  # labels in a form of the metric's own, or none: what is wrong with them shows when they are scored
+        # Labels in a form of the metric's own, or none: what is wrong with them shows when they are scored.
+        counts = _counts(task, batch, place)
+        if len(counts) == 1:
+            (count,) = counts
+            into.units += count
+            into.beside.append(given_beside(task, batch, count, place))
+        return
     labels = torch.as_tensor(labels).detach().cpu()
     if not len(labels):
         raise TaskError(f"{place}: expected at least one unit, got no label; leave empty batches out")
@@ -117,4 +123,10 @@ def _counts(task: Task, batch: Any, place: str) -> set[int]:
 
 
 def _floats(batch: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    found = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return (leaf if _is_plain(leaf) else leaf.values() for leaf in found if leaf.layout != torch.sparse_coo)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Neither nested nor sparse: what has a length, and values that can be asked one by one."""
+    return tensor.layout == torch.strided and not tensor.is_nested

@@ -14,7 +14,7 @@ from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
 from precimap.search.batch_invariance import shares_a_scale
 from precimap.search.certificate.account import Answer
-from precimap.search.certificate.certify import Question, baseline_to_certify, certify
+from precimap.search.certificate.certify import Question, baseline_to_certify, certify, check_still
 from precimap.search.certificate.known_units import IN_MAP, Sketch, shared_units
 from precimap.search.certificate.ledger import FRESH, AskedSplit, Ledger
 from precimap.search.certificate.older_prints import older_print
@@ -81,6 +81,7 @@ class Booking:
         question = Question(limits.margin, limits.alpha, limits.alpha, self.split.whole, self.split)
         # Alpha is booked only when a comparison can be made: the baseline is scored first, which no map depends on.
         check_baseline(self.task, baseline_to_certify(run, target, question), "certify")
+        check_still(run, target, question)
         spent = ledger.spend(asked, limits.alpha, f"{said}, margin {limits.margin:g}")
         certificates = certify(run, target, chain, replace(question, spent_alpha=spent), elsewhere)
         before = ledger.answers_before(asked)

@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import nn
 
-from precimap.certificate import Certificate, GuardAnswer, Unrepaired, units_said
+from precimap.certificate import BOUND_FARTHEST, BOUND_WORST, Certificate, GuardAnswer, Unrepaired, units_said
 from precimap.errors import TaskError
 from precimap.layers.quantized import quantize_map
 from precimap.layers.realign import realigned
@@ -26,11 +27,7 @@ from precimap.precision_map import PrecisionMap
 from precimap.search.evidence.probe import Comparison, compare, finite
 from precimap.search.run import Parts, Run, scored
 from precimap.search.splits.split_print import SplitPrint, counted_once
-from precimap.task import Scored, Task
-
-_T = "cluster t raised for skewness, plus one cluster that nobody has seen:"
-BOUND_WORST = f"{_T} it loses all that a unit can lose"
-BOUND_FARTHEST = f"{_T} it loses what the worst one lost, here or on the search split"
+from precimap.task import Scored, Task, score_batch, to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +80,34 @@ def baseline_to_certify(run: Run, target: Target, question: Question) -> Scored:
     return _certify_split(run, target, question, None)
 
 
+def check_still(run: Run, target: Target, question: Question) -> None:
+    """Score the first batch of the split again. Raises TaskError where it gives other losses than those in the run.
+
+    Batches may name their data (files, rows of a store) and not hold them.
+    """
+    batch = to_device(next(iter(run.task.splits.certify)), run.task.device)
+    known = _parts(run, target, question, None, numbers=[0]).whole
+    with torch.no_grad(), target.running(run.task.model, {}) as model:
+        now = score_batch(run.task, model, batch, "batch 0 of the certify split")
+    if now.losses.shape != known.losses.shape or not np.allclose(now.losses, known.losses, rtol=1e-5, atol=1e-7):
+        raise TaskError(
+            "batch 0 of the certify split gives other losses now than those that this run holds: the data that it stands "
+            "for, or what computes them, have changed. Choose another run directory"
+        )
+
+
 def _certify_split(run: Run, target: Target, question: Question, precision_map: PrecisionMap | None) -> Scored:
     """The certify split as the target runs the map (None: the baseline); quantised only if a batch is to be scored."""
+    return _counted_once(_parts(run, target, question, precision_map), question.known)
+
+
+def _parts(
+    run: Run,
+    target: Target,
+    question: Question,
+    precision_map: PrecisionMap | None,
+    numbers: Sequence[int] | None = None,
+) -> Parts:
     task = run.task
 
     def running() -> AbstractContextManager[nn.Module]:
@@ -95,8 +118,7 @@ def _certify_split(run: Run, target: Target, question: Question, precision_map: 
     check = (lambda _: None) if timer is None else timer.check
     said = "" if question.known is None else f" {question.known.said}"
     name = f"{subject} on {target.name} with {question.split}{said}"
-    parts = scored(run, "certify", name, task.splits.certify, running, check=check)
-    return _counted_once(parts, question.known)
+    return scored(run, "certify", name, task.splits.certify, running, numbers=numbers, check=check)
 
 
 def _counted_once(parts: Parts, known: SplitPrint | None) -> Scored:

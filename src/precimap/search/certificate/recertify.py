@@ -4,6 +4,7 @@ Invariant: the same question about the same data is free, every other one spends
 it; the certificate that a map brings along is history, and no proof that a question was paid for.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from precimap.certificate import Certificate, Earlier
@@ -35,8 +36,9 @@ def recertify(
     alpha_budget: float | None = None,
     ledger: str | Path | None = None,
     progress: Progress = silent,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> PrecisionMap:
-    """The map with the certificate that the task's certify split gives it.
+    """The map with the certificate that the task's certify split gives it. on_note: told what is doubtful of the task.
 
     Raises PremiseMismatch for other weights or another metric, MapError for a map without a low-precision layer,
     TaskError when the map was chosen on these data, in whatever batches, AlphaSpent when the split has judged other
@@ -49,6 +51,8 @@ def recertify(
     first = preflight.check_task(task)
     prints = fingerprint_splits(task, first.reads)
     _check_did_not_choose(task, precision_map, prints.certify)
+    for note in (*first.notes, *prints.notes, *preflight.doubts(task, first.scored, margin)):
+        on_note(note)
     task = unchanging(task, prints)
     booking = Booking(task, prints, first.scored, Path(ledger) if ledger else state_directory())
     said = f"{task.name}: one map for {precision_map.target}"

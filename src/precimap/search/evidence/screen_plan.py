@@ -228,7 +228,8 @@ def first_order(
 
 def _bytes(batch: Any) -> int:
     """Of the tensors in a batch; 0 where it keeps them in objects of its own, so that the first of such batches wins."""
-    return sum(value.nbytes for value in tree_leaves(batch) if isinstance(value, Tensor))
+    tensors = (value for value in tree_leaves(batch) if isinstance(value, Tensor))
+    return sum(value.numel() * value.element_size() for value in tensors)  # a sparse one has no nbytes
 
 
 def _decoded_bytes(layers: Sequence[QuantizedLayer]) -> int:

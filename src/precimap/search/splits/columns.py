@@ -89,6 +89,8 @@ def tells_much(value: Any) -> bool:
     """Whether a column may tell units apart by itself: texts, or more than a few numbers a unit. A row number does not."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "USOT":
         return True
+    if isinstance(value, Tensor) and value.is_nested:
+        return True
     if isinstance(value, Tensor | np.ndarray):
         return math.prod(value.shape[1:]) >= WIDE
     if isinstance(value, list | tuple):
@@ -97,20 +99,48 @@ def tells_much(value: Any) -> bool:
 
 
 def units_in(found: list[Leaf], told: int | None) -> int | None:
-    """How many units the batch holds: as `told`, where a leaf has as many rows; else what most leaves say.
+    """How many units the batch holds: as `told`, else what most leaves say.
 
     None where nothing has a row per unit, or two numbers of rows are equally common.
     """
+    if told is not None:
+        return told
     sizes: dict[int, int] = {}
     for leaf in found:
-        parts = jagged(leaf.value)
-        size = size_of(leaf.value) if parts is None else parts.lengths.numel() // max(1, len(parts.keys))
+        size = rows_of(leaf.value)
         if size is not None:
             sizes[size] = sizes.get(size, 0) + 1
-    if told is not None:
-        return told if told in sizes else None
     common = [size for size, count in sizes.items() if count == max(sizes.values())]
     return common[0] if len(common) == 1 else None
+
+
+def counted_by(batch: Any, units: int) -> Path | None:
+    """The path of something with a row for each of the `units` that a batch was scored as; None where nothing has."""
+    return next((leaf.path for leaf in leaves(batch, units) if rows_of(leaf.value) == units), None)
+
+
+def at(batch: Any, path: Path) -> Any:
+    """What lies at a path that `leaves` gave for another batch; None where nothing does."""
+    return next((leaf.value for leaf in leaves(batch) if leaf.path == path), batch if path == () else None)
+
+
+def rows_of(value: Any) -> int | None:
+    """How many units a leaf has rows for; None for one without a first dim."""
+    parts = jagged(value)
+    return size_of(value) if parts is None else parts.lengths.numel() // max(1, len(parts.keys))
+
+
+def turned(value: Any, units: int) -> Any:
+    """A tensor or an array whose units lie along a later dim, or end to end, with a row for each of them."""
+    if not isinstance(value, Tensor | np.ndarray) or not value.ndim or (isinstance(value, Tensor) and value.is_nested):
+        return value
+    shape = tuple(value.shape)
+    if units in shape[1:]:
+        axis = shape.index(units, 1)
+        return value.movedim(axis, 0) if isinstance(value, Tensor) else np.moveaxis(value, axis, 0)
+    if shape[0] > units and shape[0] % units == 0:
+        return value.reshape(units, shape[0] // units, *shape[1:])
+    return value
 
 
 def columns(found: list[Leaf], units: int) -> list[tuple[Leaf, Prints | None]]:

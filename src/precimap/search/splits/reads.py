@@ -14,10 +14,14 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """The paths that the forward and the loss read of a batch; None: all of them, or not known."""
+    """The paths that the forward and the loss read of a batch; None: all of them, or not known.
+
+    counts: the path of something that has a row for each unit, as the first batch was scored; None: not known.
+    """
 
     forward: frozenset[Path] | None = None
     loss: frozenset[Path] | None = None
+    counts: Path | None = None
 
     def is_input(self, path: Path) -> bool:
         """Whether the forward reads what lies at `path`."""

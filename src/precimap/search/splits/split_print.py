@@ -14,7 +14,18 @@ from numpy.typing import NDArray
 
 from precimap.errors import InputError, TaskError
 from precimap.fingerprints import of_value
-from precimap.search.splits.columns import columns, leaves, numbers, size_of, tells_much, units_in
+from precimap.search.splits.columns import (
+    Leaf,
+    at,
+    columns,
+    leaves,
+    numbers,
+    rows_of,
+    size_of,
+    tells_much,
+    turned,
+    units_in,
+)
 from precimap.search.splits.reads import Path, Reads
 from precimap.search.splits.rows import Prints, finished
 from precimap.task import Batches, Task, labels_of, to_device
@@ -33,7 +44,8 @@ class SplitPrint:
     functions say of it: labels, clusters, weights, slices. inputs, units: uint64, one for each unit in the order of the
     split. plain, wide: further prints by which the data are known again: the inputs without what is constant, where
     something is; columns that tell nearly all units apart by themselves. answers: of the label and what the loss reads.
-    sizes: units of each batch. clusters: the different ids, int64, or None.
+    sizes: units of each batch. clusters: the different ids, int64, or None. untold: in some batch no input has a row per
+    unit, so that units are known batch by batch only.
     """
 
     name: str
@@ -47,6 +59,7 @@ class SplitPrint:
     answers: Prints
     sizes: tuple[int, ...]
     clusters: NDArray[np.int64] | None
+    untold: bool
 
     @property
     def n(self) -> int:
@@ -132,6 +145,7 @@ def split_print(task: Task, name: str, reads: Reads) -> SplitPrint:
         _joined([part.answers for part in parts]),
         tuple(len(part.inputs.total) for part in parts),
         np.unique(np.concatenate(clusters)) if clusters else None,
+        any(part.untold for part in parts),
     )
 
 
@@ -150,7 +164,7 @@ class _Columns:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """One batch: its hash, that of what the task says of it, and its columns."""
+    """One batch: its hash, that of what the task says of it, and its columns; untold: no input has a row per unit."""
 
     content: str
     said: str
@@ -159,21 +173,26 @@ class _Batch:
     answers: _Columns
     wide: dict[Path, Prints]
     clusters: NDArray[np.int64] | None
+    untold: bool
 
 
 def _batch(task: Task, batch: Any, name: str, number: int, reads: Reads) -> _Batch:
     where = f"batch {number} of the {name} split"
     content = of_value(batch, where)
     own = {} if name == "calibration" else _own(task, batch, where)  # whose labels are not read
-    count = next((len(own[k]) for k in ("clusters", "weights") if k in own), None)
-    units = units_in(list(leaves(batch)), size_of(own.get("labels")) if count is None else count)
+    count = next((len(own[k]) for k in ("clusters", "weights") if k in own), size_of(own.get("labels")))
+    if count is None and reads.counts is not None:
+        count = rows_of(at(batch, reads.counts))
+    units = units_in(list(leaves(batch)), count)
     said = of_value(own, f"what the task says of {where}")
     inputs: dict[Any, Prints] = {}
     evidence: dict[Any, Prints] = {}
     wide: dict[Path, Prints] = {}
+    untold = True
     if not units:
         inputs[()] = np.array([int(content, 16)], np.uint64)
-    for leaf, prints in columns(list(leaves(batch, units)), units) if units else ():
+    for leaf, prints in columns(_turned(batch, units, reads, own.get("labels")), units) if units else ():
+        untold &= prints is None or not reads.is_input(leaf.path)
         if prints is None:
             prints = np.full(units or 1, np.uint64(int(of_value(leaf.value, where), 16)))
         elif tells_much(leaf.value) and len(wide) < COLUMNS_ALONE:
@@ -188,7 +207,17 @@ def _batch(task: Task, batch: Any, name: str, number: int, reads: Reads) -> _Bat
     answers = {key: prints for key, prints in evidence.items() if key[0] in ("loss", "labels")}
     n = units or 1
     told = _Columns.of(inputs, n), _Columns.of(evidence, n), _Columns.of(answers, n)
-    return _Batch(content, said, *told, wide, own.get("clusters"))
+    return _Batch(content, said, *told, wide, own.get("clusters"), untold)
+
+
+def _turned(batch: Any, units: int, reads: Reads, labels: Any) -> list[Leaf]:
+    """What the batch holds; where nothing that the forward reads has a row per unit, turned so that it has."""
+    found = list(leaves(batch, units))
+    inputs = [leaf for leaf in found if reads.is_input(leaf.path) and leaf.value is not labels]
+    if any(rows_of(leaf.value) == units for leaf in inputs):
+        return found
+    read = {id(leaf) for leaf in inputs}
+    return [Leaf(leaf.path, turned(leaf.value, units)) if id(leaf) in read else leaf for leaf in found]
 
 
 def _rows_of(values: Any, units: int | None) -> Iterator[tuple[Path, Prints]]:

@@ -125,6 +125,12 @@ def _notes(task: Task, found: dict[str, SplitPrint]) -> tuple[str, ...]:
                 f"{_share(split.repeated / split.n, split.n)} of the {split.name} split's {split.n:,} units have stood in "
                 f"it before ({len(split.distinct):,} different ones): a loader that repeats, or padding?{counted}"
             )
+    untold = [split.name for split in (search, certify) if split.untold]
+    if untold:
+        notes.append(
+            f"no input of the {' and the '.join(untold)} split has a row per unit, so units are known batch by batch only: "
+            "cut into other batches, the same data look like new. Do not certify on what was seen in other batches"
+        )
     return tuple(notes)
 
 
