@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import precimap.durable
 from precimap.durable import write_bytes, write_text
 from precimap.errors import JournalError, SaveError
 from precimap.journal import LOCK_NAME, run_journal
-from precimap.search.certificate.ledger import Ledger
+from precimap.search.certificate.ledger import AskedSplit, Ledger
 
 # The package without what imports torch: a process then starts in a moment, not in seconds.
 ALONE = f"""
@@ -265,8 +266,9 @@ def test_a_disk_without_a_byte_free_is_an_error_of_our_own(small_disk: Path) -> 
         run_journal(small_disk / "run", {}),
     ):
         pass
+    split = AskedSplit("split", (np.arange(100, dtype=np.uint64),), lambda: "")
     with pytest.raises(SaveError, match="No space left on device"):
-        Ledger.open(small_disk / "ledger", "split", 0.05).spend("chain", 0.05, "what it is")
+        Ledger.open(small_disk / "ledger", split, 0.05).spend("chain", 0.05, "what it is")
     assert not list((small_disk / "ledger").glob("*.json"))
     (small_disk / "filler").unlink()
-    assert Ledger.open(small_disk / "ledger", "split", 0.05).spend("chain", 0.05, "what it is") == 0.05
+    assert Ledger.open(small_disk / "ledger", split, 0.05).spend("chain", 0.05, "what it is") == 0.05

@@ -30,10 +30,9 @@ BOUND_FARTHEST = f"{_T} it loses what the worst one lost, here or on the search 
 class BlindSpot(Record):
     """Losses that no number of this certificate speaks of: so rare that the split may hold none of them.
 
-    looked_at units or clusters (`noun`), worth `effective` of equal weight. A kind rarer than 1 in `one_in` of them (of
-    the `rare` class, 1 in `rare_one_in`) may be missing altogether. cost, in `unit`: what it would have to cost each to
-    break the margin; None where a unit's loss has a limit, and then weight: the share of all units that would have to be
-    in clusters of that kind.
+    Of `looked_at` units or clusters (`noun`), worth `effective` of equal weight, a kind rarer than 1 in `one_in` (of the
+    `rare` class, 1 in `rare_one_in`) may be missing. cost, in `unit`: what it would have to cost each to break the margin;
+    None where a unit's loss has a limit, and then weight: the share of all units that would have to be of that kind.
     """
 
     noun: str
@@ -225,8 +224,7 @@ class Certificate(Record):
         """How often this map was judged before, in a sentence without its full stop; empty if it never was."""
         if not self.earlier:
             return ""
-        failed = sum(not row.certified for row in self.earlier)
-        count = len(self.earlier)
+        failed, count = sum(not row.certified for row in self.earlier), len(self.earlier)
         if not failed:
             times = "once before, and passed" if count == 1 else f"{count} times before, and passed each time"
             return f"this map was judged {times}"
