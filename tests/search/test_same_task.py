@@ -442,3 +442,16 @@ def test_the_same_rows_with_other_labels_judge_something_else(tmp_path: Path) ->
     found = searched(relabelled(1.0), tmp_path / "c", ledger=tmp_path / "ledger")
     assert found.certificate is not None
     assert found.certificate.spent_alpha == 0.05
+
+
+def test_a_function_with_another_threshold_is_another_question(tmp_path: Path) -> None:
+    """Also where the first batch cannot tell them apart; the same function asked again is free."""
+
+    def above(threshold: float) -> Callable[..., float]:
+        return lambda scores, labels, groups: float(np.mean(scores > threshold))
+
+    searched(custom(above(0.5)), tmp_path / "a", ledger=tmp_path / "ledger")
+    again = searched(custom(above(0.5)), tmp_path / "b", ledger=tmp_path / "ledger")
+    assert again.certificate is None or again.certificate.spent_alpha == 0.05
+    with pytest.raises(AlphaSpent):
+        searched(custom(above(0.5000001)), tmp_path / "c", ledger=tmp_path / "ledger")

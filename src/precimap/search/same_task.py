@@ -10,6 +10,7 @@ Not taken: hashing the code of functions. It differs between versions of Python,
 
 import dataclasses
 from collections.abc import Mapping
+from types import CellType, CodeType
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,26 @@ def question_terms(task: Task, first: Scored, prints: SplitPrints, coupled: bool
         "data": prints.certify.whole if coupled else prints.certify.evidence,
         "searched": prints.search.evidence,  # the worst unit there counts in the bound, too
         "first batch": repr([f"{first.losses.mean():.3e}", values]),
+        "functions": repr([_code(metric.function) for metric in _metrics(task).values() if isinstance(metric, Custom)]),
     }
+
+
+def _code(function: Any) -> str:
+    """A function of the user's own by what Python made of it and by the plain values it closes over: a threshold, a k."""
+    while hasattr(function, "func"):  # a partial
+        plain = [_parameter(value) for value in (*function.args, *function.keywords.values())]
+        return of_value([_code(function.func), plain])
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return type(function).__qualname__
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # one may be empty still
+    held = [_parameter(value) for value in (*cells, *(function.__defaults__ or ()))]
+    return of_value([_instructions(code), held])
+
+
+def _instructions(code: CodeType) -> list[Any]:
+    consts = [_instructions(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    return [code.co_code, consts, list(code.co_names)]
 
 
 def check_first_batch(journal: Journal, task: Task, first: Scored) -> None:
