@@ -51,8 +51,7 @@ def paired_drop(d: Floats, units: Units) -> Drop:
 
     Raises TaskError when `d` does not fit `units` or is not finite.
     """
-    totals = totals_of(d, units)
-    return Drop(totals.mean, totals.error, units.n, totals.count, int(np.count_nonzero(d)))
+    return _drop(totals_of(d, units), n=units.n, changed=int(np.count_nonzero(d)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ class Bounded:
 
 def drop_of(sample: PairedDrops) -> Drop:
     """The drop that a metric's units make, with the sizes of the split that they stand for."""
-    return replace(paired_drop(sample.d, sample.units), n=sample.rows, changed=sample.changed)
+    return _drop(totals_of(sample.d, sample.units), n=sample.rows, changed=sample.changed)
 
 
 def bounded(sample: PairedDrops, alpha: float, seen: Farthest | None = None) -> Bounded:
@@ -90,14 +89,16 @@ def bounded(sample: PairedDrops, alpha: float, seen: Farthest | None = None) -> 
 
     seen: the farthest cluster of the same comparison on other data (`Bounded.sight.farthest`), for `upper_bound`.
     """
-    d, units = sample.d, sample.units
-    totals, sides = totals_of(d, units), [d, -d] if sample.two_sided else [d]
+    d = sample.d
+    totals = totals_of(d, sample.units)
+    sides = [(d, totals), (-d, totals.mirrored)] if sample.two_sided else [(d, totals)]
     scale = totals.whole / sample.rows
     elsewhere = None if seen is None else Farthest(seen.above * scale, seen.weight * scale)
     lost = worst_cluster(sample, totals)
-    upper = max(_upper(side, units, alpha, sample.worst, elsewhere, lost) for side in sides)
-    lower = max(lower_bound(side, units, alpha) for side in sides)
-    return Bounded(drop_of(sample), lower, upper, float(np.abs(d).max()), sight_of(sample, totals), sample.two_sided)
+    upper = max(_upper(drops, side, alpha, sample.worst, elsewhere, lost) for drops, side in sides)
+    lower = max(_lower(side, alpha) for _, side in sides)
+    drop = _drop(totals, n=sample.rows, changed=sample.changed)
+    return Bounded(drop, lower, upper, float(np.abs(d).max()), sight_of(sample, totals), sample.two_sided)
 
 
 def worst_cluster(sample: PairedDrops, totals: Totals) -> Cluster | None:
@@ -142,14 +143,13 @@ def upper_bound(d: Floats, units: Units, alpha: float, worst: float | None, else
     """
     totals = totals_of(d, units)
     lost = None if worst is None else Cluster(worst * totals.typical, totals.typical)
-    return _upper(d, units, alpha, worst, elsewhere, lost)
+    return _upper(d, totals, alpha, worst, elsewhere, lost)
 
 
 def _upper(
-    d: Floats, units: Units, alpha: float, worst: float | None, elsewhere: Farthest | None, lost: Cluster | None
+    d: Floats, totals: Totals, alpha: float, worst: float | None, elsewhere: Farthest | None, lost: Cluster | None
 ) -> float:
     check_alpha(alpha)
-    totals = totals_of(d, units)
     if worst is not None:
         _check_worst(d, worst)
     if totals.count < 2:
@@ -167,11 +167,18 @@ def lower_bound(d: Floats, units: Units, alpha: float) -> float:
     A layer whose lower bound lies above a cutoff is sensitive. No pseudo-cluster: to call a harmless layer sensitive
     costs speed, not quality. Minus infinity for fewer than two clusters. Raises TaskError as `upper_bound`.
     """
+    return _lower(totals_of(d, units), alpha)
+
+
+def _lower(totals: Totals, alpha: float) -> float:
     check_alpha(alpha)
-    totals = totals_of(d, units)
     if totals.count < 2:
         return -math.inf
     return totals.mean - totals.error * float(stdtrit(totals.freedom, 1 - alpha))
+
+
+def _drop(totals: Totals, *, n: int, changed: int) -> Drop:
+    return Drop(totals.mean, totals.error, n, totals.count, changed)
 
 
 def quantile(alpha: float, freedom: float, skewness: float) -> float:

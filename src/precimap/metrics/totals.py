@@ -101,6 +101,11 @@ class Totals:
         cross = inflated * w * w
         return float(own.sum() ** 2 / (own @ own + (cross.sum() ** 2 - cross @ cross) / whole**2))
 
+    @property
+    def mirrored(self) -> "Totals":
+        """Of the drops with their signs turned round."""
+        return Totals(-self.drops, self.weights)
+
     def with_one(self, unseen: Cluster) -> "Totals":
         """One cluster more, that nobody has seen."""
         return Totals(np.append(self.drops, unseen.drop), np.append(self.weights, unseen.weight))

@@ -83,7 +83,7 @@ class Ledger:
 
     def judged(self) -> tuple[Judged, ...]:
         """What these units have judged so far, under any name. Raises JournalError when a file cannot be read."""
-        return tuple(entry for account, _ in self._known() for entry in account.judged)
+        return tuple(entry for account, _ in self._known(self._shared()) for entry in account.judged)
 
     def spent(self) -> float:
         """The alpha that these units have given away so far. Raises JournalError as `judged`."""
@@ -112,13 +112,14 @@ class Ledger:
         """
         _check_level("an alpha", alpha)
         with self._alone():
-            known = self._known()
+            shared = self._shared()
+            known = self._known(shared)
             accounts = [account for account, _ in known]
             booked = next((account for account in accounts if _has(account, chain)), self._own(accounts))
             after = _with(booked.judged, chain, alpha, description)
             spent = math.fsum(entry.alpha for account in accounts if account is not booked for entry in account.judged)
             total = math.fsum((spent, *(entry.alpha for entry in after)))
-            shares = self._by_share(accounts)
+            shares = _by_share(shared, accounts)
             if after == booked.judged:
                 return total + shares
             if total > self.budget + _SLACK:
@@ -153,24 +154,14 @@ class Ledger:
         before = sorted((first, split, number) for number, (first, split, _) in enumerate(rows) if first < now)
         return tuple((split, rows[number][2]) for _, split, number in before)
 
-    def _known(self) -> list[tuple[Account, float]]:
-        """The accounts that count as this split's own, with the share of its units that each holds."""
-        shared = self._shared()
+    def _known(self, shared: list[tuple[Account, float]]) -> list[tuple[Account, float]]:
+        """Those of `shared` that count as this split's own."""
         if math.fsum(share for account, share in shared if account.split != self.split.name) > NEARLY_NEW:
             return shared
         return [(account, share) for account, share in shared if account.split == self.split.name]
 
-    def _by_share(self, whole: Sequence[Account]) -> float:
-        """The alpha that was given away with the few units which this split shares with other accounts than `whole`."""
-        names = {account.split for account in whole}
-        return math.fsum(
-            share * entry.alpha
-            for account, share in self._shared()
-            if account.split not in names
-            for entry in account.judged
-        )
-
     def _shared(self) -> list[tuple[Account, float]]:
+        """Every account that holds some of this split's units, with the share of them that it holds."""
         accounts = self._accounts()
         older = self.split.older() if any(account.units is None for account in accounts) else ""
         found = []
@@ -237,6 +228,14 @@ class Ledger:
 
 def _has(account: Account, chain: str) -> bool:
     return any(entry.chain == chain for entry in account.judged)
+
+
+def _by_share(shared: Sequence[tuple[Account, float]], whole: Sequence[Account]) -> float:
+    """The alpha that was given away with the few units which a split shares with other accounts than `whole`."""
+    names = {account.split for account in whole}
+    return math.fsum(
+        share * entry.alpha for account, share in shared if account.split not in names for entry in account.judged
+    )
 
 
 def _counted(account: Account) -> str:
