@@ -32,7 +32,7 @@ from precimap.layers.quantized import InputRange, quantize_layer
 from precimap.numerics.schemes import scheme
 from precimap.runtime.compiled import compiled
 from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.runtime.int8_linear import MOST_KEPT
+from precimap.runtime.shared_codes import MOST_KEPT
 from precimap.runtime.timing import Spread, interleaved, ratio, spread
 
 SHAPES = (

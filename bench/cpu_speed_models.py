@@ -24,8 +24,9 @@ from precimap.demos.minilm import load_encoder
 from precimap.numerics.schemes import scheme
 from precimap.runtime.compiled import compiled
 from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.runtime.int8_linear import Int8Linear
 from precimap.runtime.timing import Spread, interleaved, ratio, spread
+from precimap.runtime.weights.int8 import INT8_KERNEL
+from precimap.runtime.weights.low_weight import LowWeight
 
 Inputs = tuple[Tensor, ...]
 Call = Callable[[], Tensor]
@@ -131,21 +132,30 @@ def _eager_and_compiled(models: Mapping[str, nn.Module], inputs: Inputs) -> dict
     return forms
 
 
+def _in_int8(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, LowWeight) and weight.how.kernel is INT8_KERNEL
+
+
 def _products(deployed: nn.Module, inputs: Inputs) -> Call:
     """The product of every call of an INT8 layer, on codes that are given, its result in BF16, one after the other."""
     calls: list[Callable[[], Any]] = []
     generator = torch.Generator().manual_seed(0)
 
     def add(layer: nn.Module, arguments: tuple[Tensor], _: object) -> None:
-        assert isinstance(layer, Int8Linear)
-        n, k = layer.codes.shape
+        weight = layer.weight
+        assert isinstance(layer, nn.Linear)
+        assert isinstance(weight, LowWeight)
+        n, k = weight.shape
         given = torch.randint(0, 255, (arguments[0].numel() // k, k), dtype=torch.uint8, generator=generator)
-        packed, zeros = torch.ops.onednn.qlinear_prepack(layer.codes, None), torch.zeros(n, dtype=torch.int32)
+        packed, zeros = torch.ops.onednn.qlinear_prepack(weight.codes, None), torch.zeros(n, dtype=torch.int32)
         bias = None if layer.bias is None else layer.bias.float()
-        what = (given, 0.03, 120, packed, layer.scales, zeros, bias, 1.0, 0, torch.bfloat16, "none", [], "")
+        scales = weight.affine.scale.reshape(-1)
+        what = (given, 0.03, 120, packed, scales, zeros, bias, 1.0, 0, torch.bfloat16, "none", [], "")
         calls.append(partial(torch.ops.onednn.qlinear_pointwise, *what))
 
-    hooks = [layer.register_forward_hook(add) for layer in deployed.modules() if isinstance(layer, Int8Linear)]
+    low = [layer for layer in deployed.modules() if _in_int8(layer)]
+    hooks = [layer.register_forward_hook(add) for layer in low]
     with torch.no_grad():
         deployed(*inputs)
     for hook in hooks:

@@ -34,12 +34,12 @@ from precimap.layers.quantized import InputRange, quantize_layer
 from precimap.numerics.formats import E4M3
 from precimap.numerics.quantize import Affine, quantize
 from precimap.numerics.schemes import scheme
-from precimap.runtime.cuda_fp8 import missing_hardware
+from precimap.runtime.cuda_fp8 import CUDA_FP8, missing_hardware
 from precimap.runtime.cuda_graphs import capture
 from precimap.runtime.cuda_timer import driver, event_seconds
-from precimap.runtime.fp8_experts import TOKENS, scaled_experts
-from precimap.runtime.fp8_linear import Fp8Linear, StaticScale, dynamic_codes, scaled_mm
 from precimap.runtime.timing import interleaved, ratio, spread
+from precimap.runtime.weights.fp8 import FP8_KERNEL, TOKENS, StaticScale, dynamic_codes, scaled_experts, scaled_mm
+from precimap.runtime.weights.low_weight import LowWeight
 
 Row = dict[str, object]
 Cases = dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]  # a callable, and what it is called with
@@ -212,8 +212,9 @@ def product(m: int, k: int, n: int, fused: bool, turns: int, device: torch.devic
     one, row_scales = torch.ones((1, 1), device=device), torch.ones((m, 1), device=device)
     codes = _token_codes(x)
 
-    def raw(layer: Fp8Linear, scales: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda given: scaled_mm(given, layer.codes, scales, layer.scales, layer.bias, torch.bfloat16)
+    def raw(layer: nn.Linear, scales: Tensor) -> Callable[[Tensor], Tensor]:
+        codes_of, scales_of = _held(layer)
+        return lambda given: scaled_mm(given, codes_of, scales, scales_of, layer.bias, torch.bfloat16)
 
     cases: Cases = {
         BF16: (linear, (x,)),
@@ -229,9 +230,18 @@ def product(m: int, k: int, n: int, fused: bool, turns: int, device: torch.devic
     return {"m": m, "k": k, "n": n, **summary(found, lambda name: f"norm, {BF16}" if name.startswith("norm") else BF16)}
 
 
-def _fp8(linear: nn.Linear, name: str) -> Fp8Linear:
+def _fp8(linear: nn.Linear, name: str) -> nn.Linear:
     layer = quantize_layer("weight", linear.weight, (1,), scheme(name), InputRange(STATIC_SCALE, 0))
-    return Fp8Linear(layer, linear.bias.detach(), linear.weight.dtype, linear.weight.device)
+    made = CUDA_FP8.deployed(linear, {"weight": layer})
+    assert isinstance(made, nn.Linear)
+    return made
+
+
+def _held(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] and scales [1, N] or [1, 1] of a layer in FP8."""
+    weight = layer.weight
+    assert isinstance(weight, LowWeight)
+    return weight.codes, weight.affine.scale.reshape(1, -1)
 
 
 def wide(m: int, k: int, n: int, turns: int, device: torch.device) -> Row:
@@ -242,8 +252,9 @@ def wide(m: int, k: int, n: int, turns: int, device: torch.device) -> Row:
     parts = [nn.Linear(k, n).eval().to(device, torch.bfloat16) for _ in range(3)]
     fp8, fp8_parts = _fp8(whole, "fp8"), [_fp8(part, "fp8") for part in parts]
 
-    def low(layer: Fp8Linear, given: Tensor) -> Tensor:
-        return scaled_mm(given, layer.codes, scales, layer.scales, layer.bias, torch.bfloat16)
+    def low(layer: nn.Linear, given: Tensor) -> Tensor:
+        held, by_output = _held(layer)
+        return scaled_mm(given, held, scales, by_output, layer.bias, torch.bfloat16)
 
     cases: Cases = {
         "bf16, three": (lambda given: [part(given) for part in parts], (x,)),
@@ -265,9 +276,9 @@ def experts(number: int, tokens: int, k: int, n: int, turns: int, device: torch.
     scales = layer.weight_affine.scale.squeeze(2)
     cases: Cases = {
         BF16: (lambda given: torch._grouped_mm(given, weight.transpose(-2, -1), offs=ends), (x,)),
-        "fp8": (lambda given: scaled_experts(given, layer.codes, scales, ends), (x,)),
+        "fp8": (lambda given: scaled_experts(given, layer.codes.mT, scales, ends), (x,)),
     }
-    error = relative_error(scaled_experts(x, layer.codes, scales, ends), cases[BF16][0](x))
+    error = relative_error(scaled_experts(x, layer.codes.mT, scales, ends), cases[BF16][0](x))
     found = summary(timed(cases, turns, device), lambda _: BF16)
     return {"experts": number, "tokens": tokens, "k": k, "n": n, "error": error, **found}
 
@@ -297,7 +308,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             )
         if row.get("k") == 4096 and "fast, of the magnitudes" in row:
             error = _number(row["fast, of the magnitudes"])
-            found.append(at_most("fast sums of 4096: error, of the magnitudes", error, Fp8Linear.accumulation_error))
+            found.append(at_most("fast sums of 4096: error, of the magnitudes", error, FP8_KERNEL.accumulation_error))
         if not isinstance(speed, dict):
             continue
         if part == "product (4096, 4096, 4096)":

@@ -198,7 +198,7 @@ def test_checkpoints(folder: Path) -> None:
                 assert torch.equal(layer.codes.float(), tensors[f"{name}.weight.codes"].float())
                 assert torch.equal(layer.weight_affine.scale, tensors[f"{name}.weight.scale"])
             for name in ("a.bias", "b.weight", "b.bias", "c.bias"):
-                assert torch.equal(state[f"model.{name}"], tensors[name])
+                assert torch.equal(state[name], tensors[name])
 
 
 def profile() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from precimap.certificate import Record
+from precimap.numerics.schemes import Scheme
 
 
 class Verdict(StrEnum):
@@ -42,12 +43,22 @@ class Evidence(Record):
         return self
 
 
+LOOKUPS = frozenset({"embedding", "embedding_bag"})
+
+
+def keeps_parameter(ops: tuple[str, ...], also_read_by: tuple[str, ...], scheme: Scheme) -> bool:
+    """Whether a parameter stays beside its codes: for who reads it and multiplies nothing, and for lookups of a tied table,
+    which stay in base precision where only the product is low."""
+    return bool(also_read_by) or (scheme.computes_low and not LOOKUPS.isdisjoint(ops))
+
+
 class Decision(Record):
     """What one layer does. `scheme` None means base precision; the input range belongs to static schemes.
 
     `contracted` are the dims of the weight that its ops sum over, None where they differ: with the shape, all that
     is needed to make the layer's codes again without looking at a batch. `evidence` was measured by a direct probe,
-    `predicted` by the screen: by scheme, either or both may lack one.
+    `predicted` by the screen: by scheme, either or both may lack one. `also_read_by`: calls that read the weight and
+    multiply nothing; they go on reading the parameter itself.
     """
 
     scheme: str | None
@@ -62,6 +73,11 @@ class Decision(Record):
     predicted: dict[str, Evidence] = Field(default_factory=dict)
     flops_share: float = Field(default=0.0, ge=0, le=1)
     bytes: int = Field(default=0, ge=0, lt=2**63)
+    also_read_by: tuple[str, ...] = ()
+
+    def keeps(self, scheme: Scheme) -> bool:
+        """Whether the parameter stays beside its codes."""
+        return keeps_parameter(self.ops, self.also_read_by, scheme)
 
     @model_validator(mode="after")
     def _dims_are_there(self) -> Self:

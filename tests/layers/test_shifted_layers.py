@@ -17,7 +17,8 @@ from precimap.numerics.quantize import Affine, quantize
 from precimap.numerics.ranges import fit
 from precimap.numerics.schemes import BF16_FLOOR, SCHEMES, Scheme, scheme
 from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.runtime.int8_linear import Int8Linear, SharedCodes
+from precimap.runtime.weights.int8 import INT8_KERNEL
+from precimap.runtime.weights.placing import weight_of
 from quantiser_oracle import oracle
 
 W = torch.randn(24, 48, generator=torch.Generator().manual_seed(1))  # [N, K]
@@ -135,7 +136,7 @@ def test_a_kernel_runs_the_shifted_layer() -> None:
     name = int8_scheme()
     layer = made(name, 5)
     with torch.no_grad():
-        kernel, unshifted = (Int8Linear(each, None, torch.float32, SharedCodes())(X) for each in (layer, made(name)))
+        kernel, unshifted = (INT8_KERNEL.linear(X, weight_of(each, W, INT8_KERNEL)) for each in (layer, made(name)))
     torch.testing.assert_close(kernel, run(layer), rtol=1e-4, atol=1e-4)
     assert float((kernel - unshifted).abs().max()) > 1e-2
 

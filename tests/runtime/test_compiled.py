@@ -27,10 +27,11 @@ from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.numerics.schemes import scheme
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import compiled as compiled_module
-from precimap.runtime import cuda_fp8, int8_linear
+from precimap.runtime import cuda_fp8
 from precimap.runtime.compiled import CompiledCalls, compile_calls, no_compiler
 from precimap.runtime.cpu_int8 import has_qlinear, int8_scheme
 from precimap.runtime.deploy import deployment_of
+from precimap.runtime.weights import low_weight
 from small_tasks import COUNTED_INT8, planted_task
 
 pytestmark = [
@@ -198,7 +199,7 @@ def test_code_that_failed_its_check_is_never_run(monkeypatch: pytest.MonkeyPatch
     """Dynamo keeps it: a second call would find it, and nothing would be counted."""
     torch._dynamo.reset()
     monkeypatch.setattr(compiled_module, "_SETTINGS", {"freezing": False})
-    monkeypatch.setattr(int8_linear, "_freezing", torch.compiler.assume_constant_result(lambda: True))
+    monkeypatch.setattr(low_weight, "freezing", torch.compiler.assume_constant_result(lambda: True))
     model = Tower().eval()
     fast, x = CPU_INT8.deployed(model, layers_of(model)), torch.randn(8, 64)
     calls = compile_calls(fast)

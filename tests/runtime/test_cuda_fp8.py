@@ -42,7 +42,9 @@ from precimap.runtime.cuda_fp8 import CudaFp8, missing_hardware
 from precimap.runtime.cuda_graphs import Captured
 from precimap.runtime.cuda_timer import CudaTimer
 from precimap.runtime.deploy import deployment_of
-from precimap.runtime.fp8_linear import Fp8Linear
+from precimap.runtime.weights.fp8 import Fp8Kernel
+from precimap.runtime.weights.low_weight import LowWeight
+from precimap.runtime.weights.placing import low_weights
 from precimap.search.result import SearchResult
 from precimap.task import Task
 from small_tasks import planted_task
@@ -102,10 +104,10 @@ def test_a_search_certifies_the_deployed_model(task: Task, result: SearchResult)
     assert result.map.low
     fast = deploy(task.model, result.map, task=task)
     expected = quantize_map(task.model, result.map)
-    swapped = {f"{name}.weight": m for name, m in fast.named_modules() if isinstance(m, Fp8Linear)}
-    assert set(swapped) == set(expected)
-    for name, module in swapped.items():
-        assert torch.equal(module.codes.view(torch.uint8), expected[name].codes.view(torch.uint8))
+    weights = low_weights(fast)
+    assert set(weights) == set(expected)
+    for name, weight in weights.items():
+        assert torch.equal(weight.codes.view(torch.uint8), expected[name].codes.view(torch.uint8))
     found = deployment_of(fast).agreement
     assert found is not None
     assert found.relative < (2**-6 if torch.cuda.is_available() else 1e-5)
@@ -128,15 +130,15 @@ def test_a_kernel_that_multiplies_wrongly_is_caught(
     task: Task, result: SearchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: one result in sixteen is half as large, as if a tile had the scale of its neighbour; then a NaN."""
-    plain = Fp8Linear.forward
+    plain = Fp8Kernel.rows
 
-    def halved(self: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-        result = plain(self, x)
+    def halved(self: Fp8Kernel, *given: Any) -> torch.Tensor:
+        result = plain(self, *given)
         result[..., ::16] *= 0.5
         return result
 
-    for wrong in (halved, lambda self, x: plain(self, x).masked_fill(x[..., :1] > 1, torch.nan)):
-        monkeypatch.setattr(Fp8Linear, "forward", wrong)
+    for wrong in (halved, lambda self, x, *rest: plain(self, x, *rest).masked_fill(x[..., :1] > 1, torch.nan)):
+        monkeypatch.setattr(Fp8Kernel, "rows", wrong)
         with pytest.raises(DeployError, match="differs from its emulation"):
             deploy(task.model, result.map)
 
@@ -154,7 +156,8 @@ def test_deployed_encoders_compute_the_emulation(name: str, dtype: torch.dtype) 
     inventory = discover(model, lambda m, b: m(b), x)
     chosen = SCHEMES[name]
     names = [found.name for found in inventory.layers if CUDA_FP8.refusal(found, chosen) is None]
-    assert names == [f"layers.{i}.linear{k}.weight" for i in range(2) for k in (1, 2)]
+    inside = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    assert names == [f"layers.{i}.{name}" for i in range(2) for name in inside]
     weights = dict(model.named_parameters())
     layers = {n: quantize_layer(n, weights[n], (1,), chosen, InputRange(0.01, 0)) for n in names}
     with torch.no_grad():
@@ -175,24 +178,13 @@ def test_refusals_name_their_reason() -> None:
     for name in SCHEMES:
         assert (CUDA_FP8.refusal(linear_layer(), SCHEMES[name]) is None) == (name in SERVED), name
     for changes, reason in (
-        ({"in_linear_module": False, "ops": ("addmm",)}, "addmm"),
-        ({"tied": ("table.weight",)}, "table.weight"),
+        ({"ops": ("bilinear",)}, "bilinear"),
         ({"dtype": "float64"}, "float64"),
         ({"inputs": 40}, "multiples of 16, not 40"),
     ):
         assert reason in str(CUDA_FP8.refusal(linear_layer(**changes), SCHEMES["fp8"]))
     assert "decode" in str(CUDA_FP8.refusal(linear_layer(), SCHEMES["fp8-weight"]))
     assert "E5M2" in str(CUDA_FP8.refusal(linear_layer(), SCHEMES["fp8-e5m2"]))
-
-
-def test_only_plain_linear_modules_are_swapped() -> None:
-    class Doubling(nn.Linear):
-        pass
-
-    model = Doubling(32, 16).eval()
-    layer = quantize_layer("weight", model.weight, (1,), scheme("fp8"), None)
-    with pytest.raises(DeployError, match="Doubling"):
-        CUDA_FP8.deployed(model, {"weight": layer})
 
 
 def test_a_machine_without_fp8_says_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,9 +214,9 @@ def test_the_timer_asks_each_form_in_each_round(monkeypatch: pytest.MonkeyPatch)
 
     def captured(form: nn.Module, example: tuple[Any, ...]) -> tuple[Captured, None]:
         def replay() -> None:
-            seen.append((type(form).__name__, tuple(example[0].shape)))
+            seen.append((type(form.weight).__name__, tuple(example[0].shape)))
             form(*example)
-            time.sleep(0.002 if isinstance(form, Fp8Linear) else 0.0)
+            time.sleep(0.002 if isinstance(form.weight, LowWeight) else 0.0)
 
         return Captured(example, None, replay), None
 
@@ -243,7 +235,7 @@ def test_the_timer_asks_each_form_in_each_round(monkeypatch: pytest.MonkeyPatch)
     assert not found.shared
     assert min(found.alone["fp8"]) >= 0.002
     assert {shape for _, shape in seen} == {(5, 32)}
-    assert {name for name, _ in seen} == {"Linear", "Fp8Linear"}
+    assert {name for name, _ in seen} == {"Parameter", "LowWeight"}
 
 
 @pytest.mark.filterwarnings("ignore")  # Inductor and dynamo warn about parts of their own

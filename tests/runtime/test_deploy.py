@@ -16,8 +16,9 @@ from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.runtime import cpu_int8
 from precimap.runtime.cpu_int8 import has_bf16, int8_scheme, products_are_exact
 from precimap.runtime.deploy import deployment_of
-from precimap.runtime.int8_linear import Int8Linear
 from precimap.runtime.timing import interleaved, ratio
+from precimap.runtime.weights.int8 import INT8_KERNEL, Int8Kernel
+from precimap.runtime.weights.placing import low_weights
 from precimap.task import Task
 from small_tasks import COUNTED_INT8, planted_task
 
@@ -43,12 +44,13 @@ def fp8(task: Task, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
 def test_int8_runs_the_codes_of_the_map(task: Task, int8: SearchResult) -> None:
     fast = deploy(task.model, int8.map)
     expected = quantize_map(task.model, int8.map)
-    swapped = {f"{name}.weight": m for name, m in fast.named_modules() if isinstance(m, Int8Linear)}
-    assert set(swapped) == set(int8.map.low) == set(expected)
-    for name, module in swapped.items():
-        assert module.codes.dtype == torch.int8
-        assert torch.equal(module.codes, expected[name].codes)
-        assert torch.equal(module.scales, expected[name].weight_affine.scale.reshape(-1))
+    weights = low_weights(fast)
+    assert set(weights) == set(int8.map.low) == set(expected)
+    for name, weight in weights.items():
+        assert weight.how.kernel is INT8_KERNEL
+        assert weight.codes.dtype == torch.int8
+        assert torch.equal(weight.codes, expected[name].codes)
+        assert torch.equal(weight.affine.scale, expected[name].weight_affine.scale)
 
 
 def test_int8_outputs_are_those_of_the_emulation(task: Task, int8: SearchResult) -> None:
@@ -70,12 +72,17 @@ def test_emulated_outputs_are_those_of_the_search_to_the_bit(task: Task, fp8: Se
     assert not torch.equal(found, plain)
 
 
-def test_the_user_s_model_is_untouched_and_shares_its_tensors(task: Task, int8: SearchResult) -> None:
+def test_the_user_s_model_is_untouched_and_shares_nothing(task: Task, int8: SearchResult) -> None:
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     fast = deploy(task.model, int8.map)
     assert type(task.model.first) is nn.Linear
     assert all(torch.equal(before[name], tensor) for name, tensor in task.model.state_dict().items())
-    assert fast.dead.weight.data_ptr() == task.model.dead.weight.data_ptr()
+    own = {tensor.data_ptr() for tensor in task.model.state_dict().values()}
+    assert fast.dead.weight.data_ptr() not in own
+    with torch.no_grad():
+        fast.dead.weight.add_(1)
+    fast.requires_grad_(True).bfloat16()
+    assert all(torch.equal(before[name], tensor) for name, tensor in task.model.state_dict().items())
 
 
 @pytest.mark.parametrize("which", ["fp8", "int8"])
@@ -171,8 +178,8 @@ def test_a_kernel_that_multiplies_wrongly_is_caught(
     task: Task, int8: SearchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted saturation, as x86 without VNNI does it."""
-    plain = Int8Linear.forward
-    monkeypatch.setattr(Int8Linear, "forward", lambda self, x: plain(self, x).clamp(-0.5, 0.5))
+    plain = Int8Kernel.rows
+    monkeypatch.setattr(Int8Kernel, "rows", lambda self, *given: plain(self, *given).clamp(-0.5, 0.5))
     with pytest.raises(DeployError, match="differs from its emulation"):
         deploy(task.model, int8.map)
 
@@ -222,8 +229,7 @@ def test_cpu_refusals_name_their_reason() -> None:
     for name in sorted(set(SCHEMES) - {"int8-static", "int8-static-u7", "fp8-weight", "int8-weight"}):
         assert CPU_INT8.refusal(layer, SCHEMES[name]) is not None, name
     for changes, reason in (
-        ({"in_linear_module": False, "ops": ("addmm",)}, "addmm"),
-        ({"tied": ("table.weight",)}, "table.weight"),
+        ({"ops": ("bilinear",)}, "bilinear"),
         ({"dtype": "float16"}, "float16"),
     ):
         assert reason in str(CPU_INT8.refusal(_linear_layer(**changes), static))
@@ -237,17 +243,22 @@ def test_a_machine_without_kernels_refuses(monkeypatch: pytest.MonkeyPatch) -> N
         int8_scheme()
 
 
-def test_a_subclass_of_linear_is_not_swapped() -> None:
+def test_a_subclass_of_linear_keeps_its_forward() -> None:
     class Doubling(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
-    model = Doubling(32, 16).eval()
-    inventory = discover(model, lambda m, b: m(b), torch.randn(2, 32))
-    assert "outside an nn.Linear" in str(CPU_INT8.refusal(inventory.layer("weight"), scheme(int8_scheme())))
+    model, x = Doubling(32, 16).eval(), torch.randn(2, 32)
+    inventory = discover(model, lambda m, b: m(b), x)
+    assert CPU_INT8.refusal(inventory.layer("weight"), scheme(int8_scheme())) is None
     layer = quantize_layer("weight", model.weight, (1,), scheme(int8_scheme()), InputRange(0.05, 60))
-    with pytest.raises(DeployError, match="Doubling"):
-        CPU_INT8.deployed(model, {"weight": layer})
+    fast = CPU_INT8.deployed(model, {"weight": layer})
+    assert type(fast) is Doubling
+    with torch.no_grad():
+        found = fast(x)
+        with quantized(model, {"weight": layer}):
+            expected = model(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_fused_encoder_path_does_not_bypass_the_kernels() -> None:
@@ -256,7 +267,8 @@ def test_the_fused_encoder_path_does_not_bypass_the_kernels() -> None:
     inventory = discover(model, lambda m, b: m(b), x)
     chosen = scheme(int8_scheme())
     names = [found.name for found in inventory.layers if CPU_INT8.refusal(found, chosen) is None]
-    assert names == [f"layers.{i}.linear{k}.weight" for i in range(2) for k in (1, 2)]
+    inside = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    assert names == [f"layers.{i}.{name}" for i in range(2) for name in inside]
     weights = dict(model.named_parameters())
     layers = {n: quantize_layer(n, weights[n], (1,), chosen, InputRange(0.05, 60)) for n in names}
     with torch.no_grad():

@@ -20,10 +20,11 @@ from precimap.layers.quantized import quantize_layer, quantized
 from precimap.layers.refusals import refusal
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES
-from precimap.runtime import cuda_fp8, fp8_experts
+from precimap.runtime import cuda_fp8
 from precimap.runtime.deploy import deployment_of
-from precimap.runtime.fp8_experts import Fp8Experts, scaled_experts
-from precimap.runtime.fp8_linear import Fp8Linear
+from precimap.runtime.weights import fp8 as fp8_weights
+from precimap.runtime.weights.fp8 import FP8_KERNEL, scaled_experts
+from precimap.runtime.weights.low_weight import LowWeight
 from specimen import Builder
 from zoo_libraries import mixtral, qwen3_moe
 
@@ -65,12 +66,12 @@ def check(experts: int, outputs: int, inputs: int, counts: list[int]) -> None:
     with torch.no_grad():
         with quantized(model, {"weight": layer}):
             expected = model(tokens, ends).float()
-        found = scaled_experts(tokens, layer.codes, layer.weight_affine.scale.squeeze(2), ends)
+        found = scaled_experts(tokens, layer.codes.mT, layer.weight_affine.scale.squeeze(2), ends)
         layer_sums = layer.weight().abs().repeat_interleave(torch.tensor(counts, device=DEVICE), 0)
         magnitudes = torch.einsum("sk,snk->sn", tokens.float().abs(), layer_sums)
     assert found.dtype == torch.bfloat16
     # The emulation rounds to BF16 as well, so that two results may be a whole step apart.
-    allowed = 2.0**-7 * expected.abs() + (Fp8Linear.accumulation_error if HOPPER else 1e-6) * magnitudes
+    allowed = 2.0**-7 * expected.abs() + (FP8_KERNEL.accumulation_error if HOPPER else 1e-6) * magnitudes
     assert bool(((found.float() - expected).abs() <= allowed).all())
 
 
@@ -86,11 +87,11 @@ def test_any_number_of_tokens(counts: list[int], outputs: int, inputs: int) -> N
 
 def test_operands_that_cuda_would_refuse_are_found() -> None:
     """Of the stand-in: a row-major weight, scales of another shape, ends of 64 bits."""
-    codes = torch.zeros(2, 16, 32, dtype=torch.float8_e4m3fn, device=DEVICE)
+    codes = torch.zeros(2, 16, 32, dtype=torch.float8_e4m3fn, device=DEVICE).mT
     tokens, scales = torch.ones(4, 32, dtype=torch.bfloat16, device=DEVICE), torch.ones(2, 16, device=DEVICE)
     ends = torch.tensor([2, 4], dtype=torch.int32, device=DEVICE)
     assert scaled_experts(tokens, codes, scales, ends).shape == (4, 16)
-    row_major = codes.transpose(1, 2).contiguous().transpose(1, 2)
+    row_major = codes.contiguous()
     for wrong in (
         (tokens, row_major, scales, ends),
         (tokens, codes, scales[:, :1], ends),
@@ -154,8 +155,7 @@ def test_a_map_with_experts_is_deployed_saved_and_loaded(inputs_first: bool, tmp
     found = search(task, schemes=["fp8"], margin=0.5, ledger=tmp_path / "ledger")
     assert {"up", "down", "last.weight"} == set(found.map.low)
     fast = deploy(model, found.map, target="cuda-fp8", task=task)
-    assert isinstance(fast.up, Fp8Experts)
-    assert isinstance(fast.last, Fp8Linear)
+    assert all(isinstance(weight, LowWeight) for weight in (fast.up, fast.down, fast.last.weight))
     assert isinstance(model.up, nn.Parameter)
     agreed = deployment_of(fast).agreement
     assert agreed is not None
@@ -163,7 +163,8 @@ def test_a_map_with_experts_is_deployed_saved_and_loaded(inputs_first: bool, tmp
     save_deployed(fast, model, tmp_path / "model.safetensors")
     skeleton = Mixture(inputs_first).eval().to(DEVICE, torch.bfloat16)
     loaded = load_deployed(skeleton, tmp_path / "model.safetensors", target="cuda-fp8")
-    assert isinstance(loaded.up, Fp8Experts)
+    assert isinstance(loaded.up, LowWeight)
+    assert loaded.up.codes.stride() == fast.up.codes.stride()
     with torch.no_grad():
         x = task.splits.search[0]["x"]
         assert torch.equal(loaded(x), fast(x))
@@ -195,19 +196,26 @@ def deployed_mixture() -> nn.Module:
     return CUDA_FP8.deployed(model, layers)
 
 
-def test_what_is_no_grouped_product_fails_and_names_the_parameter() -> None:
+def test_what_is_no_grouped_product_is_served_or_reads_the_values() -> None:
+    """A product of one expert, or of all in a batch, by the FP8 product; along the outputs, where no scale is shared, and
+    elsewhere by the decoded values."""
     fast = deployed_mixture()
-    x, ends = torch.ones(4, 32, device=DEVICE).bfloat16(), torch.tensor([2, 3, 4], dtype=torch.int32, device=DEVICE)
-    for call in (
-        lambda: fast.up + 1,
-        lambda: fast.up[0] @ x.T,
-        lambda: fast.up.float(),
-        lambda: fast.up.transpose(0, 1),
-        lambda: torch.bmm(x.expand(3, 4, 32), fast.up.mT),
-        lambda: torch._grouped_mm(x[:, :16].repeat(1, 3), fast.up, offs=ends),  # along its outputs
-    ):
-        with pytest.raises(DeployError, match="up: "), torch.no_grad():
-            call()
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(4, 32, generator=generator).bfloat16().to(DEVICE)
+    ends, values = torch.tensor([2, 3, 4], dtype=torch.int32, device=DEVICE), fast.up.dequantize()
+    wide, close = x.repeat(1, 2)[:, :48], {"rtol": 0.05, "atol": 0.1}
+    with torch.no_grad():
+        assert torch.equal(fast.up + 1, values.bfloat16() + 1)
+        torch.testing.assert_close((fast.up[0] @ x.T).float(), values[0] @ x.T.float(), **close)
+        torch.testing.assert_close(
+            torch.bmm(x.expand(3, 4, 32), fast.up.mT).float(), torch.bmm(x.float().expand(3, 4, 32), values.mT), **close
+        )
+        found = torch._grouped_mm(wide, fast.up, offs=ends)
+        assert torch.equal(found, torch._grouped_mm(wide, values.bfloat16(), offs=ends))
+        assert torch.equal(fast.up.transpose(0, 1).dequantize(), values.transpose(0, 1))
+        with pytest.raises(DeployError, match="up: its codes cannot be written"):
+            fast.up.mul_(2)
+    assert fast.up.half().dtype == torch.float16
     assert "up" in repr(fast.up)
 
 
@@ -215,12 +223,12 @@ def test_a_grouped_kernel_that_multiplies_wrongly_is_caught(tmp_path: Path, monk
     """Planted: an expert with the scales of its neighbour."""
     model = Mixture().eval().to(DEVICE, torch.bfloat16)
     found = search(task_of(model), schemes=["fp8"], margin=0.5, ledger=tmp_path / "ledger")
-    plain = fp8_experts.scaled_experts
+    plain = fp8_weights.scaled_experts
 
     def shifted(tokens: Tensor, codes: Tensor, scales: Tensor, ends: Tensor, phase: float = 1.0) -> Tensor:
         return plain(tokens, codes, scales.roll(1, 0), ends, phase)
 
-    monkeypatch.setattr(fp8_experts, "scaled_experts", shifted)
+    monkeypatch.setattr(fp8_weights, "scaled_experts", shifted)
     with pytest.raises(DeployError, match="up: the kernel of fp8 differs from its emulation"):
         deploy(model, found.map, target="cuda-fp8")
 

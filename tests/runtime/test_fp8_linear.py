@@ -26,11 +26,13 @@ from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.numerics.formats import E4M3
 from precimap.numerics.quantize import Affine, dequantize, quantize
 from precimap.numerics.schemes import SCHEMES, Granularity, Rounding, Scheme
-from precimap.runtime import fp8_linear
+from precimap.runtime import cuda_fp8
 from precimap.runtime.compiled import compiled
-from precimap.runtime.fp8_experts import scaled_experts
-from precimap.runtime.fp8_linear import RESULTS, Fp8Linear, StaticScale, dynamic_codes
-from precimap.runtime.swapping import with_modules
+from precimap.runtime.cuda_fp8 import CUDA_FP8
+from precimap.runtime.weights import fp8 as fp8_weights
+from precimap.runtime.weights.fp8 import FP8_KERNEL, RESULTS, StaticScale, dynamic_codes, scaled_experts
+from precimap.runtime.weights.low_weight import low_weight
+from precimap.runtime.weights.placing import placed, weight_of
 
 needs_compiler = pytest.mark.filterwarnings("ignore")  # Inductor and dynamo warn about parts of their own
 on_devices = pytest.mark.parametrize(
@@ -54,9 +56,15 @@ def layer_of(linear: nn.Linear, scheme: Scheme, name: str = "weight", phase: flo
     return QuantizedLayer(name, scheme, found.codes, found.weight_affine, found.input_range, phase)
 
 
-def fp8(linear: nn.Linear, scheme: Scheme, phase: float = 1.0) -> Fp8Linear:
-    bias = None if linear.bias is None else linear.bias.detach()
-    return Fp8Linear(layer_of(linear, scheme, phase=phase), bias, linear.weight.dtype, linear.weight.device)
+def fp8(linear: nn.Linear, scheme: Scheme, phase: float = 1.0) -> nn.Linear:
+    made = placed(linear, {"weight": layer_of(linear, scheme, phase=phase)}, fp8_weight)
+    assert isinstance(made, nn.Linear)
+    return made
+
+
+def fp8_weight(layer: QuantizedLayer, parameter: Tensor) -> Any:
+    """Without a look at the hardware."""
+    return weight_of(layer, parameter, FP8_KERNEL)
 
 
 def linear_of(inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True, device: str = "cpu") -> nn.Linear:
@@ -80,13 +88,13 @@ def emulated(linear: nn.Linear, layer: QuantizedLayer, x: Tensor) -> tuple[Tenso
     return expected, magnitudes
 
 
-def assert_emulates(module: Fp8Linear, linear: nn.Linear, x: Tensor) -> None:
+def assert_emulates(module: nn.Linear, linear: nn.Linear, x: Tensor) -> None:
     with torch.no_grad():
         found = module(x)
-    expected, magnitudes = emulated(linear, module.layer, x)
+    expected, magnitudes = emulated(linear, module.weight.layer(), x)
     assert found.dtype == linear.weight.dtype
     assert found.shape == expected.shape
-    summed = 1e-6 if x.device.type == "cpu" else Fp8Linear.accumulation_error
+    summed = 1e-6 if x.device.type == "cpu" else FP8_KERNEL.accumulation_error
     allowed = ROUNDINGS[found.dtype] * expected.abs() + summed * (magnitudes + 1)
     assert bool(((found.float() - expected).abs() <= allowed).all())
 
@@ -177,7 +185,7 @@ def test_rows_have_scales_of_their_own(powers: list[int], name: str) -> None:
 
 def test_a_planted_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight scales one channel off: what a wrong layout would do."""
-    plain = fp8_linear.scaled_mm
+    plain = fp8_weights.scaled_mm
 
     def shifted(codes: Tensor, weight: Tensor, scales: Tensor, weight_scales: Tensor, *rest: Any) -> Tensor:
         return plain(codes, weight, scales, weight_scales.roll(1, 1).contiguous(), *rest)
@@ -185,7 +193,7 @@ def test_a_planted_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = linear_of(32, 48, torch.bfloat16)
     module, x = fp8(linear, SCHEMES["fp8"]), torch.randn(5, 32).bfloat16()
     assert_emulates(module, linear, x)
-    monkeypatch.setattr(fp8_linear, "scaled_mm", shifted)
+    monkeypatch.setattr(fp8_weights, "scaled_mm", shifted)
     with pytest.raises(AssertionError):
         assert_emulates(module, linear, x)
 
@@ -198,8 +206,8 @@ def test_cuda_would_take_the_operands(
 ) -> None:
     """Layouts by torch's own rules for CUDA, on fake CUDA tensors; dtypes by those of its ScaledBlas.cpp."""
     calls: list[tuple[Any, ...]] = []
-    plain = fp8_linear.scaled_mm
-    monkeypatch.setattr(fp8_linear, "scaled_mm", lambda *args: (calls.append(args), plain(*args))[1])
+    plain = fp8_weights.scaled_mm
+    monkeypatch.setattr(fp8_weights, "scaled_mm", lambda *args: (calls.append(args), plain(*args))[1])
     with torch.no_grad():
         fp8(linear_of(32, 48, dtype), SERVED[name])(torch.randn(rows, 32).to(dtype))
     ((codes, weight, scales, weight_scales, bias, result),) = calls
@@ -235,29 +243,38 @@ def test_nothing_waits_for_the_host(name: str, dtype: torch.dtype) -> None:
     """On fake CUDA tensors; experts too."""
     module = fp8(linear_of(32, 48, dtype), SERVED[name])
     with FakeTensorMode(), torch.no_grad():
-        for key, buffer in module.named_buffers():
-            setattr(module, key, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
+        weight = module.weight
+        fake = {
+            name: torch.empty(part.shape, dtype=part.dtype, device="cuda") for name, part in weight.canonical().items()
+        }
+        module.weight = low_weight(fake, weight.how, weight.dtype)
+        module.bias = nn.Parameter(torch.empty(48, dtype=dtype, device="cuda"), False)
         x, mode = torch.empty(5, 32, device="cuda", dtype=dtype), OnDevice()
         codes, scales = (
-            torch.empty(2, 48, 32, dtype=torch.float8_e4m3fn, device="cuda"),
+            torch.empty(2, 48, 32, dtype=torch.float8_e4m3fn, device="cuda").transpose(1, 2),
             torch.empty(2, 48, device="cuda"),
         )
         ends = torch.empty(2, device="cuda", dtype=torch.int32)
         with mode:
-            assert module(x).dtype == dtype
+            assert FP8_KERNEL.rows(x, module.weight, module.bias, dtype).dtype == dtype
             assert scaled_experts(x, codes, scales, ends).shape == (5, 48)
     assert mode.calls > 10
 
 
-def test_what_cannot_be_multiplied_is_refused() -> None:
+def test_what_cannot_be_multiplied_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_fp8, "missing_hardware", lambda *_: None)
+
+    def deploy(linear: nn.Linear, scheme: Scheme) -> None:
+        CUDA_FP8.deployed(linear, {"weight": layer_of(linear, scheme)})
+
     for name in ("fp8-weight", "fp8-e5m2", "int8", "int8-weight"):
         with pytest.raises(DeployError, match="weight"):
-            fp8(linear_of(32, 48, torch.bfloat16), SCHEMES[name])
+            deploy(linear_of(32, 48, torch.bfloat16), SCHEMES[name])
     for widths in ((32, 24), (40, 48)):
         with pytest.raises(DeployError, match="multiples of 16"):
-            fp8(linear_of(*widths, torch.bfloat16), SCHEMES["fp8"])
+            deploy(linear_of(*widths, torch.bfloat16), SCHEMES["fp8"])
     with pytest.raises(DeployError, match="float64"):
-        fp8(linear_of(32, 48, torch.float64), SCHEMES["fp8"])
+        deploy(linear_of(32, 48, torch.float64), SCHEMES["fp8"])
 
 
 class Attention(nn.Module):
@@ -282,12 +299,7 @@ def deployed(model: nn.Module, scheme: Scheme) -> nn.Module:
         if isinstance(module, nn.Linear)
     }
 
-    def place(layer: QuantizedLayer, module: nn.Module | None) -> nn.Module:
-        assert isinstance(module, nn.Linear)
-        bias = None if module.bias is None else module.bias.detach()
-        return Fp8Linear(layer, bias, module.weight.dtype, module.weight.device)
-
-    return with_modules(model, layers, place)
+    return placed(model, layers, fp8_weight)
 
 
 @needs_compiler
@@ -354,13 +366,15 @@ def test_an_exported_model_carries_the_codes() -> None:
     with torch.no_grad():
         program = torch.export.export(model, (x,))
         assert torch.equal(program.module()(x), model(x))
-    assert torch.equal(program.state_dict["query.codes"].view(torch.uint8), model.query.codes.view(torch.uint8))
+    held = program.state_dict["query.weight"].codes
+    assert torch.equal(held.view(torch.uint8), model.query.weight.codes.view(torch.uint8))
 
 
 def test_the_state_dict_holds_codes_and_scales() -> None:
     linear = linear_of(32, 48, torch.bfloat16)
     state = fp8(linear, SCHEMES["fp8"]).state_dict()
-    assert set(state) == {"codes", "scales", "bias"}
-    affine = Affine(state["scales"].reshape(-1, 1), None)
+    assert set(state) == {"weight", "bias"}
+    assert set(state["weight"].parts) == {"codes", "scale"}
     largest = linear.weight.float().abs().amax(1, keepdim=True)
-    assert bool(((dequantize(state["codes"], E4M3, affine) - linear.weight.float()).abs() <= largest / 16).all())
+    values = dequantize(state["weight"].codes, E4M3, state["weight"].affine)
+    assert bool(((values - linear.weight.float()).abs() <= largest / 16).all())

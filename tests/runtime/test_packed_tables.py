@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from precimap import CPU_INT8, PrecisionMap, Splits, Task, deploy, load_deployed, save_deployed
 from precimap.errors import DeployError
 from precimap.layers.discover import discover
-from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer, quantized
+from precimap.layers.quantized import QuantizedLayer, quantize_layer, quantized
 from precimap.layers.refusals import refusal
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES, Scheme, scheme
 from precimap.precision_map import Decision, Verdict
 from precimap.runtime import deploy as deploying
 from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.runtime.cpu_tables import PackedEmbedding, PackedEmbeddingBag, PackedTable
 from precimap.runtime.deploy import deployed_layers, deployment_of
-from precimap.runtime.int8_linear import Int8Linear
+from precimap.runtime.weights import rows as packed_rows
+from precimap.runtime.weights.int8 import INT8_KERNEL
+from precimap.runtime.weights.placing import low_weights
+from precimap.runtime.weights.rows import ROWS_KERNEL
 from precimap.search.whole.assemble import premise_of
 
 ROWS = ("int8-row", "int4-row")
@@ -39,7 +41,8 @@ def both(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> tuple[Tenso
     """What the packed module returns, and what the emulation of the plain one does."""
     layers = layer_of(module, name)
     packed = CPU_INT8.deployed(module, layers)
-    assert isinstance(packed, PackedTable)
+    assert type(packed) is type(module)
+    assert packed.weight.how.kernel is ROWS_KERNEL
     with torch.no_grad(), quantized(module, layers):
         expected = module(*args, **kwargs)
     with torch.no_grad():
@@ -111,14 +114,14 @@ def test_the_results_keep_the_base_precision(dtype: torch.dtype, name: str) -> N
 def test_wrong_calls_are_refused_and_not_answered() -> None:
     bag = nn.EmbeddingBag(50, 12, mode="mean")
     packed = CPU_INT8.deployed(bag, layer_of(bag, "int8-row"))
-    with pytest.raises(ValueError, match="expected 2 dims without offsets"):
-        packed(IDS)
-    with pytest.raises(ValueError, match="expected 2 dims without offsets"):
-        packed(TABLE_IDS, BAGS)
-    with pytest.raises(ValueError, match="in mode sum"):
-        packed(IDS, BAGS, torch.ones(20))
-    with pytest.raises(ValueError, match="first offset"):
-        packed(IDS, BAGS + 1)
+    for args, error, message in (
+        ((IDS,), ValueError, "offsets has to be a 1D Tensor"),
+        ((TABLE_IDS, BAGS), ValueError, "offsets has to be None"),
+        ((IDS, BAGS, torch.ones(20)), NotImplementedError, "only supported for mode='sum'"),
+        ((IDS, BAGS + 1), ValueError, "first offset"),
+    ):
+        with pytest.raises(error, match=message):
+            packed(*args)
     for wrong in (50, -1):
         with pytest.raises(RuntimeError, match="out of bounds"):
             packed(torch.tensor([[0, wrong]]))
@@ -201,10 +204,9 @@ def test_a_mixed_map_is_one_model(tmp_path: Path) -> None:
     task = task_of(ranker())
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     fast = deploy(task.model, mixed_map(task), task=task)
-    assert type(fast.user) is PackedEmbedding
-    assert type(fast.history) is PackedEmbeddingBag
-    assert type(fast.hidden) is Int8Linear
-    assert type(fast.last) is nn.Linear
+    kernels = {name: weight.how.kernel for name, weight in low_weights(fast).items()}
+    assert kernels == {"user.weight": ROWS_KERNEL, "history.weight": ROWS_KERNEL, "hidden.weight": INT8_KERNEL}
+    assert [type(part) for part in fast.children()] == [nn.Embedding, nn.EmbeddingBag, nn.Linear, nn.Linear]
     found = deployment_of(fast).agreement
     assert found is not None
     assert found.relative < 1e-5
@@ -217,12 +219,11 @@ def test_a_mixed_map_is_one_model(tmp_path: Path) -> None:
 def test_the_rows_are_all_that_is_kept() -> None:
     task = task_of(ranker())
     fast = deploy(task.model, mixed_map(task))
-    assert fast.user.rows.shape == (200, 16 // 2 + 4)
-    assert fast.history.rows.shape == (400, 16 + 8)
-    assert set(fast.user.state_dict()) == {"rows"}
-    assert set(deployment_of(fast).layers) == {"hidden.weight"}
-    assert {id(t) for t in fast.state_dict().values()}.isdisjoint({id(task.model.user.weight)})
-    assert not any(p.shape[0] in (200, 400) for p in fast.parameters())
+    assert {name: part.shape for name, part in fast.user.weight.parts.items()} == {"rows": (200, 16 // 2 + 4)}
+    assert {name: part.shape for name, part in fast.history.weight.parts.items()} == {"rows": (400, 16 + 8)}
+    assert set(fast.user.state_dict()) == {"weight"}
+    assert fast.user.weight.shape == (200, 16)
+    assert fast.user.weight.dtype == torch.float32
 
 
 def test_codes_come_back_from_the_rows() -> None:
@@ -251,7 +252,7 @@ def test_a_checkpoint_of_tables_computes_the_same_bits(tmp_path: Path) -> None:
     loaded = load_deployed(skeleton, path)
     with torch.no_grad():
         assert torch.equal(run(loaded, ranker_batch()), run(fast, ranker_batch()))
-    assert torch.equal(loaded.user.rows, fast.user.rows)
+    assert torch.equal(loaded.user.weight.parts["rows"], fast.user.weight.parts["rows"])
     with torch.no_grad():
         emulated = load_deployed(skeleton, path, target="emulated")
         torch.testing.assert_close(run(emulated, ranker_batch()), run(fast, ranker_batch()), rtol=1e-5, atol=1e-5)
@@ -283,15 +284,15 @@ def test_compiled_it_computes_the_same(backend: str) -> None:
 
 def test_an_operator_that_reads_rows_wrongly_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of(ranker())
-    plain = PackedTable.lookup
-    monkeypatch.setattr(PackedTable, "lookup", lambda self, *a, **k: plain(self, *a, **k) * (1 + 1e-3))
+    plain = packed_rows.lookup
+    monkeypatch.setattr(packed_rows, "lookup", lambda *a: plain(*a) * (1 + 1e-3))
     with pytest.raises(DeployError, match=r"user\.weight: the operator reads rows that differ"):
         deploying.deploy(task.model, mixed_map(task))
 
 
 def test_a_bag_that_adds_wrongly_shows_in_the_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of(ranker())
-    monkeypatch.setattr("precimap.runtime.cpu_tables._counts", lambda *_: torch.tensor(5.0).reshape(1))
+    monkeypatch.setattr("precimap.runtime.weights.rows._counts", lambda *_: torch.tensor(5.0).reshape(1))
     found = deployment_of(deploy(task.model, mixed_map(task), task=task)).agreement
     assert found is not None
     assert found.relative > 1e-3
@@ -344,12 +345,12 @@ class Odd(nn.Module):
         ("odd.weight", "int8-row", None),
         ("narrow.weight", "int8-row", "no fewer than its 320"),
         ("narrow.weight", "int4-row", None),
-        ("largest.weight", "int8-row", "mode max"),
+        ("largest.weight", "int8-row", None),
         ("bounded.weight", "int8-row", "max_norm"),
-        ("raw", "int8-row", "nn.Embedding or nn.EmbeddingBag of its own"),
+        ("raw", "int8-row", None),
         ("both.weight", "int8-row", "also multiplied"),
-        ("read.weight", "int8-row", "nn.Embedding or nn.EmbeddingBag of its own"),
-        ("first.weight", "int8-row", "tied to second.weight"),
+        ("read.weight", "int8-row", "also read by square"),
+        ("first.weight", "int8-row", None),
         ("columns", "int8-row", "rows do not lie along the last dim"),
     ],
 )
@@ -362,19 +363,43 @@ def test_what_packed_rows_cannot_serve_is_refused(table: str, name: str, reason:
     assert found is None if reason is None else reason in str(found)
 
 
-@pytest.mark.parametrize("module", [nn.EmbeddingBag(9, 4, mode="max"), nn.Embedding(9, 4, max_norm=1.0)], ids=str)
-def test_a_map_cannot_get_past_the_refusal(module: nn.Module) -> None:
-    with pytest.raises(DeployError, match="keep it in the map"):
-        CPU_INT8.deployed(module, layer_of(module, "int8-row"))
-    linear = nn.Linear(4, 9)
-    with pytest.raises(DeployError, match=r"nn\.Embedding or nn\.EmbeddingBag of its own"):
-        CPU_INT8.deployed(linear, layer_of(linear, "int8-row"))
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("padding", [None, 3])
+def test_the_largest_of_its_rows(padding: int | None, name: str) -> None:
+    """What the operators do not have: over decoded rows."""
+    module = nn.EmbeddingBag(50, 12, mode="max", padding_idx=padding)
+    found, expected = both(module, name, TABLE_IDS)
+    assert torch.equal(found, expected)
+
+
+def test_tied_and_raw_tables_are_looked_up_under_all_their_names() -> None:
+    model, ids = Odd().eval(), torch.arange(30)
+    weights = dict(model.named_parameters())
+    layers = {n: quantize_layer(n, weights[n], (1,), scheme("int8-row"), None) for n in ("raw", "first.weight")}
+    fast = CPU_INT8.deployed(model, layers)
+    assert fast.second.weight is fast.first.weight
+    with torch.no_grad():
+        found = fast(ids)
+        with quantized(model, layers):
+            expected = model(ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_are_decoded_for_whoever_reads_them_otherwise() -> None:
+    table = nn.Embedding(9, 4)
+    packed = CPU_INT8.deployed(table, layer_of(table, "int8-row"))
+    values = packed.weight.layer().weight()
+    with torch.no_grad():
+        assert torch.equal(packed.weight + 1, values + 1)
+        assert torch.equal(packed.weight[torch.tensor([3, 1])], values[[3, 1]])
+        assert torch.equal(packed.weight.t() @ torch.ones(9), values.t() @ torch.ones(9))
+        torch.testing.assert_close(nn.functional.linear(torch.ones(2, 4), packed.weight), torch.ones(2, 4) @ values.t())
+
+
+def test_a_map_cannot_get_past_the_refusal() -> None:
+    bounded = nn.Embedding(9, 4, max_norm=0.1)
+    packed = CPU_INT8.deployed(bounded, layer_of(bounded, "int8-row"))
+    with pytest.raises(DeployError, match="weight: its codes cannot be written"):
+        packed(torch.tensor([1]))
     with pytest.raises(DeployError, match="float32 scales"):
         CPU_INT8.deployed(nn.Embedding(9, 4), layer_of(nn.Embedding(9, 4), "int8-row-half"))
-
-
-def test_a_linear_scheme_does_not_reach_a_table() -> None:
-    table = nn.Embedding(20, 16)
-    layer = quantize_layer("weight", table.weight, (1,), scheme(int8_scheme()), InputRange(0.05, 60))
-    with pytest.raises(DeployError, match="Embedding"):
-        CPU_INT8.deployed(table, {"weight": layer})

@@ -12,7 +12,8 @@ from precimap.errors import DeployError
 from precimap.layers.quantized import quantize_layer, quantize_map, quantized
 from precimap.numerics.schemes import scheme
 from precimap.runtime.deploy import deployment_of
-from precimap.runtime.stored_linear import StoredLinear
+from precimap.runtime.weights.placing import low_weights
+from precimap.runtime.weights.stored import STORED_KERNEL, StoredKernel
 from precimap.task import Task
 from small_tasks import COUNTED_INT8, planted_task
 
@@ -33,9 +34,9 @@ def result(request: pytest.FixtureRequest, task: Task, tmp_path_factory: pytest.
 def test_it_computes_what_the_codes_stand_for(task: Task, result: SearchResult) -> None:
     deployed = deploy(task.model, result.map, task=task)
     expected = quantize_map(task.model, result.map)
-    stored = {module.layer_name: module for module in deployed.modules() if isinstance(module, StoredLinear)}
+    stored = {name: weight for name, weight in low_weights(deployed).items() if weight.how.kernel is STORED_KERNEL}
     assert set(stored) == set(expected) >= {"first.weight", "last.weight"}
-    assert all(torch.equal(module.weight, expected[name].weight()) for name, module in stored.items())
+    assert all(torch.equal(weight.read(), expected[name].weight()) for name, weight in stored.items())
     found = deployment_of(deployed).agreement
     assert found is not None
     assert found.relative < 1e-6
@@ -72,7 +73,7 @@ def test_in_bf16_it_is_the_emulation_to_one_rounding_of_the_weight(name: str) ->
 
 
 def test_a_layer_decoded_wrongly_is_caught(task: Task, result: SearchResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = StoredLinear.forward
-    monkeypatch.setattr(StoredLinear, "forward", lambda self, x: 1.01 * plain(self, x))
-    with pytest.raises(DeployError, match="differs from its codes"):
+    plain = StoredKernel.rows
+    monkeypatch.setattr(StoredKernel, "rows", lambda self, *given: 1.01 * plain(self, *given))
+    with pytest.raises(DeployError, match="differs from its emulation"):
         deploy(task.model, result.map)

@@ -16,9 +16,9 @@ from precimap.layers.quantized import QuantizedLayer, quantize_layer, quantized
 from precimap.layers.refusals import refusal
 from precimap.metrics import LogLoss
 from precimap.numerics.schemes import scheme
-from precimap.runtime.cpu_tables import PackedEmbeddingBag
 from precimap.runtime.deploy import deployment_of
 from precimap.runtime.torchrec_tables import held_rows, quantized_collection
+from precimap.runtime.weights.placing import low_weights
 from precimap.search.limits import Effort
 from zoo import torchrec_dlrm
 
@@ -137,7 +137,7 @@ def dlrm_task(torchrec: Any) -> Task:
 def test_a_dlrm_is_searched_and_deployed(target: Any, name: str, torchrec: Any, tmp_path: Path) -> None:
     """From its inventory to a checkpoint: the tables are layers of their own, and the model that runs is certified."""
     task = dlrm_task(torchrec)
-    rule, effort = Knapsack(bytes_worth=1.0), Effort(rounding_draws=0, timing_seconds=0)
+    rule, effort = Knapsack(bytes_worth=30.0), Effort(rounding_draws=0, timing_seconds=0)
     found = search(task, schemes=[name], target=target, margin=0.1, rule=rule, effort=effort, ledger=tmp_path)
     tables = {f"sparse_arch.embedding_bag_collection.embedding_bags.table_{k}.weight" for k in range(2)}
     assert found.certified
@@ -146,8 +146,7 @@ def test_a_dlrm_is_searched_and_deployed(target: Any, name: str, torchrec: Any, 
     agreement = deployment_of(fast).agreement
     assert agreement is not None
     assert agreement.relative < 1e-5
-    packed = [module for module in fast.modules() if isinstance(module, PackedEmbeddingBag)]
-    assert len(packed) == (2 if target is CPU_INT8 else 0)
+    assert len(low_weights(fast)) == (2 if target is CPU_INT8 else 0)
     assert type(task.model.sparse_arch.embedding_bag_collection) is torchrec.EmbeddingBagCollection
     save_deployed(fast, task.model, tmp_path / "model.safetensors")
     skeleton = torchrec_dlrm().model

@@ -5,7 +5,6 @@ by an op that contracts nothing, hidden in a fused recurrent call, computed from
 Looking at module types instead would miss raw parameters, which hold most FLOPs of some ranking models.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from precimap.user_code import called
 
 Forward = Callable[[Any, Any], Tensor]
 Shape = tuple[int, ...]
+_NORMALISING, _MAX_NORM = (F.embedding, F.embedding_bag), (3, "max_norm")
 
 
 @dataclass(slots=True)
@@ -49,6 +49,7 @@ class _Seen:
     calls: int = 0
     lookup: bool = False
     positions_mixed: bool = False
+    normalised: bool = False
     inputs: list[tuple[Any, ...]] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
 
@@ -87,12 +88,14 @@ class _Discovery(Interception):
         seen.calls += 1
         seen.lookup |= call.op.lookup
         seen.positions_mixed |= call.op.positions_mixed
+        seen.normalised |= call.func in _NORMALISING and call.arguments.get(_MAX_NORM) is not None
         seen.contracted.add(call.view.parameter_dims(call.weight_contracted))
         seen.widths.add(_widths(call))
         left, right = call.arguments.get(call.op.left), call.arguments.get(call.op.right)
         if isinstance(output, Tensor):
             seen.flops += product_flops(call.op, left, right, call.contraction, output)
-            seen.reads.append(Read(tuple(call.input.shape), math.prod(output.shape[:-1])))
+            width = output.shape[-1] if call.op.lookup else _widths(call)[1]
+            seen.reads.append(Read(tuple(call.input.shape), output.numel() // max(1, width)))
         if not call.op.lookup:
             self._kept_alive.append(call.input)  # so that its storage is not taken by a later tensor of this batch
             seen.inputs.append(_identity(call.input))
@@ -228,6 +231,7 @@ def _layers(
                 outputs=outputs,
                 lookup=seen.lookup,
                 positions_mixed=seen.positions_mixed,
+                normalised=seen.normalised,
                 in_linear_module=type(owner) is nn.Linear,
                 not_packed=why_not_packed(owner),
                 tied=tied.get(name, ()),

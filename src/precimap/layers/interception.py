@@ -26,12 +26,12 @@ from precimap.layers.ops import OPS, Arguments, Contraction, Op, einsum_op
 from precimap.layers.views import View, WeightViews
 
 # The same code with an override check that never fires: its inner `linear` calls then reach the mode.
-_unfolded_attention = types.FunctionType(
+unfolded_attention = types.FunctionType(
     F.multi_head_attention_forward.__code__,
     {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
-_unfolded_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+unfolded_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +103,7 @@ class Interception(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             # The mode is off while it handles a call; without it on again the inner calls would pass unseen.
             with self:
-                return _unfolded_attention(*args, **kwargs)
+                return unfolded_attention(*args, **kwargs)
         op = OPS.get(func)
         if op is None and func is not torch.functional.einsum:  # most calls: they are many, and small
             return self.on_other(func, args, kwargs)

@@ -30,6 +30,7 @@ class Layer:
     inputs, outputs: widths of one product (None for lookups and where the layout is not known).
     flops: of the discovery batch, over all calls. siblings: name of the group that reads the same input (may share its
     quantised form). fused: name of the group that engines run as one (must share a scheme).
+    normalised: a lookup writes its rows as it reads them (max_norm).
     in_linear_module: it is only read by calls of the nn.Linear that owns it, so that a module swap serves it.
     not_packed: why no module of packed rows can take the place of the table's own; None when one can.
     also_read_by: other calls that read the weight and contract nothing. dead: why it cannot matter, or None.
@@ -49,6 +50,7 @@ class Layer:
     outputs: int | None
     lookup: bool = False
     positions_mixed: bool = False
+    normalised: bool = False
     in_linear_module: bool = False
     not_packed: str | None = "not a table"
     tied: tuple[str, ...] = ()

@@ -41,6 +41,7 @@ class QuantizedLayer:
     codes: the parameter's shape, in the format's storage dtype. weight_affine: scales that broadcast against it.
     input_range: only for static inputs. input_phase: what the scales of a dynamic input are multiplied by; 1 except in
     a rounding draw. A static range carries its shift itself, so that whatever runs a layer runs the shifted one.
+    keeps: the parameter stays beside the codes, for lookups of a tied table and other readers that are no products.
     """
 
     name: str
@@ -49,6 +50,7 @@ class QuantizedLayer:
     weight_affine: Affine
     input_range: InputRange | None
     input_phase: float = 1.0
+    keeps: bool = False
 
     def weight(self) -> Tensor:
         """The weight that the codes stand for, float32, in the parameter's shape."""
@@ -118,9 +120,8 @@ def quantize_map(
         if name not in weights or tuple(weights[name].shape) != decision.shape:
             found = f"one of shape {tuple(weights[name].shape)}" if name in weights else "none of that name"
             raise MapError(f"the map has a layer {name} of shape {decision.shape}, the model has {found}")
-        quantized_layers[name] = quantize_layer(
-            name, weights[name], decision.contracted, scheme, shipped_range(decision), shift
-        )
+        layer = quantize_layer(name, weights[name], decision.contracted, scheme, shipped_range(decision), shift)
+        quantized_layers[name] = replace(layer, keeps=decision.keeps(scheme))
     return quantized_layers
 
 
@@ -140,22 +141,23 @@ class Emulation(Interception):
 
 
 class SharedInputs:
-    """The last input that was rounded: layers that read the same tensor under the same rounding share the result."""
+    """The last input that was rounded: layers that read the same tensor under the same rounding share the result.
+
+    While its values are the same, which is looked at: a version does not tell of writes through `x.data` or by others.
+    """
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+        self._last: tuple[Tensor, tuple[object, ...], Tensor, Tensor] | None = None
 
     def rounded(self, call: WeightCall, layer: QuantizedLayer) -> Tensor:
         rounding, x = layer.scheme.input, call.input
         if rounding is None:
             return x
-        # An inference tensor has no version; nothing tells then whether it was changed in place.
-        version = object() if x.is_inference() else x._version
-        how = (rounding, layer.input_range, layer.input_phase, call.input_contracted, version)
-        if self._last is not None and self._last[0] is x and self._last[1] == how:
-            return self._last[2]
+        how = (rounding, layer.input_range, layer.input_phase, call.input_contracted)
+        if self._last is not None and self._last[0] is x and self._last[1] == how and torch.equal(self._last[2], x):
+            return self._last[3]
         result = fake_quantize(x, rounding.format, input_affine(call, rounding, layer))
-        self._last = (x, how, result)
+        self._last = (x, how, x.detach().clone(), result)
         return result
 
 

@@ -9,6 +9,7 @@ machine of the user.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -63,16 +64,17 @@ def fake_quantize(x: Tensor, format: Format, affine: Affine) -> Tensor:
     return result
 
 
-def unsigned_codes(x: Tensor, format: IntegerFormat, scale: float, zero: int) -> Tensor:
+def unsigned_codes(x: Tensor, format: IntegerFormat, scale: float, zero: int) -> tuple[Tensor, bool]:
     """The codes of `quantize` under one scale and one zero: uint8, contiguous, of the shape of `x` (any float dtype).
 
-    Saturates before it rounds, which is the same because the limits are whole, and adds the zero to the codes, where it is
-    one byte wide. Raises SchemeError for formats other than unsigned ones of at most 8 bits.
+    And whether there is NaN among the values, which no code stands for: it gets the smallest code. Saturates before it
+    rounds, which is the same because the limits are whole, and adds the zero to the codes, where it is one byte wide.
+    Raises SchemeError for formats other than unsigned ones of at most 8 bits.
     """
     if format.minimum != 0 or format.bits > 8:
         raise SchemeError(f"expected an unsigned format of at most 8 bits, got {format.name}")
     reciprocal, low, high = _reciprocal(scale), float(-zero), float(format.maximum - zero)
-    given = x.detach().reshape(-1)
+    given, spoiled = x.detach().reshape(-1), False
     result = torch.empty(given.shape, dtype=torch.uint8, device=x.device)
     part = max(1, min(given.numel(), _CODED_PART * torch.get_num_threads()))
     scratch = torch.empty(part, dtype=torch.float32, device=x.device)
@@ -82,9 +84,12 @@ def unsigned_codes(x: Tensor, format: IntegerFormat, scale: float, zero: int) ->
             torch.mul(values, reciprocal, out=scaled)
         else:
             scaled.copy_(values).mul_(reciprocal)
-        scaled.nan_to_num_(nan=low).clamp_(low, high).add_(_WHOLE)
-        codes.copy_(scaled.view(torch.int32))
-    return result.add_(zero).view(x.shape)
+        scaled.clamp_(low, high)
+        if math.isnan(float(scaled.sum())):  # of limited values, so that only NaN makes it so
+            spoiled = True
+            scaled.nan_to_num_(nan=low)
+        codes.copy_(scaled.add_(_WHOLE).view(torch.int32))
+    return result.add_(zero).view(x.shape), spoiled
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,6 +11,7 @@ model whose bits computed something else would not tell. Pickle is not read or w
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +19,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from precimap.durable import write_bytes
-from precimap.errors import MapError
-from precimap.layers.copying import shared_copy
+from precimap.errors import DeployError, MapError
+from precimap.layers.copying import copied
 from precimap.layers.quantized import QuantizedLayer, shipped_range
 from precimap.layers.realign import realigned
 from precimap.layers.views import parameter_names, plain_name
@@ -28,6 +29,7 @@ from precimap.numerics.quantize import Affine, storage_dtype
 from precimap.numerics.schemes import Granularity, Scheme
 from precimap.precision_map import Decision, PrecisionMap
 from precimap.runtime.deploy import build, deployed_layers, deployment_of, warn_of, watch_batches
+from precimap.runtime.weights.low_weight import LowWeight
 
 METADATA_KEY = "precimap_map"
 DIGEST_KEY = "precimap_digest"
@@ -35,10 +37,14 @@ PARTS = ("codes", "scale", "zero", "offset")
 
 
 def save_deployed(deployed: nn.Module, base: nn.Module, path: str | Path) -> None:
-    """Write a deployed model; `base` is the model it was deployed from. Raises DeployError, SaveError, MapError."""
+    """Write a deployed model, all of it; `base`: the model it was deployed from, or its architecture.
+
+    Every value is the deployed model's own. Raises DeployError for a model that is not deployed, or from another
+    architecture than `base`, SaveError, MapError.
+    """
     carried = deployment_of(deployed)
     layers = deployed_layers(deployed)
-    tensors = _base_tensors(realigned(base, carried.map.realignment), set(layers))
+    tensors = _base_tensors(deployed, realigned(base, carried.map.realignment), layers, bool(carried.elsewhere))
     for name, layer in layers.items():
         tensors[f"{name}.codes"] = layer.codes
         tensors[f"{name}.scale"] = layer.weight_affine.scale
@@ -62,7 +68,7 @@ def load_deployed(model: nn.Module, path: str | Path, *, target: str | None = No
     layers = {name: _layer(name, precision_map, tensors, str(path)) for name in precision_map.low}
     model = realigned(model, precision_map.realignment)  # it may have got a bias; all values come from the file
     loaded = _with_base_tensors(model, tensors, layers, str(path))
-    deployed = build(loaded, precision_map, layers, target or precision_map.target)
+    deployed = build(loaded, precision_map, layers, target or precision_map.target, owned=False)
     watch_batches(deployed)
     warn_of(precision_map)
     return deployed
@@ -97,11 +103,38 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
-def _base_tensors(base: nn.Module, low: set[str]) -> dict[str, Tensor]:
-    """Every tensor that stayed, once: safetensors refuses two names for one storage."""
-    tensors: dict[str, Tensor] = dict(parameter_names(base))
-    tensors.update({plain_name(name): buffer for name, buffer in base.named_buffers()})
-    return {name: tensor.clone() for name, tensor in tensors.items() if name not in low}
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, and every buffer that a state dict holds, once, by its first name."""
+    kept = {plain_name(name) for name in model.state_dict(keep_vars=True)}
+    found: dict[str, Tensor] = dict(parameter_names(model))
+    buffers = {plain_name(name): buffer for name, buffer in model.named_buffers()}
+    return found | {name: buffer for name, buffer in buffers.items() if name in kept}
+
+
+def _base_tensors(
+    deployed: nn.Module, base: nn.Module, layers: Mapping[str, QuantizedLayer], elsewhere: bool
+) -> dict[str, Tensor]:
+    """Every tensor that stayed, once, and the parameters that are kept beside their codes.
+
+    elsewhere: a library's own module has some of the layers, and beside them tables under names of its own, which are then
+    taken from `base`. Raises DeployError for a base that knows other tensors than the deployed model.
+    """
+    tensors, own = {}, _held(deployed)
+    for name, given in _held(base).items():
+        tensor = own.get(name)
+        if tensor is not None and tensor.shape == given.shape:
+            if not isinstance(tensor, LowWeight):
+                tensors[name] = tensor
+            elif layers[name].keeps:
+                tensors[name] = tensor.read()
+        elif not elsewhere:
+            raise DeployError(
+                f"expected the model that this one was deployed from, got another architecture: {name} has the shape "
+                f"{tuple(given.shape)} there, and {'no tensor' if tensor is None else tuple(tensor.shape)} here"
+            )
+        elif name not in layers:
+            tensors[name] = given
+    return tensors
 
 
 def _layer(name: str, precision_map: PrecisionMap, tensors: Mapping[str, Tensor], path: str) -> QuantizedLayer:
@@ -129,7 +162,8 @@ def _layer(name: str, precision_map: PrecisionMap, tensors: Mapping[str, Tensor]
     codes, scale, zero, offset = (parts[part] for part in PARTS)
     assert codes is not None
     assert scale is not None
-    layer = QuantizedLayer(name, scheme, codes, Affine(scale, zero, offset), shipped_range(decision))
+    affine, keeps = Affine(scale, zero, offset), decision.keeps(scheme)
+    layer = QuantizedLayer(name, scheme, codes, affine, shipped_range(decision), keeps=keeps)
     _check_values(layer, path)
     return layer
 
@@ -167,25 +201,57 @@ def _are_codes(codes: Tensor, format: Format) -> bool:
 def _with_base_tensors(
     model: nn.Module, tensors: Mapping[str, Tensor], layers: Mapping[str, QuantizedLayer], path: str
 ) -> nn.Module:
-    """A tree like the model's whose parameters and buffers are those of the file: these, all of them and no others."""
-    copied = shared_copy(model)
+    """A tree like the model's whose parameters and buffers are those of the file: these, all of them and no others.
+
+    A layer's own parameter, unless it is kept, has no values in the file: there is an empty one in its place, for as
+    long as it takes to put the codes there. Buffers that no state dict holds are the model's own, remade by it.
+    """
     known = {f"{name}.{part}" for name in layers for part in PARTS}
-    for owner_name, module in copied.named_modules():
-        slots: list[dict[str, Tensor | None]] = [module._parameters, module._buffers]
-        for slot in slots:
-            for attribute, value in slot.items():
-                name = plain_name(f"{owner_name}.{attribute}".lstrip("."))
-                if value is None or name in layers:
-                    continue
-                known.add(name)
-                tensor = _fitting(tensors.get(name), value, name, path)
-                slot[attribute] = nn.Parameter(tensor, requires_grad=False) if slot is module._parameters else tensor
+    held, stands_in = _held(model), dict[int, Any]()
+    for name, value in held.items():
+        if name in layers:
+            _check_shape(layers[name], value, path)
+        if name in layers and not layers[name].keeps:
+            place = _device_of(value)
+            stands_in[id(value)] = nn.Parameter(
+                torch.empty((), dtype=value.dtype, device=place).expand(value.shape), False
+            )
+            continue
+        known.add(name)
+        tensor = _fitting(tensors.get(name), value, name, path)
+        stands_in[id(value)] = nn.Parameter(tensor, False) if isinstance(value, nn.Parameter) else tensor
+    for name, buffer in model.named_buffers():
+        if id(buffer) not in stands_in:
+            stands_in[id(buffer)] = _remade(name, buffer, path)
     unknown = sorted(tensors.keys() - known)
     if unknown:
         raise MapError(
             f"{path}: it has {', '.join(unknown[:3])}, the model has not; it belongs to another architecture"
         )
-    return copied
+    return copied(model, stands_in)
+
+
+def _check_shape(layer: QuantizedLayer, value: Tensor, path: str) -> None:
+    if layer.codes.shape != value.shape:
+        raise MapError(
+            f"{path}: {layer.name}: the model has a parameter {tuple(value.shape)}, the file codes "
+            f"{tuple(layer.codes.shape)}; give the architecture that was saved"
+        )
+
+
+def _device_of(value: Tensor) -> torch.device:
+    """Where the loaded tensor goes; the values of a model on the meta device go to the CPU."""
+    return torch.device("cpu") if value.is_meta else value.device
+
+
+def _remade(name: str, buffer: Tensor, path: str) -> Tensor:
+    """A buffer that is in no state dict. Raises MapError where a skeleton has no values of it."""
+    if buffer.is_meta:
+        raise MapError(
+            f"{path}: {name} is a buffer that is not saved, and the model has it on the meta device, without values; make "
+            "the model there for its parameters alone (accelerate's init_empty_weights does so by default)"
+        )
+    return buffer.detach().clone()
 
 
 def _fitting(tensor: Tensor | None, value: Tensor, name: str, path: str) -> Tensor:
@@ -199,4 +265,4 @@ def _fitting(tensor: Tensor | None, value: Tensor, name: str, path: str) -> Tens
             "architecture in the precision in which it was saved, such as model.bfloat16()"
         )
     # Copied: in the file a tensor lies at any address, and float products round by the alignment of theirs.
-    return tensor.to(value.device, copy=True)
+    return tensor.to(_device_of(value), copy=True)

@@ -10,6 +10,7 @@ while a call of new shapes compiles, and the shapes that were met are remembered
 import copy
 import functools
 import inspect
+import math
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -23,10 +24,13 @@ from precimap.errors import DeployError
 from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
 from precimap.runtime.attention import attention_pass
+from precimap.runtime.weights.int8 import TRACED
+from precimap.runtime.weights.low_weight import LowWeight
 
 # Inductor computes what two products read in each of them again, if it reads only four tensors or fewer; where one of these
 # is a gather, as after an embedding, that is done element by element and takes longer than the product.
 _SETTINGS = {"freezing": True, "realize_reads_threshold": 1}
+_NO_CACHE = {"fx_graph_cache": False}  # its products would not be counted
 # Dynamo keeps code by class: forms of one model, and its shapes, are kept beside each other. At the usual 8 it stops
 # compiling and runs eagerly without a word.
 _LIMITS = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
@@ -61,6 +65,9 @@ class CompiledCalls:
         self._failed: str | None = None
         self._one_at_a_time = threading.Lock()
         self._model, self._met = model, set[object]()
+        # For inputs with NaN, which a code cannot hold: a compiled INT8 product would make plausible numbers of them.
+        low = (p for p in model.parameters() if isinstance(p, LowWeight) and p.how.kernel.needs_frozen)
+        self._eager = copy.copy(model) if next(low, None) is not None else None
         self.before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None
         self._expected = self._found = self.graphs = 0
 
@@ -72,6 +79,9 @@ class CompiledCalls:
             self.before(self._model, args, kwargs)
         if self._failed is not None:
             raise DeployError(self._failed)
+        if self._eager is not None and _spoiled(args, kwargs):
+            with torch.no_grad():
+                return self._eager(*args, **kwargs)
         with torch.no_grad():
             shapes = _shapes(args, kwargs)
             if shapes in self._met:
@@ -86,6 +96,7 @@ class CompiledCalls:
 
     def _compiling(self, *args: Any, **kwargs: Any) -> Any:
         import torch._dynamo.config
+        import torch._functorch.config
         import torch._inductor.config
         import torch.fx.experimental._config as shapes
 
@@ -93,9 +104,11 @@ class CompiledCalls:
             settings.enter_context(self._one_at_a_time)
             self._expected = self._found = 0
             settings.enter_context(
-                torch._inductor.config.patch({**_SETTINGS, "pre_grad_custom_pass": attention_pass()})
+                torch._inductor.config.patch({**_SETTINGS, **_NO_CACHE, "pre_grad_custom_pass": attention_pass()})
             )
             settings.enter_context(torch._dynamo.config.patch(_LIMITS))
+            # Code that an earlier process made is not traced again, and its products could not be counted.
+            settings.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
             # Or sizes that happen to be equal, as rows and a width, are taken for one size, which the weight then fixes.
             settings.enter_context(shapes.patch(use_duck_shape=False))  # type: ignore[attr-defined]
             self._prepared.now = True
@@ -117,15 +130,22 @@ class CompiledCalls:
 
         if not hasattr(self._prepared, "now"):
             raise _NotPrepared
-        dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
-        before = counters["inductor"][_LOWERED]
-        code: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
+        before, TRACED.names = counters["inductor"][_LOWERED], set()
+        try:
+            code: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
+        finally:
+            # By their codes: of two calls of a layer on one input a single product is left.
+            read, TRACED.names = len(TRACED.names or ()), None
         self.graphs += 1
-        # By their codes: of two calls of a layer on one input a single product is left.
-        read = {node.args[0] for node in graph.graph.nodes if node.target in (dequantize, dequantize.default)}
-        self._expected += len(read)
+        self._expected += read
         self._found += counters["inductor"][_LOWERED] - before
         return code
+
+
+def _spoiled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the inputs hold NaN: their sum then is NaN, and rarely otherwise (of opposite infinities)."""
+    floats = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return any(math.isnan(float(leaf.sum())) for leaf in floats)
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:

@@ -61,9 +61,9 @@ class CompiledTarget:
         yield deployed
         check_compiled(deployed)
 
-    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
+    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer], *, owned: bool = False) -> nn.Module:
         """As the eager target's; calls of the model compile when new shapes come. Raises DeployError without a compiler."""
-        made = self.eager.deployed(model, layers)
+        made = self.eager.deployed(model, layers, owned=owned)
         compile_calls(made)
         return made
 

@@ -1,12 +1,11 @@
-"""INT8 on x86 CPUs: `nn.Linear` layers through oneDNN's quantised matrix product, and tables in packed rows.
+"""INT8 on x86 CPUs: matrix products through oneDNN's quantised one, and tables in packed rows.
 
-The layers themselves are in `int8_linear`. `torch.ops.onednn.qlinear_pointwise` takes a static per-tensor input scale and
-per-channel weight scales; per-token scales are refused by the op, so they are refused here. FP8 is no alternative on
-these CPUs: oneDNN has no fast FP8 kernel for them; torch's `_scaled_mm` takes 7 times as long as BF16 (docs/log.md).
+The kernels are in `weights`. `torch.ops.onednn.qlinear_pointwise` takes a static per-tensor input scale and per-channel
+weight scales; per-token scales are refused by the op, so they are refused here. FP8 is no alternative on these CPUs: oneDNN
+has no fast FP8 kernel for them; torch's `_scaled_mm` takes 7 times as long as BF16 (docs/log.md).
 
 Without VNNI or AMX, x86 adds pairs of 8-bit products in 16 bits and saturates: 255 * 127 * 2 does not fit. Whether this CPU
-does is measured, not looked up; where it does, inputs must be 7 bits wide (scheme `int8-static-u7`). Embedding tables
-are `cpu_tables`, weight-only schemes `stored_linear`; one model holds all.
+does is measured, not looked up; where it does, inputs must be 7 bits wide (scheme `int8-static-u7`).
 """
 
 import functools
@@ -22,12 +21,14 @@ from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.runtime.compiled import EAGER
-from precimap.runtime.cpu_tables import packed_table, table_refusal
 from precimap.runtime.cpu_timer import CpuTimer
 from precimap.runtime.cpu_whole import CpuWholeTimer
-from precimap.runtime.int8_linear import Int8Linear, SharedCodes
-from precimap.runtime.stored_linear import StoredLinear
-from precimap.runtime.swapping import with_modules
+from precimap.runtime.weights.int8 import INT8_KERNEL
+from precimap.runtime.weights.low_weight import LowWeight
+from precimap.runtime.weights.placing import on_cpu, placed, weight_of
+from precimap.runtime.weights.products import product_refusal
+from precimap.runtime.weights.rows import ROWS_KERNEL, packed_parts, table_refusal
+from precimap.runtime.weights.stored import STORED_KERNEL
 
 
 class CpuInt8:
@@ -38,7 +39,7 @@ class CpuInt8:
 
     @property
     def timer(self) -> CpuTimer:
-        """Times a module against what takes its place here."""
+        """Times a module against the same with its weight in low precision."""
         return CpuTimer(lambda module, layer: self.deployed(module, {"weight": layer}))
 
     @property
@@ -49,45 +50,32 @@ class CpuInt8:
         """Why this CPU cannot run the layer in the scheme, or None."""
         if scheme.rows is not None:
             return table_refusal(layer, scheme)
-        return _scheme_refusal(scheme) or _layer_refusal(layer)
+        return _scheme_refusal(scheme) or _layer_refusal(layer, scheme)
 
     @contextmanager
     def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:
         yield self.deployed(model, layers) if layers else model
 
-    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
-        """A copy of the model's tree, over the same tensors, with layers of this target in place of the given ones.
+    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer], *, owned: bool = False) -> nn.Module:
+        """A copy of the model with weights of this target in place of the given ones; owned: as of `placed`.
 
-        They are Int8Linear, StoredLinear and PackedTable. Raises DeployError for a layer that is not the weight of an
-        nn.Linear, nn.Embedding or nn.EmbeddingBag.
+        Raises DeployError for a scheme that this CPU has no arithmetic for, and for a model that cannot be copied.
         """
-        shared = SharedCodes()
-
-        def place(layer: QuantizedLayer, module: nn.Module | None) -> nn.Module:
-            return _linear(layer, module, shared) if layer.scheme.rows is None else packed_table(layer, module)
-
-        deployed = with_modules(model, layers, place)
-        if not isinstance(deployed, Int8Linear):  # a layer by itself has nobody to share with
-            deployed.register_forward_hook(shared.drop)
-        return deployed
+        return placed(model, layers, _weight, owned=owned)
 
 
 CPU_INT8 = CpuInt8()
 
 
-def _linear(layer: QuantizedLayer, module: nn.Module | None, shared: SharedCodes) -> Int8Linear | StoredLinear:
-    """What takes the place of `module`. Raises DeployError as `CpuInt8.deployed` does."""
+def _weight(layer: QuantizedLayer, parameter: Tensor) -> LowWeight:
+    """What stands for the parameter. Raises DeployError as `CpuInt8.deployed` does."""
+    on_cpu(parameter, layer.name)
+    if layer.scheme.rows is not None:
+        return weight_of(layer, parameter, ROWS_KERNEL, packed_parts(layer))
     reason = _scheme_refusal(layer.scheme)
     if reason is not None:
         raise DeployError(f"{layer.name}: {reason}")
-    if type(module) is not nn.Linear:
-        raise DeployError(
-            f"{layer.name}: expected the weight of an nn.Linear, got {type(module).__name__}; keep it in the map"
-        )
-    if not layer.scheme.computes_low:
-        return StoredLinear(layer, module)
-    bias: Tensor | None = module.bias
-    return Int8Linear(layer, None if bias is None else bias.detach(), module.weight.dtype, shared)
+    return weight_of(layer, parameter, INT8_KERNEL if layer.scheme.computes_low else STORED_KERNEL)
 
 
 def _scheme_refusal(scheme: Scheme) -> str | None:
@@ -106,12 +94,12 @@ def _scheme_refusal(scheme: Scheme) -> str | None:
     return None
 
 
-def _layer_refusal(layer: Layer) -> str | None:
-    if not layer.in_linear_module:
-        hint = "; a table takes packed rows here (int8-row, int8-row-half, int4-row)" if layer.lookup else ""
-        return f"read by {', '.join(layer.ops)} outside an nn.Linear; on this CPU nn.Linear modules are served{hint}"
-    if layer.tied:
-        return f"tied to {', '.join(layer.tied)}; in its place a layer of its own would untie them"
+def _layer_refusal(layer: Layer, scheme: Scheme) -> str | None:
+    if layer.lookup and not layer.flops:
+        return "a table takes packed rows here (int8-row, int8-row-half, int4-row)"
+    reason = product_refusal(layer) if scheme.computes_low else None
+    if reason is not None:
+        return reason
     if layer.dtype == "float32" or (layer.dtype == "bfloat16" and has_bf16()):
         return None
     return f"this CPU has no fast product with {layer.dtype} results; give the model in float32"

@@ -30,8 +30,10 @@ from precimap.hardware_profile import Device
 from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import BASE, Turns
-from precimap.runtime.int8_linear import MOST_KEPT, Int8Linear
+from precimap.runtime.shared_codes import MOST_KEPT
 from precimap.runtime.timing import interleaved
+from precimap.runtime.weights.int8 import INT8_KERNEL
+from precimap.runtime.weights.low_weight import LowWeight
 
 ROUNDS, TURNS = 3, 5  # turns of each round
 SHORTEST = 1e-3  # seconds that a timed stretch takes at least
@@ -69,10 +71,11 @@ class CpuTimer:
             calls: dict[_Case, tuple[nn.Module, Iterator[Tensor]]] = {
                 (name, False): (form, itertools.cycle(inputs)) for name, form in modules.items()
             }
-            # Compiled, a layer keeps no codes: it shares within one code only, and alone it has none to share with.
-            eager = [name for name, form in modules.items() if form._compiled_call_impl is None]
-            sharing = (name for name in eager if isinstance(modules[name], Int8Linear))
-            calls |= {(name, True): (modules[name], itertools.repeat(met)) for name in sharing}
+            # In a tree of its own: what was read again is remembered, and copied from then on. Compiled, a layer keeps no
+            # codes: it shares within one code only, and alone it has none to share with.
+            again = beside_each_other(module, forms, self.place, self.serve)
+            sharing = {name: form for name, form in again.items() if _shares(form)}
+            calls |= {(name, True): (form, itertools.repeat(met)) for name, form in sharing.items()}
             del blocks[::2]
             with torch.inference_mode():
                 repeats = {case: _repeats(*call, clock) for case, call in calls.items()}
@@ -81,8 +84,14 @@ class CpuTimer:
                 )
             for case, values in timed.items():
                 found.setdefault(case, []).extend(value / repeats[case] for value in values)
-        alone, shared = ({name: found[name, again] for name, again in found if again is met} for met in (False, True))
+        alone, shared = ({name: found[name, met] for name, met in found if met is wanted} for wanted in (False, True))
         return Turns(alone, shared)
+
+
+def _shares(form: nn.Module) -> bool:
+    """Whether a form takes codes that a sibling has made."""
+    weight = getattr(form, "weight", None)
+    return form._compiled_call_impl is None and isinstance(weight, LowWeight) and weight.how.kernel is INT8_KERNEL
 
 
 _Case = tuple[str, bool]  # the name of a form, and whether it meets an input that is quantised already

@@ -1,16 +1,17 @@
-"""FP8 on NVIDIA GPUs: `nn.Linear` layers through torch's scaled matrix product. Experimental: not yet measured on a GPU.
+"""FP8 on NVIDIA GPUs, through torch's scaled matrix products. Experimental: not yet measured on a GPU.
 
-The layers themselves are in `fp8_linear`. Ada (capability 8.9), Hopper (9.0) and newer have E4M3 products; the model
+The kernel itself is in `weights/fp8.py`. Ada (capability 8.9), Hopper (9.0) and newer have E4M3 products; the model
 must be on such a device. Search and certificate run the deployed model, so the certificate holds what the kernels add to
 the rounding. Without a GPU one plans with the target `emulated` and a profile that `bench-device` recorded on one.
 
-Experts in stacked parameters that `grouped_mm` reads are deployed (`fp8_experts`) but not searched for here: they have no
-module that could be timed alone. The target `emulated` finds maps with them. Not taken: AMD's MI300, whose E4M3 is the
+Experts in stacked parameters that `grouped_mm` reads are deployed, as one grouped product, but not searched for here: there
+is no layer that could be timed alone. The target `emulated` finds maps with them. Not taken: AMD's MI300, whose E4M3 is the
 FNUZ form, with other codes; kernels of other libraries, each a heavy dependency.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,17 @@ from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.schemes import Scheme
 from precimap.runtime.cuda_timer import CudaTimer
 from precimap.runtime.cuda_whole import CudaWholeTimer
-from precimap.runtime.fp8_experts import GROUPED_OPS, experts_refusal, fp8_experts
-from precimap.runtime.fp8_linear import RESULTS, Fp8Linear, scheme_refusal, width_refusal
-from precimap.runtime.swapping import parameter_owner, with_modules
+from precimap.runtime.weights.fp8 import (
+    FP8_KERNEL,
+    GROUPED_OPS,
+    RESULTS,
+    experts_refusal,
+    scheme_refusal,
+    width_refusal,
+)
+from precimap.runtime.weights.low_weight import LowWeight
+from precimap.runtime.weights.placing import placed, weight_of
+from precimap.runtime.weights.products import product_refusal
 
 EXPERIMENTAL = "experimental: not yet measured on a GPU"
 CAPABILITY = (8, 9)  # the first with FP8 arithmetic
@@ -54,17 +63,12 @@ class CudaFp8:
     def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:
         yield self.deployed(model, layers) if layers else model
 
-    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
-        """A copy of the model's tree, over the same tensors, with `Fp8Linear` and `Fp8Experts` in place of the layers.
+    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer], *, owned: bool = False) -> nn.Module:
+        """A copy of the model with FP8 weights in place of the given ones; owned: as of `placed`.
 
-        Raises DeployError for a layer that is neither the weight of an nn.Linear nor a stack of experts, or not on a device
-        with FP8, or that they cannot multiply.
+        Raises DeployError for a weight that is not on a device with FP8, or in a form that it does not multiply.
         """
-        stacked = {name: layer for name, layer in layers.items() if layer.codes.dim() == 3}
-        copied = with_modules(model, {name: layer for name, layer in layers.items() if name not in stacked}, _place)
-        for layer in stacked.values():
-            _place_experts(copied, layer)
-        return copied
+        return placed(model, layers, _weight, owned=owned)
 
 
 CUDA_FP8 = CudaFp8()
@@ -75,25 +79,26 @@ def marked(target: str) -> str:
     return f"{target} ({EXPERIMENTAL})" if target.startswith(CUDA_FP8.name) else target
 
 
-def _place(layer: QuantizedLayer, module: nn.Module | None) -> Fp8Linear:
-    if type(module) is not nn.Linear:
-        raise DeployError(
-            f"{layer.name}: expected the weight of an nn.Linear, got {type(module).__name__}; keep it in the map"
-        )
-    _check_hardware(module.weight.device)
-    bias: Tensor | None = module.bias
-    return Fp8Linear(layer, None if bias is None else bias.detach(), module.weight.dtype, module.weight.device)
-
-
-def _place_experts(copied: nn.Module, layer: QuantizedLayer) -> None:
-    owner = parameter_owner(copied, layer.name)
-    if owner is None:
-        raise DeployError(f"{layer.name}: the model has no such parameter")
-    module, attribute = owner
-    parameter = getattr(module, attribute)
-    _check_hardware(parameter.device, grouped=True)
-    experts = fp8_experts(layer, parameter.dtype, parameter.device)
-    setattr(module, attribute, nn.Parameter(experts, requires_grad=False))
+def _weight(layer: QuantizedLayer, parameter: Tensor) -> LowWeight:
+    """What stands for the parameter. Its codes lie as the product reads them: inputs next to each other."""
+    stacked, dtype = layer.codes.dim() == 3, str(parameter.dtype).removeprefix("torch.")
+    _check_hardware(parameter.device, grouped=stacked)
+    shared = [dim for dim, size in enumerate(layer.weight_affine.scale.shape) if size == 1]
+    inputs = next((dim for dim in reversed(shared) if layer.codes.shape[dim] > 1), layer.codes.dim() - 1)
+    reason = scheme_refusal(layer.scheme)
+    outputs = layer.codes.numel() // layer.codes.shape[inputs] // (len(layer.codes) if stacked else 1)
+    if reason is None and stacked and len(shared) != 1:
+        reason = "expected experts [E, N, K] or [E, K, N] with a scale for each output"
+    elif reason is None and stacked:
+        reason = experts_refusal(layer.scheme, dtype, (layer.codes.shape[inputs], outputs))
+    elif reason is None:
+        reason = width_refusal(layer.codes.shape[inputs], outputs)
+    if reason is None and parameter.dtype not in RESULTS:
+        reason = f"FP8 products give bfloat16, float16 or float32, not {dtype}"
+    if reason is not None:
+        raise DeployError(f"{layer.name}: {reason}")
+    codes = layer.codes.movedim(inputs, -1).contiguous().movedim(-1, inputs)
+    return weight_of(replace(layer, codes=codes), parameter, FP8_KERNEL)
 
 
 def _layer_refusal(layer: Layer, scheme: Scheme) -> str | None:
@@ -101,10 +106,11 @@ def _layer_refusal(layer: Layer, scheme: Scheme) -> str | None:
         return experts_refusal(scheme, layer.dtype, (layer.inputs, layer.outputs)) or (
             "experts cannot be timed alone; search with the target emulated, by FLOPs, and deploy the map for cuda-fp8"
         )
-    if not layer.in_linear_module:
-        return f"read by {', '.join(layer.ops)} outside an nn.Linear; the FP8 path of GPUs serves nn.Linear modules"
-    if layer.tied:
-        return f"tied to {', '.join(layer.tied)}; the FP8 path of GPUs would untie them"
+    reason = product_refusal(layer)
+    if reason is not None:
+        return reason
+    if len(layer.shape) != 2:
+        return "the FP8 path of GPUs multiplies weights of two dims, and experts by grouped_mm"
     if layer.dtype not in [str(dtype).removeprefix("torch.") for dtype in RESULTS]:
         return f"FP8 products give bfloat16, float16 or float32, not {layer.dtype}"
     return None if layer.inputs is None or layer.outputs is None else width_refusal(layer.inputs, layer.outputs)

@@ -5,9 +5,10 @@ compared with the emulation before it is handed out.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -21,18 +22,20 @@ from precimap.runtime import emulated
 from precimap.runtime.batch_watch import watch
 from precimap.runtime.compiled_target import CPU_INT8_COMPILED, CUDA_FP8_COMPILED
 from precimap.runtime.cpu_int8 import CPU_INT8
-from precimap.runtime.cpu_tables import PackedTable, tables
 from precimap.runtime.cuda_fp8 import CUDA_FP8
-from precimap.runtime.fp8_experts import Fp8Experts
-from precimap.runtime.fp8_linear import Fp8Linear
-from precimap.runtime.int8_linear import Int8Linear
-from precimap.runtime.kernel_checks import check_experts, check_layer, check_stored, check_table
-from precimap.runtime.stored_linear import StoredLinear
+from precimap.runtime.kernel_checks import check_weight
 from precimap.runtime.torchrec_tables import TORCHREC
+from precimap.runtime.weights.placing import low_weights
 from precimap.task import Task, first_batch
 from precimap.user_code import called
 
-Build = Callable[[nn.Module, Mapping[str, QuantizedLayer]], nn.Module]
+
+class Build(Protocol):
+    """How a target puts layers in low precision: in a copy of the model, which has values of its own if it is `owned`."""
+
+    def __call__(self, model: nn.Module, layers: Mapping[str, QuantizedLayer], *, owned: bool = False) -> nn.Module: ...
+
+
 TARGETS: dict[str, Build] = {
     "emulated": emulated.deployed,
     CPU_INT8.name: CPU_INT8.deployed,
@@ -63,21 +66,25 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deployment:
-    """What a deployed model carries as `precimap`: its map, its target and the codes and scales it runs.
+    """What a deployed model carries as `precimap`: its map and its target.
 
-    layers: without those that are packed tables, whose rows are in their modules and nowhere else.
+    elsewhere: layers that are in a module of a library's own (torchrec's collections) and no parameter of the model; the
+    codes and scales of all others are its parameters.
     """
 
     map: PrecisionMap
     target: str
-    layers: dict[str, QuantizedLayer]
+    elsewhere: dict[str, QuantizedLayer]
     agreement: Agreement | None = None
 
 
 def deploy(
     model: nn.Module, precision_map: PrecisionMap | str | Path, *, target: str | None = None, task: Task | None = None
 ) -> nn.Module:
-    """A model that computes as the map says, on this machine; `model` itself is not modified and shares its tensors.
+    """A model that computes as the map says, on this machine: a copy of `model`, which shares nothing with it.
+
+    Its modules are the model's own, with their types, names, methods and hooks; parameters in low precision are tensors that
+    answer as the others do (`runtime/weights`). It is in evaluation mode, and no parameter requires a gradient.
 
     precision_map: a map, or its file. target: `cpu-int8`, `cpu-int8-compiled`, `cuda-fp8` (experimental: not yet measured
     on a GPU), `torchrec` or `emulated`; by default the map's own. task: if given, the deployed model and the emulation
@@ -92,7 +99,7 @@ def deploy(
     precision_map.check(weights=of_weights(model))
     model = realigned(model, precision_map.realignment)
     layers = quantize_map(model, precision_map)
-    deployed = build(model, precision_map, layers, target or precision_map.target)
+    deployed = build(model, precision_map, layers, target or precision_map.target, owned=True)
     if task is not None:
         found = agreement(task, model, deployed, layers)
         _carry(deployed, replace(deployment_of(deployed), agreement=found))
@@ -122,32 +129,28 @@ def watch_batches(deployed: nn.Module) -> None:
         watch(deployed, *measured)
 
 
-def build(model: nn.Module, precision_map: PrecisionMap, layers: dict[str, QuantizedLayer], target: str) -> nn.Module:
-    """Deploy given codes and scales (fresh from the weights, or from a checkpoint), and check each layer."""
+def build(
+    model: nn.Module, precision_map: PrecisionMap, layers: dict[str, QuantizedLayer], target: str, *, owned: bool
+) -> nn.Module:
+    """Deploy given codes and scales (fresh from the weights, or from a checkpoint), and check each layer.
+
+    owned: copy what stays in base precision, where somebody else has the model, too.
+    """
     if target not in TARGETS:
         raise DeployError(f"expected a target out of {', '.join(TARGETS)}, got {target!r}")
-    deployed = TARGETS[target](model, layers)
+    deployed = TARGETS[target](model, layers, owned=owned)
     deployed.eval()
-    packed = set()
-    for name, module in deployed.named_modules():
-        if isinstance(module, Int8Linear | Fp8Linear):
-            check_layer(name, module)
-        elif isinstance(module, StoredLinear):
-            check_stored(module, layers)
-        elif isinstance(module, PackedTable):
-            check_table(module, layers)
-            packed.add(module.layer_name)
-    for parameter in deployed.parameters():
-        if isinstance(parameter, Fp8Experts):
-            check_experts(parameter, layers[parameter.how.name])
-    kept = {name: layer for name, layer in layers.items() if name not in packed}
-    _carry(deployed, Deployment(precision_map, target, kept))
+    weights = low_weights(deployed)
+    for weight in weights.values():
+        check_weight(weight)
+    elsewhere = {name: layer for name, layer in layers.items() if name not in weights}
+    _carry(deployed, Deployment(precision_map, target, elsewhere))
     return deployed
 
 
 def deployed_layers(deployed: nn.Module) -> dict[str, QuantizedLayer]:
-    """Codes and scales of every layer in low precision, packed tables included. Raises DeployError as `deployment_of`."""
-    return deployment_of(deployed).layers | tables(deployed)
+    """Codes and scales of every layer in low precision. Raises DeployError as `deployment_of`."""
+    return deployment_of(deployed).elsewhere | {name: weight.layer() for name, weight in low_weights(deployed).items()}
 
 
 def _carry(deployed: nn.Module, deployment: Deployment) -> None:

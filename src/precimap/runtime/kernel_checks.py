@@ -5,7 +5,6 @@ machine is found whatever the data. What is allowed is rounding, and sums in ano
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -13,47 +12,79 @@ from torch import Tensor, nn
 
 from precimap.errors import DeployError
 from precimap.layers.quantized import QuantizedLayer, quantized
-from precimap.numerics.quantize import Affine
-from precimap.runtime.cpu_tables import PackedTable
-from precimap.runtime.fp8_experts import Fp8Experts
-from precimap.runtime.fp8_linear import Fp8Linear
-from precimap.runtime.int8_linear import Int8Linear
-from precimap.runtime.stored_linear import StoredLinear
+from precimap.runtime.weights.emulated import EMULATED_KERNEL
+from precimap.runtime.weights.fp8 import FP8_KERNEL
+from precimap.runtime.weights.low_weight import LowWeight
+from precimap.runtime.weights.products import CodedKernel, scales_of, turned
+from precimap.runtime.weights.rows import ROWS_KERNEL
+from precimap.runtime.weights.stored import STORED_KERNEL
 
 # Float32 sums of products of codes differ in their order only; a shorter result is rounded once more.
-CHECKED_ROWS = 4096  # of each packed table
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+CHECKED_ROWS, CHECKED_EXPERTS = 4096, 4  # of each packed table, of each stack
 
 
-def check_layer(name: str, module: Int8Linear | Fp8Linear) -> None:
-    """Compare one kernel with the emulation of the layer it stands for."""
-    layer = _on_device(module.layer, module.codes.device)
+def check_weight(weight: LowWeight) -> None:
+    """Compare what the weight's kernel computes with the emulation of its codes. Raises DeployError where they differ."""
+    kernel = weight.how.kernel
+    if kernel is EMULATED_KERNEL or (kernel is STORED_KERNEL and weight.dim() != 2):
+        return  # no arithmetic of its own: the model's own call, of values that were decoded as the emulation decodes
+    if kernel is ROWS_KERNEL:
+        _check_table(weight)
+    elif kernel is FP8_KERNEL and weight.dim() == 3:
+        _check_experts(weight)
+    else:
+        for matrix in _matrices(weight):
+            _check_matrix(matrix)
+
+
+def _matrices(weight: LowWeight) -> list[LowWeight]:
+    """The weight as its products read it, [N, K] each; of a stack of experts the first few."""
+    if weight.dim() == 3 and weight.shape[2] > 1:
+        return [_with_outputs_first(each) for each in weight.unbind()[:CHECKED_EXPERTS]]
+    return [_with_outputs_first(weight if weight.dim() == 2 else weight.reshape(weight.shape[:2]))]
+
+
+def _with_outputs_first(matrix: Tensor) -> LowWeight:
+    assert isinstance(matrix, LowWeight)
+    return turned(matrix) if scales_of(matrix) is None else matrix
+
+
+def _check_matrix(matrix: LowWeight) -> None:
+    layer = replace(matrix.layer(), name="weight", keeps=False)
     outputs, inputs = layer.codes.shape
-    plain = nn.Linear(inputs, outputs, dtype=torch.float32, device=layer.codes.device)  # of it only the bias is read
+    device, kernel = layer.codes.device, matrix.how.kernel
+    assert isinstance(kernel, CodedKernel)
+    plain = nn.Linear(inputs, outputs, dtype=torch.float32, device=device)  # of it only the bias is read
     x = _spread_inputs(layer, inputs)
+    error = kernel.accumulation_error
+    if kernel is STORED_KERNEL:
+        x = x.to(matrix.dtype)  # it multiplies in its own dtype, a decoded weight that is rounded to it
+        error = 0.0 if matrix.dtype == torch.float32 else TOLERANCE[matrix.dtype]
     with torch.no_grad():
-        plain.bias.copy_(torch.zeros(outputs, dtype=torch.float32) if module.bias is None else module.bias)
+        plain.bias.copy_(torch.linspace(-1, 1, outputs, dtype=torch.float32).to(matrix.dtype))
         with quantized(plain, {"weight": layer}):
-            expected = plain(x)
-        magnitudes = nn.functional.linear(x.abs(), layer.weight().abs(), plain.bias.abs())
-        _compare(name or "the model", layer, module(x), expected, magnitudes, module.accumulation_error)
+            expected = plain(x.float())
+        magnitudes = nn.functional.linear(x.float().abs(), layer.weight().abs(), plain.bias.abs())
+        found = kernel.rows(x, matrix, plain.bias.to(matrix.dtype), matrix.dtype)
+        _compare(matrix.how.name, layer, found, expected, magnitudes, error)
 
 
-def check_experts(experts: Fp8Experts, layer: QuantizedLayer) -> None:
+def _check_experts(experts: LowWeight) -> None:
     """Compare the grouped kernel with the emulation of `grouped_mm`, on four inputs for each of at most four experts."""
-    layer = _on_device(layer, experts.codes.device)
-    plain = _Grouped(layer.codes.shape, not experts.how.inputs_first, layer.codes.device)
-    used = min(len(layer.codes), 4)
-    x = _spread_inputs(layer, experts.codes.shape[2])[: 4 * used].bfloat16()
+    layer = replace(experts.layer(), name="weight", keeps=False)
+    inputs_first = layer.weight_affine.scale.shape[1] == 1 and layer.codes.shape[1] > 1
+    plain = _Grouped(layer.codes.shape, not inputs_first, layer.codes.device)
+    used = min(len(layer.codes), CHECKED_EXPERTS)
+    x = _spread_inputs(layer, layer.codes.shape[1 if inputs_first else 2])[: 4 * used].bfloat16()
     ends = torch.arange(4, 4 * len(layer.codes) + 1, 4, dtype=torch.int32, device=x.device).clamp_(max=4 * used)
     with torch.no_grad():
         with quantized(plain, {"weight": layer}):
             expected = plain(plain.weight, x, ends).float()
         decoded = layer.weight()[:used].abs().repeat_interleave(4, 0)
-        by_output = decoded.transpose(1, 2) if experts.how.inputs_first else decoded
+        by_output = decoded.transpose(1, 2) if inputs_first else decoded
         magnitudes = torch.einsum("sk,snk->sn", x.float().abs(), by_output)
-        found = plain(experts, x, ends)
-        _compare(experts.how.name, layer, found, expected, magnitudes, experts.accumulation_error)
+        _compare(experts.how.name, layer, plain(experts, x, ends), expected, magnitudes, FP8_KERNEL.accumulation_error)
 
 
 class _Grouped(nn.Module):
@@ -69,11 +100,6 @@ class _Grouped(nn.Module):
     def forward(self, weight: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         output: Tensor = torch._grouped_mm(x, weight.transpose(1, 2) if self._turn else weight, offs=ends)
         return output
-
-
-def _on_device(layer: QuantizedLayer, device: torch.device) -> QuantizedLayer:
-    affine = Affine(layer.weight_affine.scale.to(device), None)
-    return replace(layer, name="weight", codes=layer.codes.to(device), weight_affine=affine)
 
 
 def _compare(
@@ -110,33 +136,16 @@ def _spread_inputs(layer: QuantizedLayer, inputs: int) -> Tensor:
     return x.to(layer.codes.device)
 
 
-def check_stored(module: StoredLinear, layers: Mapping[str, QuantizedLayer]) -> None:
-    """Compare the product of a decoded weight with that of the float32 values that its codes stand for."""
-    weight = layers[module.layer_name].weight()
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(16, weight.shape[1], generator=generator, dtype=torch.float32).to(module.weight.dtype)
-    expected = nn.functional.linear(inputs.float(), weight, None if module.bias is None else module.bias.float())
-    with torch.no_grad():
-        found = module(inputs)
-    allowed = TOLERANCE[found.dtype] * float((inputs.float().abs() @ weight.abs().T).max())
-    difference = float((found.float() - expected).abs().max())
-    if not difference <= allowed:
-        raise DeployError(
-            f"{module.layer_name}: the decoded layer differs from its codes by {difference:.3g}, allowed are {allowed:.3g}; "
-            "deploy with target='emulated' and report it"
-        )
-
-
-def check_table(module: PackedTable, layers: Mapping[str, QuantizedLayer]) -> None:
+def _check_table(weight: LowWeight) -> None:
     """Compare rows, spread over the table, as the operator reads them with what their codes stand for."""
-    expected = layers[module.layer_name].weight()
+    expected = weight.layer().weight()
     rows = torch.linspace(0, len(expected) - 1, min(len(expected), CHECKED_ROWS), dtype=torch.float64).long()
     expected = expected[rows]
-    found = module.lookup(rows, torch.arange(len(rows)))
-    allowed = TOLERANCE[torch.float32] * float(expected.abs().max())
+    found = nn.functional.embedding_bag(rows, weight, torch.arange(len(rows)), mode="sum").float()
+    allowed = TOLERANCE[weight.dtype] * float(expected.abs().max())
     difference = float((found - expected).abs().max())
     if not difference <= allowed:
         raise DeployError(
-            f"{module.layer_name}: the operator reads rows that differ from their codes by {difference:.3g}, allowed are "
+            f"{weight.how.name}: the operator reads rows that differ from their codes by {difference:.3g}, allowed are "
             f"{allowed:.3g}; this torch build reads packed rows otherwise. Deploy with target='emulated' and report it."
         )

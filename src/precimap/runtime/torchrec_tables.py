@@ -61,7 +61,7 @@ class TorchrecTables:
     def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:
         yield self.deployed(model, layers) if layers else model
 
-    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> nn.Module:
+    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer], *, owned: bool = False) -> nn.Module:
         """A copy of the model's tree, over the same tensors, with quantised collections in place of its own.
 
         Raises DeployError for a layer that is in no collection, a scheme that torchrec does not hold, and without torchrec.

@@ -8,12 +8,13 @@ know the range. A layer without a range (no row reached it, or an input that is 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from precimap.decisions import keeps_parameter
 from precimap.errors import FAILURES, TaskError, first_line
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.inventory import Inventory
@@ -109,12 +110,12 @@ def codes(
 ) -> tuple[QuantizedLayer, ...]:
     """Codes and scales of each (layer, scheme), in the order given: what every later step computes with."""
     weights = parameter_names(task.model)
-    return tuple(
-        quantize_layer(
-            name, weights[name], inventory.layer(name).contracted, scheme, calibration.input_range(name, scheme)
-        )
-        for name, scheme in pairs
-    )
+    made = []
+    for name, scheme in pairs:
+        layer = inventory.layer(name)
+        coded = quantize_layer(name, weights[name], layer.contracted, scheme, calibration.input_range(name, scheme))
+        made.append(replace(coded, keeps=keeps_parameter(layer.ops, layer.also_read_by, scheme)))
+    return tuple(made)
 
 
 def calibrated(run: Run, inventory: Inventory, schemes: Sequence[Scheme]) -> Calibration:

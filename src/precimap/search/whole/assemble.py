@@ -101,6 +101,7 @@ def _decision(findings: Findings, layer: Layer, chosen: str | None, known: Seque
         predicted={found.scheme: found.predicted.evidence() for found in known if _told(found.predicted)},
         flops_share=layer.flops / flops if flops else 0.0,
         bytes=layer.bytes,
+        also_read_by=layer.also_read_by,
     )
 
 
