@@ -14,7 +14,7 @@ from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
 from precimap.search.batch_invariance import shares_a_scale
 from precimap.search.certificate.account import Answer
-from precimap.search.certificate.certify import Question, baseline_to_certify, certify, check_still
+from precimap.search.certificate.certify import Question, baseline_to_certify, certify, check_still, too_small
 from precimap.search.certificate.known_units import IN_MAP, Sketch, shared_units
 from precimap.search.certificate.ledger import FRESH, AskedSplit, Ledger
 from precimap.search.certificate.older_prints import older_print
@@ -61,6 +61,10 @@ class Booking:
             f"or an alpha budget of {spent + limits.alpha:g} (--alpha-budget); {FRESH}",
         )
 
+    def _spent(self, limits: Limits) -> float:
+        """What the split has given away so far; no directory is made to find out."""
+        return self.ledger(limits.budget).spent() if self.directory.is_dir() else 0.0
+
     def judged(
         self,
         run: Run,
@@ -72,16 +76,21 @@ class Booking:
     ) -> tuple[Certificate, ...]:
         """Book the question, then ask it: one certificate for each map that was tested.
 
-        elsewhere: as `certify` takes it. said: what the ledger calls the question.
+        elsewhere: as `certify` takes it. said: what the ledger calls the question. Alpha is booked only when a comparison
+        can be made: the baseline is scored first, which no map depends on; where the split is too small to certify any
+        map, the one certificate says so, no map is scored there, and nothing is booked.
 
         Raises AlphaSpent where the split has given away too much, and what `check_baseline` and `certify` raise.
         """
+        question = Question(limits.margin, limits.alpha, limits.alpha, self.split.whole, self.split)
+        baseline = baseline_to_certify(run, target, question)
+        check_baseline(self.task, baseline, "certify")
+        check_still(run, target, question)
+        unbooked = replace(question, spent_alpha=self._spent(limits))
+        if (short := too_small(self.task, target, baseline, unbooked, chain[0].fingerprint)) is not None:
+            return (short,)
         ledger = self.ledger(limits.budget)
         asked = chain_fingerprint(chain, limits.margin, self._terms(chain))
-        question = Question(limits.margin, limits.alpha, limits.alpha, self.split.whole, self.split)
-        # Alpha is booked only when a comparison can be made: the baseline is scored first, which no map depends on.
-        check_baseline(self.task, baseline_to_certify(run, target, question), "certify")
-        check_still(run, target, question)
         spent = ledger.spend(asked, limits.alpha, f"{said}, margin {limits.margin:g}")
         certificates = certify(run, target, chain, replace(question, spent_alpha=spent), elsewhere)
         before = ledger.answers_before(asked)

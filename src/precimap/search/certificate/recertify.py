@@ -1,7 +1,8 @@
 """Judge one given map, on the task's certify split: a map from a file, on fresh data, or with another margin.
 
 Invariant: the same question about the same data is free, every other one spends alpha of that split, as the ledger has
-it; the certificate that a map brings along is history, and no proof that a question was paid for.
+it; the certificate that a map brings along is history, and no proof that a question was paid for. A split that is too
+small to certify any map is asked nothing: the certificate says that it cannot tell, and names no drop.
 """
 
 from collections.abc import Callable
@@ -103,7 +104,9 @@ def _check_did_not_choose(task: Task, precision_map: PrecisionMap, certify: Spli
 
 
 def _history(before: Certificate) -> tuple[Earlier, ...]:
-    """The certificate that a map brings along, and those before it."""
+    """The certificate that a map brings along, and those before it; one of a split that was too small is no try."""
+    if before.drop is None:
+        return before.earlier
     fields = {name: getattr(before, name) for name in Earlier.model_fields}
     return (*before.earlier, Earlier(**fields))
 
