@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from precimap import EMULATED, Effort, Guard, PrecisionMap, Splits, Task, search
+from precimap import EMULATED, Effort, Guard, PrecisionMap, SearchResult, Splits, Task, search
 from precimap.cli import app
+from precimap.errors import AlphaSpent
+from precimap.layers.target import Emulated
 from precimap.metrics import NE, Loss
 from precimap.search.certificate.recertify import recertify
 
@@ -188,3 +190,90 @@ def test_the_command_says_no_and_books_nothing(tmp_path: Path, monkeypatch: pyte
     row = json.loads(run.invoke(app, [*ask, "--json"]).stdout)
     assert (row["drop"], row["certified"]) == (None, False)
     assert {path.name: path.read_text() for path in (tmp_path / "state").glob("*.json")} == before
+
+
+class Elsewhere(Emulated):
+    """A target by another name."""
+
+    name = "elsewhere"
+
+
+LONG = {"screen", "probe", "whole maps", "certify", "time"}
+
+
+def stages_of(task: Task, folder: Path, **changes: Any) -> tuple[set[str], SearchResult | AlphaSpent]:
+    """The stages that a search came to, and how it ended."""
+    stages: set[str] = set()
+    asked: dict[str, Any] = {"schemes": ["fp8"], "margin": MARGIN, "effort": QUICK, "ledger": folder / "ledger"}
+    try:
+        found = search(task, **{**asked, "progress": lambda stage, *_: stages.add(stage), **changes})
+    except AlphaSpent as error:
+        return stages, error
+    return stages, found
+
+
+OTHERS: dict[str, tuple[Task, dict[str, Any]]] = {
+    "another margin": (task_of(split(3)), {"margin": 4.0}),
+    "another target": (task_of(split(3)), {"target": Elsewhere()}),
+    "another metric": (task_of(split(3), metric=NE()), {}),
+    "a guard more": (task_of(split(3), guards=(Guard(NE(), 4.0),)), {}),
+    "another loss": (task_of(split(3), loss=lambda s, b: 2 * loss(s, b)), {}),
+    "other rows beside": (task_of([*split(3), *split(9, 40)]), {}),
+    "less confidence": (task_of(split(3)), {"confidence": 0.9, "alpha_budget": 0.07}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_search_that_can_ask_nothing_ends_before_the_long_work(tmp_path: Path, case: str) -> None:
+    assert not isinstance(stages_of(task_of(split(3)), tmp_path)[1], AlphaSpent)
+    before = {path.name: path.read_text() for path in (tmp_path / "ledger").glob("*.json")}
+    task, changes = OTHERS[case]
+    stages, ended = stages_of(task, tmp_path, run=tmp_path / "run", **changes)
+    assert isinstance(ended, AlphaSpent)
+    assert f"margin {changes.get('margin', MARGIN):g}' at alpha" in str(ended)
+    assert re.search(r"a fresh certify split, or a budget of at least 0\.1\b", str(ended))
+    assert not stages & LONG
+    assert {path.name: path.read_text() for path in (tmp_path / "ledger").glob("*.json")} == before
+    budget = {**changes, "alpha_budget": 0.2, "run": tmp_path / "run"}
+    assert not isinstance(stages_of(task, tmp_path, **budget)[1], AlphaSpent), "the run can be taken up"
+
+
+def test_the_same_question_is_served_whatever_is_left(tmp_path: Path) -> None:
+    """In its run, in another run, where its process died before the answer, at less confidence."""
+    first = stages_of(task_of(split(3)), tmp_path, run=tmp_path / "run")[1]
+    assert isinstance(first, SearchResult)
+    for changes in (
+        {"run": tmp_path / "run"},
+        {"run": tmp_path / "other"},
+        {"alpha_budget": 0.01},
+        {"confidence": 0.96},
+    ):
+        again = stages_of(task_of(split(3)), tmp_path, **changes)[1]  # type: ignore[arg-type]
+        assert isinstance(again, SearchResult)
+        assert again.map.fingerprint == first.map.fingerprint
+    (path,) = (tmp_path / "ledger").glob("*.json")
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({**row, "answers": []}))
+    assert isinstance(stages_of(task_of(split(3)), tmp_path)[1], SearchResult)
+    # Of a map by itself: a search may end with that one.
+    alone = task_of(split(4))
+    recertify(alone, first.map, target=EMULATED, margin=MARGIN, ledger=tmp_path / "ledger")
+    stages, ended = stages_of(alone, tmp_path)
+    assert stages & LONG
+    assert isinstance(ended, SearchResult if len(first.certificates) == 1 else AlphaSpent)
+
+
+def test_maps_of_another_scheme_are_refused_in_the_end_with_what_was_found(tmp_path: Path) -> None:
+    """They may turn out to be those that were judged: nobody knows before."""
+    stages_of(task_of(split(3)), tmp_path)
+    stages, ended = stages_of(task_of(split(3)), tmp_path, schemes=["fp8-tensor"], run=tmp_path / "run")
+    assert isinstance(ended, AlphaSpent)
+    assert stages & LONG
+
+
+def test_a_run_that_has_found_maps_goes_on_at_another_margin(tmp_path: Path) -> None:
+    """It holds its measurements, and at this margin no map is sent to the certify split."""
+    stages_of(task_of(split(3)), tmp_path, run=tmp_path / "run")
+    ended = stages_of(task_of(split(3)), tmp_path, run=tmp_path / "run", margin=1e-9)[1]
+    assert isinstance(ended, SearchResult)
+    assert not ended.certified

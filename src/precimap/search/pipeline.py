@@ -87,7 +87,8 @@ def search(
     on_preflight: told what this many units can detect, before the long work.
 
     Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, JournalError for a run
-    with another premise, AlphaSpent when the certify split has judged other maps before. The model stays as it was.
+    with another premise, AlphaSpent when the certify split has judged other maps before: before the long work, where it is
+    known by then that nothing can be asked (`Booking.check_left`). The model stays as it was.
     """
     limits = Limits(margin, confidence, cutoff, alpha_budget)
     chosen = schemes_of(schemes, target)
@@ -139,10 +140,21 @@ def _searched(search: Asked, seen: _Seen, booking: Booking) -> SearchResult:
     told = _outlook(search, seen, calibration, baseline)
     if any(found.impossible is not None for found in told):
         return _too_small(search, seen, calibration, _preflight(search, seen, calibration, baseline, told, booking))
+    _check_left(search, seen, booking)
     seen = _with_times(search, seen, calibration)
     stand = stand_of(search, inventory, calibration, seen.allowed, seen.latency)
     checked = _preflight(search, seen, calibration, baseline, told, booking)
     return _decided(search, seen, calibration, baseline, checked, stand, booking)
+
+
+def _check_left(search: Asked, seen: _Seen, booking: Booking) -> None:
+    """Raises AlphaSpent before anything takes long, where that is known to be all that will come of it.
+
+    Not in a run that has found maps before: it holds what it measured, and may end without a question to the certify split.
+    """
+    found_before = any(row.value["maps"] for row in search.run.journal.conclusions("chain"))
+    if not found_before and seen.allowed.open_pairs():
+        booking.check_left(search.target, search.limits)
 
 
 def _decided(
