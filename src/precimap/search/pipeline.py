@@ -114,7 +114,10 @@ def search(
 
 def _bound_to(premise: Premise, task: Task, target: Target, prints: SplitPrints) -> dict[str, str]:
     """What a run belongs to. Not to the certify split: what was measured on the search split serves fresh data, too."""
-    found = premise.model_dump(exclude={"certify"}) | {"target": target.name, "numerics": NUMERICS_VERSION}
+    found = premise.model_dump(exclude={"certify", "architecture"}) | {
+        "target": target.name,
+        "numerics": NUMERICS_VERSION,
+    }
     return {**found, "metrics beside it": task.kept_beside, **terms(task, prints.search)}
 
 

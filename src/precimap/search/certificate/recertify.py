@@ -10,7 +10,7 @@ from pathlib import Path
 
 from precimap.certificate import Certificate, Earlier
 from precimap.errors import MapError, TaskError
-from precimap.fingerprints import of_weights
+from precimap.fingerprints import modules_of, of_weights
 from precimap.journal import run_journal
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
@@ -41,12 +41,13 @@ def recertify(
 ) -> PrecisionMap:
     """The map with the certificate that the task's certify split gives it. on_note: told what is doubtful of the task.
 
-    Raises PremiseMismatch for other weights or another metric, MapError for a map without a low-precision layer,
+    Raises PremiseMismatch for other weights, modules or another metric, MapError for a map without a low-precision layer,
     TaskError when the map was chosen on these data, in whatever batches, AlphaSpent when the split has judged other
     questions.
     """
     limits = Limits(margin, confidence, None, alpha_budget)
-    precision_map.check(weights=of_weights(task.model), metric=task.metric.name)
+    model = task.model
+    precision_map.check(weights=of_weights(model), metric=task.metric.name, architecture=modules_of(model))
     if not precision_map.low:
         raise MapError("the map keeps every layer at base precision; there is nothing to certify")
     first = preflight.check_task(task)
