@@ -39,7 +39,7 @@ from precimap.search.latency.serving import HERE, Serving, foreseen, timed_here
 from precimap.search.latency.whole import Stand
 from precimap.search.limits import USUAL_EFFORT, Effort, Limits, state_directory
 from precimap.search.progress import Progress, silent
-from precimap.search.proof import Proof, conclude, proved, stand_of
+from precimap.search.proof import Proof, check_left, conclude, proved, stand_of
 from precimap.search.realign import Realigner
 from precimap.search.result import SearchResult, saved
 from precimap.search.run import Parts, Run, scored
@@ -143,21 +143,11 @@ def _searched(search: Asked, seen: _Seen, booking: Booking) -> SearchResult:
     told = _outlook(search, seen, calibration, baseline)
     if any(found.impossible is not None for found in told):
         return _too_small(search, seen, calibration, _preflight(search, seen, calibration, baseline, told, booking))
-    _check_left(search, seen, booking)
+    check_left(search, seen.allowed, booking)
     seen = _with_times(search, seen, calibration)
     stand = stand_of(search, inventory, calibration, seen.allowed, seen.latency)
     checked = _preflight(search, seen, calibration, baseline, told, booking)
     return _decided(search, seen, calibration, baseline, checked, stand, booking)
-
-
-def _check_left(search: Asked, seen: _Seen, booking: Booking) -> None:
-    """Raises AlphaSpent before anything takes long, where that is known to be all that will come of it.
-
-    Not in a run that has found maps before: it holds what it measured, and may end without a question to the certify split.
-    """
-    found_before = any(row.value["maps"] for row in search.run.journal.conclusions("chain"))
-    if not found_before and seen.allowed.open_pairs():
-        booking.check_left(search.target, search.limits)
 
 
 def _decided(
