@@ -18,6 +18,7 @@ from torch import Tensor
 from precimap.fingerprints import of_value
 from precimap.jagged import Jagged, jagged
 from precimap.search.splits.rows import Prints, finished, of_rows, of_segments, of_texts
+from precimap.search.splits.tables import plain_column, table_columns
 
 Path = tuple[Any, ...]
 WIDE = 4
@@ -36,9 +37,11 @@ def leaves(batch: Any, units: int | None = None, path: Path = ()) -> Iterator[Le
     """Everything in the batch that is no container of other things. units: how many it holds, where that is known."""
     if isinstance(batch, Tensor | np.ndarray | np.generic) or jagged(batch) is not None:
         yield Leaf(path, batch)
-    elif hasattr(batch, "column_names") and hasattr(batch, "column"):
-        for name in batch.column_names:
-            yield Leaf((*path, name), batch.column(name).to_pylist())
+    elif (table := table_columns(batch)) is not None:
+        for name, column in table:
+            yield Leaf((*path, name), column)
+    elif (column := plain_column(batch)) is not batch:
+        yield Leaf(path, column)
     else:
         parts = _parts(batch, units)
         if parts is None:

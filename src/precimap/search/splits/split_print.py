@@ -29,6 +29,7 @@ from precimap.search.splits.columns import (
 )
 from precimap.search.splits.reads import Path, Reads
 from precimap.search.splits.rows import Prints, finished
+from precimap.search.splits.tables import plain_column
 from precimap.task import Batches, Task, labels_of, to_device
 
 # A column tells units apart by itself if fewer than this share stand in it twice: what two splits then share is no accident.
@@ -294,15 +295,14 @@ def _own(task: Task, batch: Any, name: str, where: str) -> dict[str, Any]:
 
 def _told(function: Callable[[Any], Any], batch: Any, name: str, where: str) -> Any:
     try:
-        found = function(batch)
+        found = plain_column(function(batch))
     except InputError:
         raise
     except Exception as error:
         raise TaskError(f"{name} failed on {where}: {type(error).__name__}: {error}") from error
-    array = numbers(found)
     if name not in ("clusters", "weights"):
         return found
-    if array is None or array.ndim != 1:
+    if (array := numbers(found)) is None or array.ndim != 1:
         shape = type(found).__name__ if array is None else tuple(array.shape)
         raise TaskError(f"{where}: expected {name} to give one number per unit, got {shape}")
     return array.astype(np.int64) if name == "clusters" else array
