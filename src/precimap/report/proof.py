@@ -17,7 +17,8 @@ def certificate_text(certificate: Certificate) -> RenderableType:
         *_gate_lines(certificate),
         f"n = {certificate.n:,} units"
         + worth(certificate.n, certificate.clusters, certificate.effective)
-        + f", {certificate.changed:,} changed; alpha spent on this split: {certificate.spent_alpha:g}",
+        + ("" if certificate.drop is None else f", {certificate.changed:,} changed")
+        + f"; alpha spent on this split: {certificate.spent_alpha:g}",
     ]
     for name, guard in certificate.guards.items():
         lines += _guard_lines(name, guard, certificate.alpha)
