@@ -1,6 +1,6 @@
 """How much of the best map that could have been certified does a search find? Regret against all 1,024 maps of 10 layers.
 
-    python bench/regret.py [--quick] [--json FILE]
+    python bench/regret.py [--quick] [--search-rows ROWS] [--splits N] [--json FILE]
 
 Ten linear layers, 3-bit weights, so coarse that layers interact. Two kinds of labels for the same weights: *calibrated*,
 drawn from the model's own probabilities, so that every error costs; *overconfident*, those of the data that it was fitted to
@@ -176,10 +176,10 @@ def world(kind: str, seed: int, rows: int) -> World:
     return World(kind, seed, model, x, labels, layers, maps, chosen @ shares, d)
 
 
-def searched(found: World, margin: float, split: int) -> Row:
+def searched(found: World, margin: float, split: int, search_rows: int = SEARCH) -> Row:
     """One search on splits of its own, which share no row."""
     order = np.random.default_rng(1000 + split).permutation(len(found.x))
-    ends = np.cumsum([CALIBRATION, SEARCH, CERTIFY])
+    ends = np.cumsum([CALIBRATION, search_rows, CERTIFY])
     rows = np.split(order[: ends[-1]], ends[:-1])
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -258,15 +258,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
     parser.add_argument("--quick", action="store_true", help="one model and a smaller population: under a minute")
+    parser.add_argument("--search-rows", type=int, default=SEARCH, help=f"of the search split (default {SEARCH:,})")
+    parser.add_argument("--splits", type=int, help="draws of the splits for each model and margin (default 6, quick 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print_machine()
     models, splits, size = (1, 2, 8200) if arguments.quick else (3, 6, 16_000)
+    splits, search_rows = arguments.splits or splits, arguments.search_rows
+    if not 0 < search_rows <= size - CALIBRATION - CERTIFY:
+        parser.error(f"expected search rows from 1 to {size - CALIBRATION - CERTIFY:,}, got {search_rows:,}")
     rows: list[Row] = []
     for kind, margins in MARGINS.items():
         for seed in range(models):
             found = world(kind, seed, size)
-            rows += [searched(found, margin, split) for margin in margins for split in range(splits)]
+            rows += [searched(found, margin, split, search_rows) for margin in margins for split in range(splits)]
             print(
                 f"{kind}, model {seed}: regret {np.mean([r.regret for r in rows if r.model == seed]):.3f}", flush=True
             )

@@ -73,8 +73,7 @@ def _counted(number: float) -> str:
 class GuardAnswer(Record):
     """What the certify split says of one guard: held when `upper` is at most `margin`, at the certificate's alpha.
 
-    drop keeps its sign, also of a two-sided metric, whose bound is that of its size. baseline: its value. effective: how
-    many clusters of equal weight the clusters are worth. needed: see `Certificate`.
+    drop keeps its sign, also of a two-sided metric, whose bound is that of its size. effective, needed: as in `Certificate`.
     """
 
     held: bool
@@ -105,10 +104,7 @@ class GuardAnswer(Record):
 
 
 class Unrepaired(Record):
-    """What a map with a realigned last logit drops without it, on the same units; it decides nothing.
-
-    guards: drop and error of each.
-    """
+    """What a map with a realigned last logit drops without it, on the same units, and each guard; it decides nothing."""
 
     drop: float
     error: float = Field(ge=0)
@@ -117,10 +113,7 @@ class Unrepaired(Record):
 
 
 class Earlier(Record):
-    """What a certify split said of the same map before: one of several tries makes a weaker proof than the only one.
-
-    upper: None where there was no finite bound.
-    """
+    """What a certify split said of the same map before (upper: None for no finite bound): several tries prove less."""
 
     split: str
     margin: float = Field(gt=0)
@@ -139,7 +132,8 @@ class Certificate(Record):
     `needed`: the units that would certify a drop of this size, fewest and most as the estimate's own error allows (most
     None: no number might do); None for a map that is certified, or where no number would do. `spent_alpha`: what this
     split has given away in all, this map included. `blind_spot`: what no number here speaks of. `earlier`: the judgements
-    of this map before this one, as far as they are known here.
+    of this map before this one, as far as they are known here. drop, error: None where the split is too small to tell, so
+    that the map was not scored there, and no alpha given away.
     """
 
     metric: str
@@ -147,12 +141,12 @@ class Certificate(Record):
     certified: bool
     verdict: str
     claim: str
-    drop: float
-    error: float = Field(ge=0)
+    drop: float | None
+    error: float | None = Field(ge=0)
     upper: float | None
     margin: float = Field(gt=0)
     alpha: float = Field(gt=0, le=0.5)
-    spent_alpha: float = Field(gt=0, lt=1)
+    spent_alpha: float = Field(ge=0, lt=1)
     bound: str
     baseline: float
     n: int = Field(ge=1)
@@ -182,10 +176,10 @@ class Certificate(Record):
             yield f"it is certified, by a bound that no precimap has: {self.bound!r}"
         if self.certified and self.bound == BOUND_FARTHEST and self.blind_spot is None:
             yield "it is certified for a loss without a limit, and names no blind spot"
-        if self.certified and not self.changed and abs(self.drop) > _SLACK:
-            yield f"a drop of {self.drop:g}, and no unit changed"
-        if self.certified and not _within(self.drop, self.upper, self.margin):
-            yield f"it is certified, with {_bound_said(self.drop, self.upper, self.margin)}"
+        if self.certified and (self.drop is None or self.error is None):
+            yield "it is certified, and nothing was measured"
+        elif self.certified and not _within(self.drop or 0.0, self.upper, self.margin):
+            yield f"it is certified, with {_bound_said(self.drop or 0.0, self.upper, self.margin)}"
         for name, guard in self.guards.items():
             if self.certified and not guard.held:
                 yield f"it is certified, and its guard {name} is not held"
@@ -193,12 +187,13 @@ class Certificate(Record):
         if not self.changed <= self.n:
             yield f"{self.changed} of {self.n} units changed"
         yield from _sizes(self.n, self.clusters, self.effective, self.needed)
-        if self.certified:
-            yield from _proof(self.drop, self.error, self.upper, self.alpha, self.effective)
-            for name, guard in self.guards.items():
-                told = _proof(guard.drop, guard.error, guard.upper, self.alpha, guard.effective)
-                yield from (f"guard {name}: {found}" for found in told)
-        if self.alpha > self.spent_alpha + _SLACK:
+        judged: list[tuple[str, Certificate | GuardAnswer]] = [("", self)]
+        for label, one in (*judged, *((f"guard {name}: ", guard) for name, guard in self.guards.items())):
+            told = _proof(one.drop or 0.0, one.error or 0.0, one.upper, self.alpha, one.effective)
+            yield from (f"{label}{found}" for found in told if self.certified)
+        if self.certified and not self.changed and abs(self.drop or 0.0) > _SLACK:
+            yield f"a drop of {self.drop:g}, and no unit changed"
+        if self.drop is not None and self.alpha > self.spent_alpha + _SLACK:
             yield f"alpha {self.alpha:g} was spent, and {self.spent_alpha:g} in all"
 
     def __str__(self) -> str:
@@ -209,14 +204,16 @@ class Certificate(Record):
     @property
     def statement(self) -> str:
         """The gate, in a sentence: what is proved first, the numbers behind it after it."""
+        size = f"n = {self.n}{worth(self.n, self.clusters, self.effective)}"
+        if self.drop is None or self.error is None:
+            return f"not scored for {self.metric}, margin {self.margin:g}; {size}; alpha spent {self.spent_alpha:g}."
         confidence, upper = f"{100 * (1 - self.alpha):g} %", "none" if self.upper is None else f"{self.upper:+.5f}"
         proved = f"with {confidence} confidence the drop of {self.metric} is at most the margin {self.margin:g}"
         return (
             (f"{proved}; measured " if self.certified else f"{self.metric} drop ")
             + f"{self.drop:+.5f} +- {self.error:.5f} (standard error), {confidence} upper bound {upper}"
             + ("" if self.certified else f", margin {self.margin:g}")
-            + f"; n = {self.n}{worth(self.n, self.clusters, self.effective)}, {self.changed} changed; "
-            + f"alpha spent on this split {self.spent_alpha:g}."
+            + f"; {size}, {self.changed} changed; alpha spent on this split {self.spent_alpha:g}."
         )
 
     @property
@@ -225,12 +222,12 @@ class Certificate(Record):
         if not self.earlier:
             return ""
         failed, count = sum(not row.certified for row in self.earlier), len(self.earlier)
+        judged = f"this map was judged {'once' if count == 1 else f'{count} times'} before, and"
         if not failed:
-            times = "once before, and passed" if count == 1 else f"{count} times before, and passed each time"
-            return f"this map was judged {times}"
+            return f"{judged} passed{'' if count == 1 else ' each time'}"
         alpha = min(1.0, self.alpha + sum(row.alpha for row in self.earlier))
-        times = "once before, and failed" if count == 1 else f"{count} times before, and failed {failed} of these times"
-        return f"this map was judged {times}: with all tries counted, the chance of a false yes is up to {alpha:g}"
+        judged += " failed" if count == 1 else f" failed {failed} of these times"
+        return f"{judged}: with all tries counted, the chance of a false yes is up to {alpha:g}"
 
     @property
     def guard_statements(self) -> tuple[str, ...]:

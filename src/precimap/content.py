@@ -238,7 +238,7 @@ def _frame_of_columns(value: Any) -> list[Any] | None:
         return [[name for name, _ in pairs], *(column for _, column in pairs), value.index]
     if hasattr(value, "to_numpy") and hasattr(value, "dtype"):
         return [str(value.dtype), getattr(value, "name", None), value.to_numpy(), _index_of(value)]
-    return None
+    return [] if type(value).__name__ in ("NAType", "NaTType") else None  # what is missing: one of each kind
 
 
 def _index_of(value: Any) -> Any:

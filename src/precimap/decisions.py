@@ -3,6 +3,7 @@
 Invariant: frozen values of a map's file (`certificate.Record`); what says against itself in one part is refused there.
 """
 
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, Self
 
@@ -87,7 +88,11 @@ class Decision(Record):
 
 
 class Premise(Record):
-    """What a map was made from."""
+    """What a map was made from.
+
+    architecture: the model's modules by name, as they print themselves; None in maps from before it was written down, of
+    which it is not known.
+    """
 
     weights: str
     task: str
@@ -99,6 +104,17 @@ class Premise(Record):
     device: str
     precimap: str
     torch: str
+    architecture: dict[str, str] | None = None
+
+    def other_modules(self, now: Mapping[str, str]) -> Iterator[str]:
+        """Each module that is another one in a model whose modules are `now`, a phrase each. Names without parentheses
+        are of modules that could not print themselves, and are compared by their class."""
+        known = now if self.architecture is None else self.architecture
+        for name in dict.fromkeys((*known, *now)):
+            was, found = known.get(name, "no module"), now.get(name, "no module")
+            bare = "(" not in was or "(" not in found
+            if was != found and not (bare and was.split("(")[0] == found.split("(")[0]):
+                yield f"module {name or 'of the whole'}: {was} -> {found}"
 
 
 class UnitSketch(Record):

@@ -12,14 +12,18 @@ an array, because a forward may treat them differently. NaN is known by its bits
 
 import hashlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from precimap.content import Contents, raw_bytes
+from precimap.errors import FAILURES
 from precimap.layers.views import plain_name
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+_VALUES = re.compile(r"tensor\((?:[^()]|\([^()]*\))*\)")
+_DEVICE = re.compile(r"device=(?:device\([^()]*\)|[^\s,()]+)")
 
 
 def of_value(value: Any, where: str = "the value") -> str:
@@ -48,8 +52,32 @@ def of_architecture(model: nn.Module) -> str:
     A class is known by its name, not by its code: what a changed `forward` does shows in the scores.
     """
     digest = hashlib.sha256()
-    for name, module in model.named_modules():
+    for name, module in _own_modules(model):
         said = _ADDRESS.sub("", module.extra_repr())
-        for text in (plain_name(name), type(module).__qualname__, said):
+        for text in (name, type(module).__qualname__, said):
             digest.update(f"{len(text)}:{text}".encode())
     return digest.hexdigest()[:16]
+
+
+def modules_of(model: nn.Module) -> dict[str, str]:
+    """The tree of modules by name, each as torch prints it, without its parts: `Linear(in_features=16, ...)`.
+
+    Unlike `of_architecture`, which tells one run from another on one machine, it is the same wherever a map is taken: a
+    class has its name alone, whichever file it stands in; values and devices that a module prints of itself are left out, so
+    that a tree without weights, on the meta device too, is the same one. One that cannot print itself there has its class.
+    """
+    found = {}
+    for name, module in _own_modules(model):
+        try:
+            said = f"({_VALUES.sub('', _DEVICE.sub('', _ADDRESS.sub('', module.extra_repr())))})"
+        except FAILURES:  # a module may want values to print itself
+            said = ""
+        found[name] = f"{type(module).__name__}{said}"
+    return found
+
+
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module and its name, without what torch.compile puts around it."""
+    for name, module in model.named_modules():
+        if not isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module

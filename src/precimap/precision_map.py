@@ -10,7 +10,7 @@ validated by pydantic; `docs/precision_map.schema.json` is its schema.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -221,16 +221,21 @@ class PrecisionMap(Record):
                 f"{name}: expected a precision map in JSON, got something else or a part of one ({error})"
             ) from error
 
-    def check(self, **now: str) -> None:
+    def check(self, *, architecture: Mapping[str, str] | None = None, **now: str) -> None:
         """Compare fields of the premise (weights=..., search=..., ...) with what they are now.
 
-        Raises PremiseMismatch that names each difference.
+        architecture: the modules of the model at hand (`fingerprints.modules_of`), which may compute otherwise with the
+        same weights. Raises PremiseMismatch that names each difference.
         """
         differing = [
             f"{field}: the map was made for {getattr(self.premise, field)}, this is {value}"
             for field, value in now.items()
             if getattr(self.premise, field) != value
         ]
+        others = [] if architecture is None else list(self.premise.other_modules(architecture))
+        if others:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            differing.append(f"architecture: the map was made for other modules, {', '.join(others[:3])}{more}")
         if differing:
             raise PremiseMismatch(f"the map does not belong here; {'; '.join(differing)}. Search again for this one.")
 
@@ -245,8 +250,10 @@ class PrecisionMap(Record):
             lines.append(f"realignment: {_repair(self.realignment)} -> {_repair(other.realignment)}")
         if self.target != other.target:
             lines.append(f"target: {self.target} -> {other.target}")
+        if other.premise.architecture is not None:
+            lines += self.premise.other_modules(other.premise.architecture)
         for field in Premise.model_fields:
-            if getattr(self.premise, field) != getattr(other.premise, field):
+            if field != "architecture" and getattr(self.premise, field) != getattr(other.premise, field):
                 lines.append(f"premise {field}: {getattr(self.premise, field)} -> {getattr(other.premise, field)}")
         return tuple(lines)
 

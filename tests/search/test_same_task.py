@@ -252,7 +252,7 @@ def test_an_order_that_turns_where_scores_are_nearly_equal_is_no_other_task(tmp_
 
 QUESTIONS: dict[str, Callable[[], Task]] = {
     "no clusters": lambda: task_of(clusters=None),
-    "other clusters": lambda: task_of(clusters=lambda b: b["user"] // 10),
+    "other clusters": lambda: task_of(clusters=lambda b: b["user"] // 2),
     "weights": lambda: task_of(weights=lambda b: 1 + b["labels"]),
     "kept": lambda: task_of(metric=NE(0.1)),
     "slice": lambda: task_of(guards=(Guard(LogLoss(), MARGIN, where=lambda b: b["x"][:, 1] > 1, name="s"),)),
@@ -260,7 +260,7 @@ QUESTIONS: dict[str, Callable[[], Task]] = {
     "no guard": lambda: task_of(guards=()),
     "loss": lambda: task_of(forward=lambda m, b: 1.3 * forward(m, b)),
     "a row less": lambda: task_of(splits=Splits(split(1), split(2), [cut_first(split(3, size=UNITS)[0])])),
-    "another half": lambda: task_of(splits=Splits(split(1), split(2), split(3)[:2])),
+    "a part": lambda: task_of(splits=Splits(split(1), split(2), split(3)[:6])),
 }
 
 

@@ -13,15 +13,12 @@ from precimap.report.terminal import lines_of
 
 def certificate_text(certificate: Certificate) -> RenderableType:
     """A certificate, a fact a line."""
-    drop, error, upper = _told(certificate.error, certificate.drop, certificate.error, certificate.upper)
     lines = [
-        f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error)"
-        f"{' ' + certificate.unit if certificate.unit else ''}, baseline {certificate.baseline:.5f}",
-        f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
-        f"bound: {certificate.bound}",
+        *_gate_lines(certificate),
         f"n = {certificate.n:,} units"
         + worth(certificate.n, certificate.clusters, certificate.effective)
-        + f", {certificate.changed:,} changed; alpha spent on this split: {certificate.spent_alpha:g}",
+        + ("" if certificate.drop is None else f", {certificate.changed:,} changed")
+        + f"; alpha spent on this split: {certificate.spent_alpha:g}",
     ]
     for name, guard in certificate.guards.items():
         lines += _guard_lines(name, guard, certificate.alpha)
@@ -34,6 +31,21 @@ def certificate_text(certificate: Certificate) -> RenderableType:
     lines += [*certificate.blind_spots, *([certificate.history] if certificate.earlier else []), certificate.claim]
     head = lines_of([certificate.verdict.upper()], "bold green" if certificate.certified else "bold yellow")
     return Group(head, lines_of(f"  {line}" for line in lines))
+
+
+def _gate_lines(certificate: Certificate) -> list[str]:
+    if certificate.drop is None or certificate.error is None:
+        return [
+            f"the map was not scored on this split, whose baseline of {certificate.metric} is {certificate.baseline:.5f}; "
+            f"margin {certificate.margin:g}"
+        ]
+    drop, error, upper = _told(certificate.error, certificate.drop, certificate.error, certificate.upper)
+    return [
+        f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error)"
+        f"{' ' + certificate.unit if certificate.unit else ''}, baseline {certificate.baseline:.5f}",
+        f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
+        f"bound: {certificate.bound}",
+    ]
 
 
 def _guard_lines(name: str, guard: GuardAnswer, alpha: float) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from precimap.durable import write_bytes
 from precimap.errors import DeployError, MapError
+from precimap.fingerprints import modules_of
 from precimap.layers.copying import copied
 from precimap.layers.quantized import QuantizedLayer, shipped_range
 from precimap.layers.realign import realigned
@@ -60,14 +61,19 @@ def save_deployed(deployed: nn.Module, base: nn.Module, path: str | Path) -> Non
 def load_deployed(model: nn.Module, path: str | Path, *, target: str | None = None) -> nn.Module:
     """Read a deployed model; `model` gives the architecture and its dtypes, its own weights are neither read nor changed.
 
-    Raises MapError for a file that is not such a checkpoint, is damaged or does not fit the model, DeployError as `deploy`
-    does. Warns as `deploy` does of a map that is not certified.
+    Raises MapError for a file that is not such a checkpoint, is damaged or does not fit the model (PremiseMismatch where it
+    is other modules with the same tensors), DeployError as `deploy` does. Warns as `deploy` does of a map that is not
+    certified.
     """
     text, tensors = _read(path)
     precision_map = PrecisionMap.parse(text, str(path))
     layers = {name: _layer(name, precision_map, tensors, str(path)) for name in precision_map.low}
+    given = modules_of(model)
     model = realigned(model, precision_map.realignment)  # it may have got a bias; all values come from the file
     loaded = _with_base_tensors(model, tensors, layers, str(path))
+    repaired = "" if precision_map.realignment is None else precision_map.realignment.layer.rpartition(".")[0]
+    # With the values of the file, for a module may print some; but for the one that was realigned after it was written down.
+    precision_map.check(architecture={**modules_of(loaded), repaired: given[repaired]})
     deployed = build(loaded, precision_map, layers, target or precision_map.target, owned=False)
     watch_batches(deployed)
     warn_of(precision_map)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from precimap.errors import DeployError, UncertifiedMapWarning
-from precimap.fingerprints import of_weights
+from precimap.fingerprints import modules_of, of_weights
 from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
 from precimap.layers.realign import realigned
 from precimap.precision_map import PrecisionMap
@@ -91,12 +91,12 @@ def deploy(
     score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel is
     compared with its emulation in any case. A batch outside the sizes that the map was timed with on this target is
     answered with a BatchSizeWarning, once. A map that is not certified is deployed with an UncertifiedMapWarning. Raises
-    PremiseMismatch for a map of other weights, DeployError for what the target cannot run or runs wrongly, MapError for a
-    file that is no map.
+    PremiseMismatch for a map of other weights or modules, DeployError for what the target cannot run or runs wrongly,
+    MapError for a file that is no map.
     """
     if not isinstance(precision_map, PrecisionMap):
         precision_map = PrecisionMap.load(precision_map)
-    precision_map.check(weights=of_weights(model))
+    precision_map.check(weights=of_weights(model), architecture=modules_of(model))
     model = realigned(model, precision_map.realignment)
     layers = quantize_map(model, precision_map)
     deployed = build(model, precision_map, layers, target or precision_map.target, owned=True)

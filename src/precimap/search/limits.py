@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from precimap.errors import InputError
-from precimap.precision_map import PrecisionMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +89,16 @@ def state_directory() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "precimap"
 
 
-def chain_fingerprint(chain: Sequence[PrecisionMap], margin: float, terms: Mapping[str, str]) -> str:
+def chain_fingerprint(maps: Sequence[str], margin: float, terms: Mapping[str, str]) -> str:
     """What the ledger calls a question: the maps in order, the margin of the gate, and all that makes another one of it.
 
-    terms: the metric with its parameters, guards with their margins, the data, what the task says of them
-    (`precimap.search.same_task.question_terms`).
+    maps: their fingerprints. terms: the metric with its parameters, guards with their margins, the data, what the task says
+    of them (`precimap.search.same_task.question_terms`).
 
     The margin belongs to it because a chain stops at another map under another margin: with maps of true drops d1 < d2 < d3,
     asked at margins just below each of them, each question has a first bad map of its own, and a chance of up to alpha to
     pass it. (For a chain of one map these events are nested and alpha would hold for all margins together; but its bound is
     on the certificate, so that a wider margin needs no question.)
     """
-    text = json.dumps([margin, sorted(terms.items()), [precision_map.fingerprint for precision_map in chain]])
+    text = json.dumps([margin, sorted(terms.items()), list(maps)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -39,7 +39,7 @@ from precimap.search.latency.serving import HERE, Serving, foreseen, timed_here
 from precimap.search.latency.whole import Stand
 from precimap.search.limits import USUAL_EFFORT, Effort, Limits, state_directory
 from precimap.search.progress import Progress, silent
-from precimap.search.proof import Proof, conclude, proved, stand_of
+from precimap.search.proof import Proof, check_left, conclude, proved, stand_of
 from precimap.search.realign import Realigner
 from precimap.search.result import SearchResult, saved
 from precimap.search.run import Parts, Run, scored
@@ -87,7 +87,8 @@ def search(
     on_preflight: told what this many units can detect, before the long work.
 
     Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, JournalError for a run
-    with another premise, AlphaSpent when the certify split has judged other maps before. The model stays as it was.
+    with another premise, AlphaSpent when the certify split has judged other maps before: before the long work, where it is
+    known by then that nothing can be asked (`Booking.check_left`). The model stays as it was.
     """
     limits = Limits(margin, confidence, cutoff, alpha_budget)
     chosen = schemes_of(schemes, target)
@@ -113,7 +114,10 @@ def search(
 
 def _bound_to(premise: Premise, task: Task, target: Target, prints: SplitPrints) -> dict[str, str]:
     """What a run belongs to. Not to the certify split: what was measured on the search split serves fresh data, too."""
-    found = premise.model_dump(exclude={"certify"}) | {"target": target.name, "numerics": NUMERICS_VERSION}
+    found = premise.model_dump(exclude={"certify", "architecture"}) | {
+        "target": target.name,
+        "numerics": NUMERICS_VERSION,
+    }
     return {**found, "metrics beside it": task.kept_beside, **terms(task, prints.search)}
 
 
@@ -139,6 +143,7 @@ def _searched(search: Asked, seen: _Seen, booking: Booking) -> SearchResult:
     told = _outlook(search, seen, calibration, baseline)
     if any(found.impossible is not None for found in told):
         return _too_small(search, seen, calibration, _preflight(search, seen, calibration, baseline, told, booking))
+    check_left(search, seen.allowed, booking)
     seen = _with_times(search, seen, calibration)
     stand = stand_of(search, inventory, calibration, seen.allowed, seen.latency)
     checked = _preflight(search, seen, calibration, baseline, told, booking)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -26,6 +27,7 @@ from precimap.search.in_place import check_tables, written_by
 from precimap.search.own_model import USERS_ERRORS, ModelState, Uses, check_given_model, check_no_memory
 from precimap.search.sample_size import Outlook
 from precimap.search.split_checks import check_clusters, check_slice, check_splits
+from precimap.search.splits.axes import is_square
 from precimap.search.splits.columns import counted_by
 from precimap.search.splits.reads import Path, Reads, watched
 from precimap.search.splits.three_splits import first_of
@@ -136,7 +138,7 @@ def check_unchanged(task: Task, first: Scored) -> None:
 
 def _influence(task: Task, batch: Any, first: Scored) -> str | None:
     """A note where units could not be told apart. Raises TaskError where one that is replaced changes others."""
-    changed = _with_unit_replaced(batch, len(first.losses))
+    changed = _with_unit_replaced(batch, len(first.losses), 0)
     if changed is None:
         return "whether units influence each other was not checked: no tensor of the batch has one row per unit"
     try:
@@ -145,13 +147,21 @@ def _influence(task: Task, batch: Any, first: Scored) -> str | None:
         return (
             "whether units influence each other was not checked: forward fails when one unit is put in another's place"
         )
-    moved = abs(after.losses[1:] - first.losses[1:]) > INFLUENCE_TOLERANCE * (1 + abs(first.losses[1:]))
+    moved = _moved(first, after)
+    if moved.any() and is_square(batch, len(first.losses)):  # its units may lie along the later dim
+        moved = _moved(first, _score_one(task, _with_unit_replaced(batch, len(first.losses), 1)))
     if moved.any():
         raise TaskError(
             f"replacing one unit of a batch changed the losses of {int(moved.sum())} others; units must not influence each "
             "other (in-batch negatives, batch statistics): score each against a frozen index, or make the group the unit"
         )
     return None
+
+
+def _moved(first: Scored, after: Scored) -> np.ndarray:
+    """Which of the units but the first have another loss."""
+    moved: np.ndarray = abs(after.losses[1:] - first.losses[1:]) > INFLUENCE_TOLERANCE * (1 + abs(first.losses[1:]))
+    return moved
 
 
 def _score_watched(task: Task, batch: Any) -> tuple[Scored, Reads]:
@@ -179,11 +189,17 @@ def _score_one(task: Task, batch: Any) -> Scored:
         return join_parts(task, [score_batch(task, task.model, batch, "the first batch of the search split")])
 
 
-def _with_unit_replaced(batch: Any, units: int) -> Any:
-    """The batch with its first unit overwritten by its last one; None where nothing has one row per unit."""
+def _with_unit_replaced(batch: Any, units: int, least: int) -> Any:
+    """The batch with its first unit overwritten by its last one; None where nothing has one row per unit.
+
+    least: the first dim along which the units of a tensor may lie; the first one of their number does not count before it.
+    """
 
     def replaced(rows: Any) -> Any:
-        return torch.cat([rows[-1:], rows[1:]]) if isinstance(rows, Tensor) else [rows[-1], *rows[1:]]
+        if not isinstance(rows, Tensor):
+            return [rows[-1], *rows[1:]]
+        axis = next((k for k, size in enumerate(rows.shape) if k >= least and size == units), 0)
+        return rows.index_select(axis, torch.tensor([units - 1, *range(1, units)], device=rows.device))
 
     return along_units(batch, units, replaced) if units > 1 else None
 

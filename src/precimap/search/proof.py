@@ -40,6 +40,16 @@ class Proof:
     end_to_end: EndToEnd | None
 
 
+def check_left(search: Asked, allowed: Eligibility, booking: Booking) -> None:
+    """Raises AlphaSpent before anything takes long, where that is known to be all that will come of it.
+
+    Not in a run that has found maps before: it holds what it measured, and may end without a question to the certify split.
+    """
+    found_before = any(row.value["maps"] for row in search.run.journal.conclusions("chain"))
+    if not found_before and allowed.open_pairs():
+        booking.check_left(search.target, search.limits)
+
+
 def stand_of(
     search: Asked, inventory: Inventory, calibration: Calibration, allowed: Eligibility, latency: Latency | None
 ) -> Stand | None:

@@ -5,12 +5,12 @@ batch, the parameters of metrics, the tree of modules), and by what it does to t
 (forward, loss, a metric of the user's own, a module's class). That batch is scored at every start and compared with what the
 run's first start saw. Margins are bound nowhere: other margins are asked of the same scores; they are part of a question.
 
-Not taken: hashing the code of functions. It differs between versions of Python, and says nothing of what the code calls.
+The loss, and a metric's function, are known by their code as well, under one version of Python: two that agree on the first
+batch are two. Not taken: that alone. Code differs between versions, and says nothing of what it calls.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from types import CellType, CodeType
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ from precimap.errors import JournalError, PrecimapError
 from precimap.fingerprints import of_architecture, of_value
 from precimap.journal import Journal
 from precimap.metrics.custom import Custom
-from precimap.metrics.metric import Metric
+from precimap.metrics.guard import Head
+from precimap.metrics.metric import Loss, Metric
+from precimap.search.function_code import PYTHON, code_of
 from precimap.search.splits.split_print import SplitPrint
 from precimap.search.splits.three_splits import SplitPrints
 from precimap.task import Scored, Task
@@ -57,26 +59,16 @@ def question_terms(task: Task, first: Scored, prints: SplitPrints, coupled: bool
         "data": prints.certify.whole if coupled else prints.certify.evidence,
         "searched": prints.search.evidence,  # the worst unit there counts in the bound, too
         "first batch": repr([f"{first.losses.mean():.3e}", values]),
-        "functions": repr([_code(metric.function) for metric in _metrics(task).values() if isinstance(metric, Custom)]),
+        "functions": repr(_functions(task)),
     }
 
 
-def _code(function: Any) -> str:
-    """A function of the user's own by what Python made of it and by the plain values it closes over: a threshold, a k."""
-    while hasattr(function, "func"):  # a partial
-        plain = [_parameter(value) for value in (*function.args, *function.keywords.values())]
-        return of_value([_code(function.func), plain])
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return type(function).__qualname__
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # one may be empty still
-    held = [_parameter(value) for value in (*cells, *(function.__defaults__ or ()))]
-    return of_value([_instructions(code), held])
-
-
-def _instructions(code: CodeType) -> list[Any]:
-    consts = [_instructions(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
-    return [code.co_code, consts, list(code.co_names)]
+def _functions(task: Task) -> list[str]:
+    """The code that a metric is made of: a function of the user's own, and the loss, where a metric is one or may be."""
+    plain = [metric.metric if isinstance(metric, Head) else metric for metric in _metrics(task).values()]
+    found = [code_of(metric.function) for metric in plain if isinstance(metric, Custom)]
+    own = any(isinstance(one, Loss) or not type(one).__module__.startswith("precimap.") for one in plain)
+    return [*found, code_of(task.loss)] if own else found
 
 
 def check_first_batch(journal: Journal, task: Task, first: Scored) -> None:
@@ -102,6 +94,11 @@ def check_first_batch(journal: Journal, task: Task, first: Scored) -> None:
                 f"the {what} of {int(moved.sum())} of {len(was)} units of the first search batch, such as unit {unit}: "
                 f"{_short(was[unit])} when the run began, {_short(is_now[unit])} now"
             )
+    if "code" in before and before["code"]["python"] == PYTHON and before["code"] != now["code"]:
+        raise _other(
+            "the code of the loss, or a value that it closes over, is another one than when the run began, though it gives "
+            "the same on the first search batch"
+        )
     loose = tolerance if before["loss"] == now["loss"] else max(tolerance, _TURNED)
     for name, was in before["values"].items():
         found = now["values"].get(name)
@@ -122,6 +119,7 @@ def _row(task: Task, first: Scored) -> dict[str, Any]:
         "loss": first.losses[chosen].tolist(),
         "gate": first.values[chosen].tolist(),
         "values": _values(task, first),
+        "code": {"python": PYTHON, "loss": code_of(task.loss)},
     }
 
 

@@ -4,6 +4,7 @@ Invariant: every look at a certify split goes through `judged`, so that none is 
 certificate, which anyone may have written, but the ledger says what was asked.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from precimap.decisions import UnitSketch
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
 from precimap.search.batch_invariance import shares_a_scale
-from precimap.search.certificate.account import Answer
-from precimap.search.certificate.certify import Question, baseline_to_certify, certify, check_still
+from precimap.search.certificate.account import Answer, Judged
+from precimap.search.certificate.certify import Question, baseline_to_certify, certify, check_still, too_small
 from precimap.search.certificate.known_units import IN_MAP, Sketch, shared_units
 from precimap.search.certificate.ledger import FRESH, AskedSplit, Ledger
 from precimap.search.certificate.older_prints import older_print
@@ -26,6 +27,8 @@ from precimap.search.same_task import question_terms
 from precimap.search.splits.split_print import SplitPrint
 from precimap.search.splits.three_splits import SplitPrints
 from precimap.task import Scored, Task
+
+_SAID = re.compile(r".*: (?:(\d+) maps|one map) for (.+), margin (\S+)", re.DOTALL)  # what ledgers call a question
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +64,36 @@ class Booking:
             f"or an alpha budget of {spent + limits.alpha:g} (--alpha-budget); {FRESH}",
         )
 
+    def check_left(self, target: Target, limits: Limits) -> None:
+        """Raises AlphaSpent where the split can answer nothing that a search may still ask, so that none need be made.
+
+        What a search will ask is known but for its maps: margin, target, metric, guards and data. A booked question of
+        another margin or target is another one; so is one whose maps are all known, and which is not what these maps would
+        be with the metric, guards and data of now. Every other one may be asked again, which is free: only once no such is
+        left, and a new one would cost too much, is there nothing to search for. Maps of other schemes at the same margin
+        are therefore refused in the end only: until then they may turn out to be the maps that were judged.
+        """
+        if not self.directory.is_dir():
+            return
+        margin = f"{limits.margin:g}"
+        terms = [question_terms(self.task, self.first, self.prints, coupled) for coupled in (False, True)]
+
+        def may_be(entry: Judged, maps: Sequence[str]) -> bool:
+            said = _SAID.fullmatch(entry.description)
+            if said is None:
+                return True
+            if said.group(2, 3) != (target.name, margin):
+                return False
+            all_known = len(maps) == int(said.group(1) or 1)
+            return not all_known or entry.chain in {chain_fingerprint(maps, limits.margin, one) for one in terms}
+
+        said = f"{self.task.name}: any maps for {target.name}, margin {margin}"
+        self.ledger(limits.budget).check_left(may_be, limits.alpha, said)
+
+    def _spent(self, limits: Limits) -> float:
+        """What the split has given away so far; no directory is made to find out."""
+        return self.ledger(limits.budget).spent() if self.directory.is_dir() else 0.0
+
     def judged(
         self,
         run: Run,
@@ -72,16 +105,21 @@ class Booking:
     ) -> tuple[Certificate, ...]:
         """Book the question, then ask it: one certificate for each map that was tested.
 
-        elsewhere: as `certify` takes it. said: what the ledger calls the question.
+        elsewhere: as `certify` takes it. said: what the ledger calls the question. Alpha is booked only when a comparison
+        can be made: the baseline is scored first, which no map depends on; where the split is too small to certify any
+        map, the one certificate says so, no map is scored there, and nothing is booked.
 
         Raises AlphaSpent where the split has given away too much, and what `check_baseline` and `certify` raise.
         """
-        ledger = self.ledger(limits.budget)
-        asked = chain_fingerprint(chain, limits.margin, self._terms(chain))
         question = Question(limits.margin, limits.alpha, limits.alpha, self.split.whole, self.split)
-        # Alpha is booked only when a comparison can be made: the baseline is scored first, which no map depends on.
-        check_baseline(self.task, baseline_to_certify(run, target, question), "certify")
+        baseline = baseline_to_certify(run, target, question)
+        check_baseline(self.task, baseline, "certify")
         check_still(run, target, question)
+        unbooked = replace(question, spent_alpha=self._spent(limits))
+        if (short := too_small(self.task, target, baseline, unbooked, chain[0].fingerprint)) is not None:
+            return (short,)
+        ledger = self.ledger(limits.budget)
+        asked = chain_fingerprint([one.fingerprint for one in chain], limits.margin, self._terms(chain))
         spent = ledger.spend(asked, limits.alpha, f"{said}, margin {limits.margin:g}")
         certificates = certify(run, target, chain, replace(question, spent_alpha=spent), elsewhere)
         before = ledger.answers_before(asked)

@@ -80,6 +80,42 @@ def baseline_to_certify(run: Run, target: Target, question: Question) -> Scored:
     return _certify_split(run, target, question, None)
 
 
+def too_small(task: Task, target: Target, baseline: Scored, question: Question, fingerprint: str) -> Certificate | None:
+    """What a split that can certify no map says of one that was not scored there; None for a split that can tell.
+
+    Nothing but the baseline was looked at: a drop on so few units would be a look that nobody paid for.
+    """
+    found = compare(task, baseline, baseline, question.alpha)
+    assert found.sight is not None
+    sights = {"the drop": found.sight, **{f"the guard {name}": one.found.sight for name, one in found.guards.items()}}
+    short = [f"{what}: {sight.shortage}" for what, sight in sights.items() if sight.shortage is not None]
+    if not short:
+        return None
+    return Certificate(
+        metric=task.metric.name,
+        unit=task.metric.unit,
+        certified=False,
+        verdict=f"cannot tell {short[0]}; the map was not scored on the certify split, and no alpha was given away",
+        claim=target.claim,
+        drop=None,
+        error=None,
+        upper=None,
+        margin=question.margin,
+        alpha=question.alpha,
+        spent_alpha=question.spent_alpha,
+        bound=BOUND_FARTHEST if found.sight.limit is None else BOUND_WORST,
+        baseline=task.metric.value(baseline.values, baseline.units),
+        n=found.drop.n,
+        clusters=found.sight.clusters,
+        changed=0,
+        effective=found.sight.effective,
+        needed=None,
+        blind_spot=None,
+        split=question.split,
+        map=fingerprint,
+    )
+
+
 def check_still(run: Run, target: Target, question: Question) -> None:
     """Score the first batch of the split again. Raises TaskError where it gives other losses than those in the run.
 

@@ -130,6 +130,24 @@ class Ledger:
                 self._write(replace(account, units=account.units or self._sketch(), judged=judged))
             return total + shares
 
+    def check_left(self, may_be: Callable[[Judged, Sequence[str]], bool], alpha: float, description: str) -> None:
+        """Raise AlphaSpent where `spend` would refuse whatever is asked at level `alpha`, before it is known what that is.
+
+        may_be: whether a booked question, and the maps that are known to have been judged in it, may be what will be asked;
+        that one costs only what `alpha` exceeds its level by. description: of what will be asked. Nothing is booked.
+        """
+        known = self._known(self._shared())
+        judged = [(account, entry) for account, _ in known for entry in account.judged]
+        total = math.fsum((*(entry.alpha for _, entry in judged), alpha))
+        paid = [
+            entry.alpha
+            for account, entry in judged
+            if may_be(entry, [row.map for row in account.answers if row.chain == entry.chain])
+        ]
+        best = max(paid, default=0.0)
+        if best < alpha - _SLACK and total - best > self.budget + _SLACK:
+            raise AlphaSpent(self._refusal(known, total - best, alpha, description))
+
     def answer(self, answers: Sequence[Answer]) -> None:
         """Write down what the split said of the maps of a chain that was booked. Raises SaveError, JournalError."""
         with self._alone():

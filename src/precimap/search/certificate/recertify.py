@@ -1,7 +1,8 @@
 """Judge one given map, on the task's certify split: a map from a file, on fresh data, or with another margin.
 
 Invariant: the same question about the same data is free, every other one spends alpha of that split, as the ledger has
-it; the certificate that a map brings along is history, and no proof that a question was paid for.
+it; the certificate that a map brings along is history, and no proof that a question was paid for. A split that is too
+small to certify any map is asked nothing: the certificate says that it cannot tell, and names no drop.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from precimap.certificate import Certificate, Earlier
 from precimap.errors import MapError, TaskError
-from precimap.fingerprints import of_weights
+from precimap.fingerprints import modules_of, of_weights
 from precimap.journal import run_journal
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
@@ -40,12 +41,13 @@ def recertify(
 ) -> PrecisionMap:
     """The map with the certificate that the task's certify split gives it. on_note: told what is doubtful of the task.
 
-    Raises PremiseMismatch for other weights or another metric, MapError for a map without a low-precision layer,
+    Raises PremiseMismatch for other weights, modules or another metric, MapError for a map without a low-precision layer,
     TaskError when the map was chosen on these data, in whatever batches, AlphaSpent when the split has judged other
     questions.
     """
     limits = Limits(margin, confidence, None, alpha_budget)
-    precision_map.check(weights=of_weights(task.model), metric=task.metric.name)
+    model = task.model
+    precision_map.check(weights=of_weights(model), metric=task.metric.name, architecture=modules_of(model))
     if not precision_map.low:
         raise MapError("the map keeps every layer at base precision; there is nothing to certify")
     first = preflight.check_task(task)
@@ -103,7 +105,9 @@ def _check_did_not_choose(task: Task, precision_map: PrecisionMap, certify: Spli
 
 
 def _history(before: Certificate) -> tuple[Earlier, ...]:
-    """The certificate that a map brings along, and those before it."""
+    """The certificate that a map brings along, and those before it; one of a split that was too small is no try."""
+    if before.drop is None:
+        return before.earlier
     fields = {name: getattr(before, name) for name in Earlier.model_fields}
     return (*before.earlier, Earlier(**fields))
 

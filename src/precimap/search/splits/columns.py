@@ -18,6 +18,7 @@ from torch import Tensor
 from precimap.fingerprints import of_value
 from precimap.jagged import Jagged, jagged
 from precimap.search.splits.rows import Prints, finished, of_rows, of_segments, of_texts
+from precimap.search.splits.tables import plain_column, table_columns
 
 Path = tuple[Any, ...]
 WIDE = 4
@@ -36,9 +37,11 @@ def leaves(batch: Any, units: int | None = None, path: Path = ()) -> Iterator[Le
     """Everything in the batch that is no container of other things. units: how many it holds, where that is known."""
     if isinstance(batch, Tensor | np.ndarray | np.generic) or jagged(batch) is not None:
         yield Leaf(path, batch)
-    elif hasattr(batch, "column_names") and hasattr(batch, "column"):
-        for name in batch.column_names:
-            yield Leaf((*path, name), batch.column(name).to_pylist())
+    elif (table := table_columns(batch)) is not None:
+        for name, column in table:
+            yield Leaf((*path, name), column)
+    elif (column := plain_column(batch)) is not batch:
+        yield Leaf(path, column)
     else:
         parts = _parts(batch, units)
         if parts is None:
@@ -115,8 +118,12 @@ def units_in(found: list[Leaf], told: int | None) -> int | None:
 
 
 def counted_by(batch: Any, units: int) -> Path | None:
-    """The path of something with a row for each of the `units` that a batch was scored as; None where nothing has."""
-    return next((leaf.path for leaf in leaves(batch, units) if rows_of(leaf.value) == units), None)
+    """The path of something with a row for each of the `units` that a batch was scored as; None where nothing has.
+
+    Of several, one of the fewest dims: the first of more may be a length of time that is as long by accident.
+    """
+    found = [leaf for leaf in leaves(batch, units) if rows_of(leaf.value) == units]
+    return min(found, key=lambda leaf: getattr(leaf.value, "ndim", 1)).path if found else None
 
 
 def at(batch: Any, path: Path) -> Any:
@@ -234,6 +241,12 @@ def _segments(found: list[Leaf], flat: list[Leaf], units: int) -> dict[int, Prin
             prints[id(leaf)] = _of_keys(of_segments(numbers(leaf.value), lengths(total)), units)
             prints[id(by)] = np.zeros(units, np.uint64)  # offsets say where units lie, not what they are
     return prints
+
+
+def lies_end_to_end(found: Sequence[Leaf], flat: Leaf, units: int) -> bool:
+    """Whether another leaf holds lengths or offsets of the units that fit the rows of `flat` exactly."""
+    told = [lengths for leaf in found if leaf is not flat for lengths in _lengths(leaf.value, units)]
+    return any(lengths(size_of(flat.value)) is not None for lengths in told)
 
 
 def _lengths(value: Any, units: int) -> list[Any]:

@@ -4,7 +4,7 @@ Invariant: everything is by content, of what the batches hold and of what the ta
 scored. A batch has no description: its units are found by `columns`, what the forward and the loss read of it by `reads`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from precimap.errors import InputError, TaskError
 from precimap.fingerprints import of_value
+from precimap.search.splits.axes import Dims, along, dims_of, may_be_turned, unit_axes
 from precimap.search.splits.columns import (
     Leaf,
     at,
@@ -28,6 +29,7 @@ from precimap.search.splits.columns import (
 )
 from precimap.search.splits.reads import Path, Reads
 from precimap.search.splits.rows import Prints, finished
+from precimap.search.splits.tables import plain_column
 from precimap.task import Batches, Task, labels_of, to_device
 
 # A column tells units apart by itself if fewer than this share stand in it twice: what two splits then share is no accident.
@@ -121,16 +123,17 @@ def counted_once(known: SplitPrint, sizes: tuple[int, ...]) -> tuple[NDArray[np.
 def split_print(task: Task, name: str, reads: Reads) -> SplitPrint:
     """Read a split twice. Raises TaskError for an empty or changing one, and for content that cannot be hashed."""
     batches: Batches = getattr(task.splits, name)
-    parts = [_batch(task, batch, name, number, reads) for number, batch in enumerate(batches)]
-    if not parts:
+    seen = [_seen(task, batch, name, number, reads) for number, batch in enumerate(batches)]
+    if not seen:
         raise empty_split(name)
-    again = tuple(of_value(b, f"batch {number} of the {name} split") for number, b in enumerate(batches))
-    content = tuple(part.content for part in parts)
-    if again != content:
-        raise TaskError(
-            f"the {name} split gives other batches when it is read again; drops are paired unit by unit, "
-            "so give a list, or a DataLoader with shuffle=False"
-        )
+    content, axes = tuple(found for found, _ in seen), unit_axes([dims for _, dims in seen])
+    parts = []
+    for number, batch in enumerate(batches):
+        if number >= len(seen) or of_value(batch, f"batch {number} of the {name} split") != content[number]:
+            raise _changing(name)
+        parts.append(_batch(task, batch, name, number, reads, content[number], axes))
+    if len(parts) < len(seen):
+        raise _changing(name)
     clusters = [part.clusters for part in parts if part.clusters is not None]
     inputs = _joined([part.inputs for part in parts])
     return SplitPrint(
@@ -176,14 +179,30 @@ class _Batch:
     untold: bool
 
 
-def _batch(task: Task, batch: Any, name: str, number: int, reads: Reads) -> _Batch:
+def _seen(task: Task, batch: Any, name: str, number: int, reads: Reads) -> tuple[str, Dims]:
+    """The hash of a batch, and along which dims its units may lie."""
     where = f"batch {number} of the {name} split"
-    content = of_value(batch, where)
-    own = {} if name == "calibration" else _own(task, batch, where)  # whose labels are not read
+    content, found, units = of_value(batch, where), list(leaves(batch)), None
+    if may_be_turned(found):
+        units = _units(batch, _own(task, batch, name, where), reads)
+    read = [leaf for leaf in found if reads.is_input(leaf.path) or reads.is_judged(leaf.path)]
+    return content, dims_of(read, units)
+
+
+def _units(batch: Any, own: dict[str, Any], reads: Reads) -> int | None:
+    """How many units a batch holds, by what the task says of them, by what was scored, or by what most of it says."""
     count = next((len(own[k]) for k in ("clusters", "weights") if k in own), size_of(own.get("labels")))
     if count is None and reads.counts is not None:
         count = rows_of(at(batch, reads.counts))
-    units = units_in(list(leaves(batch)), count)
+    return units_in(list(leaves(batch)), count)
+
+
+def _batch(
+    task: Task, batch: Any, name: str, number: int, reads: Reads, content: str, axes: Mapping[Path, int]
+) -> _Batch:
+    where = f"batch {number} of the {name} split"
+    own = _own(task, batch, name, where)
+    units = _units(batch, own, reads)
     said = of_value(own, f"what the task says of {where}")
     inputs: dict[Any, Prints] = {}
     evidence: dict[Any, Prints] = {}
@@ -191,7 +210,7 @@ def _batch(task: Task, batch: Any, name: str, number: int, reads: Reads) -> _Bat
     untold = True
     if not units:
         inputs[()] = np.array([int(content, 16)], np.uint64)
-    for leaf, prints in columns(_turned(batch, units, reads, own.get("labels")), units) if units else ():
+    for leaf, prints in columns(_turned(batch, units, reads, own.get("labels"), axes), units) if units else ():
         untold &= prints is None or not reads.is_input(leaf.path)
         if prints is None:
             prints = np.full(units or 1, np.uint64(int(of_value(leaf.value, where), 16)))
@@ -210,9 +229,13 @@ def _batch(task: Task, batch: Any, name: str, number: int, reads: Reads) -> _Bat
     return _Batch(content, said, *told, wide, own.get("clusters"), untold)
 
 
-def _turned(batch: Any, units: int, reads: Reads, labels: Any) -> list[Leaf]:
-    """What the batch holds; where nothing that the forward reads has a row per unit, turned so that it has."""
-    found = list(leaves(batch, units))
+def _turned(batch: Any, units: int, reads: Reads, labels: Any, axes: Mapping[Path, int]) -> list[Leaf]:
+    """What the batch holds; turned so that it has a row per unit, where that is so along one of `axes`, and what the forward
+    reads where nothing of that has one."""
+    found = [
+        Leaf(leaf.path, along(leaf.value, axes[leaf.path])) if leaf.path in axes else leaf
+        for leaf in leaves(batch, units)
+    ]
     inputs = [leaf for leaf in found if reads.is_input(leaf.path) and leaf.value is not labels]
     if any(rows_of(leaf.value) == units for leaf in inputs):
         return found
@@ -256,8 +279,10 @@ def _differ(prints: Prints) -> bool:
     return bool((prints != prints[0]).any())
 
 
-def _own(task: Task, batch: Any, where: str) -> dict[str, Any]:
-    """What the task's own functions say of a batch: labels, clusters, weights and the slices of guards."""
+def _own(task: Task, batch: Any, name: str, where: str) -> dict[str, Any]:
+    """What the task's own functions say of a batch: labels, clusters, weights, slices; nothing of one for calibration."""
+    if name == "calibration":
+        return {}
     functions: dict[str, Callable[[Any], Any] | None] = {"clusters": task.clusters, "weights": task.weights}
     functions |= {f"slice of {guard.label}": guard.where for guard in task.guarded}
     here, found = to_device(batch, task.device), dict[str, Any]()
@@ -270,18 +295,24 @@ def _own(task: Task, batch: Any, where: str) -> dict[str, Any]:
 
 def _told(function: Callable[[Any], Any], batch: Any, name: str, where: str) -> Any:
     try:
-        found = function(batch)
+        found = plain_column(function(batch))
     except InputError:
         raise
     except Exception as error:
         raise TaskError(f"{name} failed on {where}: {type(error).__name__}: {error}") from error
-    array = numbers(found)
     if name not in ("clusters", "weights"):
         return found
-    if array is None or array.ndim != 1:
+    if (array := numbers(found)) is None or array.ndim != 1:
         shape = type(found).__name__ if array is None else tuple(array.shape)
         raise TaskError(f"{where}: expected {name} to give one number per unit, got {shape}")
     return array.astype(np.int64) if name == "clusters" else array
+
+
+def _changing(name: str) -> TaskError:
+    return TaskError(
+        f"the {name} split gives other batches when it is read again; drops are paired unit by unit, "
+        "so give a list, or a DataLoader with shuffle=False"
+    )
 
 
 def empty_split(name: str) -> TaskError:

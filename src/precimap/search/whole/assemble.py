@@ -11,6 +11,7 @@ from typing import TypeGuard
 
 import torch
 
+from precimap.fingerprints import modules_of
 from precimap.layers.inventory import Inventory, Layer
 from precimap.metrics.power import units_needed
 from precimap.numerics.schemes import Scheme
@@ -64,6 +65,7 @@ def premise_of(task: Task, weights: str, prints: SplitPrints, version: str) -> P
         device=str(task.device),
         precimap=version,
         torch=torch.__version__,
+        architecture=modules_of(task.model),
     )
 
 
