@@ -42,7 +42,7 @@ class SharedCodes(threading.local):
     """One for all models; each thread has its own, so that none waits for another."""
 
     def __init__(self) -> None:
-        self.kept: deque[_Kept] = deque(maxlen=MOST_KEPT)
+        self.kept: tuple[_Kept, ...] = ()  # the last one first; replaced as a whole, for a tensor may go at any time
         self._recent: deque[tuple[weakref.ref[Tensor], object, int]] = deque(maxlen=MOST_KEPT)
         self._read_again: set[int] = set()
 
@@ -62,7 +62,8 @@ class SharedCodes(threading.local):
             # Copied after it was quantised: what another thread writes meanwhile is then in neither or found out.
             kept = x.detach().clone()
             if not compare(address, kept.data_ptr(), size):
-                self.kept.appendleft(_Kept(weakref.ref(_owner(x), self._forget), key, kept, found))
+                newest = _Kept(weakref.ref(_owner(x), self._forget), key, kept, found)
+                self.kept = (newest, *self.kept[: MOST_KEPT - 1])
         return found
 
     def _is_read_again(self, x: Tensor, key: _Key, reader: int) -> bool:
@@ -79,7 +80,7 @@ class SharedCodes(threading.local):
         return reader in self._read_again
 
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
-        self.kept = deque((one for one in self.kept if one.owner is not gone), maxlen=MOST_KEPT)
+        self.kept = tuple([one for one in self.kept if one.owner is not gone])
 
 
 SHARED = SharedCodes()

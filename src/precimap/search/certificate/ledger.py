@@ -31,7 +31,7 @@ from precimap.search.certificate.known_units import IN_LEDGER, Sketch, shared_un
 from precimap.search.splits.rows import Prints
 
 LOCK_NAME = "ledger.lock"
-NEARLY_NEW = 0.1
+NEARLY_NEW = 0.2
 FRESH = (
     "fresh data are no second chance for nothing: each split says yes to a map that is too bad with a probability of up to "
     "its alpha, and k splits, asked until one says yes, with up to k times alpha"
