@@ -117,7 +117,9 @@ def search(
     rule: RuleOption = RuleName.KNAPSACK,
     cutoff: Annotated[float | None, typer.Option(help="Per layer; default margin / number of candidates.")] = None,
     target: TargetOption = TargetName.EMULATED,
-    pin: Annotated[list[str] | None, typer.Option(help="Keep layers that match this shell pattern.")] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="Keep the layer of this name, or those that match this shell pattern.")
+    ] = None,
     allow: AllowOption = None,
     input_range: RangeOption = "amax",
     probe: Annotated[Probes, typer.Option(help="Which layers are measured one at a time.")] = Probes.AMBIGUOUS,

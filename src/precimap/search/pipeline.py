@@ -76,12 +76,13 @@ def search(
 
     schemes: names or Schemes; of several each layer takes one (on equal terms, the first). margin: the largest drop you
     accept, in units of the metric. rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its
-    own drop is surely below it (default: margin / number of candidate layers). pinned: shell patterns of layers to
-    keep. allowed: pattern -> the only schemes for the layers that match it. alpha_budget: what the certify split may
-    give away in all (default 1 - confidence). effort: how hard to look, see `Effort`. serving: batch sizes and hardware,
-    see `Serving`; by default layers are timed here if the target has kernels here. run: a directory for measurements
-    and maps; one that holds measurements of the same model, data and schemes is taken up again, also with another
-    margin or rule. ledger: directory of the alpha ledgers (default `state_directory()`).
+    own drop is surely below it (default: margin / number of candidate layers). pinned: layers to keep, by name or
+    shell pattern. allowed: name or pattern -> the only schemes for these layers. A name means that layer alone,
+    whatever it holds. alpha_budget: what the certify split may give away in all (default 1 - confidence). effort:
+    how hard to look, see `Effort`. serving: batch sizes and hardware, see `Serving`; by default layers are timed
+    here if the target has kernels here. run: a directory for measurements and maps; one that holds measurements of
+    the same model, data and schemes is taken up again, also with another margin or rule. ledger: directory of the
+    alpha ledgers (default `state_directory()`).
     realign: bring each map's scores, which must be logits, back to the baseline's by a scale and a shift that are fitted
     without labels on the calibration split and folded into the last nn.Linear; part of the map and of what is certified.
     on_preflight: told what this many units can detect, before the long work.
