@@ -17,19 +17,12 @@ from torch import Tensor, nn
 
 from precimap.errors import FAILURES, ModelError, first_line
 from precimap.layers.contents import version_of
+from precimap.layers.equations import EQUATIONS, parsed
 from precimap.layers.groups import fused_by_engines
 from precimap.layers.influence import InfluenceTrace, confirmed_dead
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.inventory import ActivationProduct, Inventory, Layer, OtherParameter, Read
-from precimap.layers.ops import (
-    OPS,
-    UNSUPPORTED_CALLS,
-    Arguments,
-    attention_products,
-    call_name,
-    einsum_op,
-    product_flops,
-)
+from precimap.layers.ops import OPS, Arguments, attention_products, call_name, product_flops, unsupported
 from precimap.layers.owners import Owners, owners, why_not_packed
 from precimap.layers.views import check_visible, parameter_names, tied_names
 from precimap.user_code import called
@@ -90,6 +83,7 @@ class _Discovery(Interception):
         seen.contracted.add(call.view.parameter_dims(call.weight_contracted))
         seen.widths.add(_widths(call))
         left, right = call.arguments.get(call.op.left), call.arguments.get(call.op.right)
+        output = output[0] if isinstance(output, tuple) and output else output
         if isinstance(output, Tensor):
             seen.flops += product_flops(call.op, left, right, call.contraction, output)
             seen.reads.append(Read(tuple(call.input.shape), math.prod(output.shape[:-1])))
@@ -115,8 +109,9 @@ class _Discovery(Interception):
             if self.views.is_view_call(func):
                 continue
             self.readers[view.name].append(call_name(func))
-            if func in UNSUPPORTED_CALLS:
-                what = f"{UNSUPPORTED_CALLS[func]} {call_name(func)}"
+            kind = unsupported(func)
+            if kind is not None:
+                what = f"{kind} {call_name(func)}"
                 self.hidden[view.name] = f"inside the {what}, which is not supported"
 
     def _note_computed(self, func: Any, arguments: Arguments, output: Any) -> None:
@@ -143,10 +138,8 @@ class _Discovery(Interception):
                 self._add_product(call_name(func), left, right, flops)
             return
         op = OPS.get(func)
-        if func is torch.functional.einsum:
-            parsed = einsum_op(arguments)
-            if parsed is not None:
-                op, arguments = parsed
+        if func in EQUATIONS and (found := parsed(func, arguments)) is not None:
+            op, _, arguments = found
         if op is None or not isinstance(output, Tensor):
             return
         left, right = arguments.get(op.left), arguments.get(op.right)

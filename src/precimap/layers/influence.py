@@ -48,7 +48,7 @@ class _Disturbed(Interception):
 
     def on_weight(self, call: WeightCall) -> Any:
         output = call.run()
-        return output.mul(-1.5).add(0.25) if isinstance(output, Tensor) else output
+        return call.written(output.mul(-1.5).add(0.25)) if isinstance(output, Tensor) else output
 
 
 def confirmed_dead(

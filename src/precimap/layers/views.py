@@ -46,7 +46,7 @@ VIEW_CALLS = frozenset(
     "t transpose permute movedim swapaxes swapdims T mT H mH adjoint chunk split split_with_sizes tensor_split unbind "
     "__getitem__ select narrow view reshape flatten unflatten squeeze unsqueeze expand expand_as view_as reshape_as "
     "contiguous to type type_as float half bfloat16 double detach clone data index_select requires_grad_ cuda cpu "
-    "_to_copy alias".split()
+    "_to_copy _unsafe_view slice lift_fresh alias".split()
 )
 
 
