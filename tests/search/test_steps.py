@@ -179,7 +179,7 @@ def test_a_name_means_that_layer_whatever_it_holds(asked: str, kept: set[str]) -
 
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match=r"expected the name of a layer.*got 't\.nobody'"):
+    with pytest.raises(InputError, match=r"expected a name or a pattern that matches a layer.*got 't\.nobody'"):
         eligibility(Inventory(tuple(map(_layer, _FEATURES)), (), 1, (), ()), (scheme("fp8"),), EMULATED, ("t.nobody",))
 
 

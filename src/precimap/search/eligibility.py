@@ -120,7 +120,7 @@ def _matching(inventory: Inventory, asked: str) -> list[str]:
     matched = [n for n in names if fnmatch.fnmatch(n, asked) or fnmatch.fnmatch(n.removesuffix(".weight"), asked)]
     if not matched:
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise InputError(f"expected the name of a layer, or a pattern that matches one ({some}), got {asked!r}")
+        raise InputError(f"expected a name or a pattern that matches a layer ({some}), got {asked!r}")
     return matched
 
 

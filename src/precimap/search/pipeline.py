@@ -16,7 +16,6 @@ from pathlib import Path
 from precimap.certificate import Rounding
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
-from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory
 from precimap.layers.realign import score_layer
 from precimap.layers.target import EMULATED, Target
@@ -34,6 +33,7 @@ from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility, o
 from precimap.search.evidence.floor import floor_pairs, rounding_floor
 from precimap.search.evidence.gather import Evidence, gather
 from precimap.search.evidence.probe import failures
+from precimap.search.inventories import inventory_of
 from precimap.search.latency.planned import Latency
 from precimap.search.latency.serving import HERE, Serving, foreseen, timed_here
 from precimap.search.latency.whole import Stand
@@ -95,7 +95,7 @@ def search(
     first = preflight.check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)
-    inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
+    inventory = inventory_of(task)
     eligible = eligibility(inventory, chosen, target, pinned, allowed)
     by_profile = foreseen(inventory, open_pairs(eligible, chosen), target, serving)
     seen = _Seen(prints, (*first.notes, *prints.notes), inventory, eligible, by_profile)

@@ -243,6 +243,13 @@ def notes(inventory: Inventory, coupled: Sequence[BatchDependence]) -> tuple[str
     """What is worth knowing before the search."""
     found = [dependence.note for dependence in coupled]
     if inventory.hidden_flops:
-        hidden = "; ".join(f"{reason} ({flops:,} FLOPs)" for reason, flops in inventory.hidden_flops)
-        found.append(f"weight products that no layer stands for: {hidden}")
+        hidden = "; ".join(
+            f"{where} ({flops:,} FLOPs, {flops / inventory.flops:.1%} of all)"
+            for where, flops in inventory.hidden_flops
+        )
+        found.append(f"products that no layer stands for, and that stay in base precision: {hidden}")
+    if inventory.uncounted:
+        found.append(
+            f"calls whose FLOPs nobody counts, and in no share that is given: {'; '.join(inventory.uncounted)}"
+        )
     return tuple(found)

@@ -14,7 +14,7 @@ import torch
 from precimap.layers.inventory import Inventory, Layer
 from precimap.metrics.power import units_needed
 from precimap.numerics.schemes import Scheme
-from precimap.precision_map import Decision, PrecisionMap, Premise, Verdict
+from precimap.precision_map import Decision, OfModel, PrecisionMap, Premise, Verdict
 from precimap.search.calibrate import Calibration
 from precimap.search.eligibility import Eligibility
 from precimap.search.evidence.known import Known
@@ -80,6 +80,13 @@ def assemble(findings: Findings, choice: dict[str, str]) -> PrecisionMap:
             for layer in findings.inventory.layers
         },
         premise=findings.premise,
+        of_model=_of_model(findings.inventory),
+    )
+
+
+def _of_model(inventory: Inventory) -> OfModel:
+    return OfModel(
+        weights_share=inventory.weight_flops / inventory.flops if inventory.flops else 1.0, bytes=inventory.bytes
     )
 
 
