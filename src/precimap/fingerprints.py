@@ -14,6 +14,7 @@ import hashlib
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from precimap.content import Contents, raw_bytes
@@ -37,7 +38,9 @@ def of_weights(model: nn.Module) -> str:
         if isinstance(tensor, Tensor):
             digest.update(plain_name(name).encode())
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            if tensor.numel():
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                digest.update(Contents(name).of(tensor.detach()))
+            elif tensor.numel():
                 digest.update(raw_bytes(tensor).data)
     return digest.hexdigest()[:16]
 

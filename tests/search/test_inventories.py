@@ -1,11 +1,14 @@
 """A search of a model that its first batch does not reach, or that is mostly no layer: what it finds and what it says."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from precimap.errors import ModelError
+from precimap.fingerprints import of_weights
 from precimap.journal import open_journal
 from precimap.metrics import Loss
 from precimap.precision_map import OfModel, PrecisionMap
@@ -129,3 +132,60 @@ def test_a_map_without_totals_says_of_what_it_speaks(routed: Task, tmp_path: Pat
     assert read.flops_said.endswith("of the weight FLOPs")
     assert found.flops_said.endswith("of the FLOPs")
     assert read.bytes_share == 1.0 > found.bytes_share
+
+
+class Odd(nn.Module):
+    """A weight of another kind before an ordinary layer."""
+
+    def __init__(self, weight: Tensor, use: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.odd, self.head = nn.Parameter(weight, requires_grad=False), nn.Linear(16, 16)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.use(x, self.odd))
+
+
+SQUARE = torch.randn(16, 16, generator=torch.Generator().manual_seed(3))
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "complex": lambda: Odd(SQUARE.to(torch.complex64), lambda x, w: (x.to(w.dtype) @ w).real),
+    "float8": lambda: Odd(SQUARE.to(torch.float8_e4m3fn), lambda x, w: x @ w.to(x.dtype)),
+    "int8": lambda: Odd(SQUARE.to(torch.int8), lambda x, w: x @ w.to(x.dtype)),
+    "sparse": lambda: Odd(SQUARE.relu().to_sparse(), lambda x, w: torch.sparse.mm(w, x.t()).t()),
+    "exported": lambda: exported(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))),
+}
+
+
+def exported(model: nn.Module) -> nn.Module:
+    return torch.export.export(
+        model.eval(), (torch.randn(8, 16),), dynamic_shapes=({0: torch.export.Dim("n")},)
+    ).module()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KINDS)
+def test_a_weight_of_another_kind_stops_no_search(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    model = KINDS[name]()
+    task = task_of(model if name == "exported" else model.eval(), 2, 2)
+    found = search(task, schemes=["fp8"], margin=10.0, ledger=tmp_path, effort=Effort(rounding_draws=0))
+    assert found.map.low == (("0.weight", "2.weight") if name == "exported" else ("head.weight",))
+    assert found.certificate is not None
+    assert found.certificate.certified
+    assert (found.map.flops_share == 1) == (name == "exported")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_weight_that_stops_it_is_named_before_anything_is_run() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).eval()
+    task = task_of(model, 2, 2)
+    model[1].register_parameter(
+        "coded", nn.Parameter(torch.quantize_per_tensor(SQUARE, 0.1, 0, torch.qint8), requires_grad=False)
+    )
+    with pytest.raises(ModelError, match=r"1\.coded in torch\.qint8"):
+        search(task, schemes=["fp8"], margin=10.0)
+
+
+def test_the_bits_of_a_sparse_weight_are_in_the_weights_fingerprint() -> None:
+    one, other = (Odd(tensor.to_sparse(), lambda x, w: x) for tensor in (SQUARE.relu(), SQUARE.relu().t()))
+    assert of_weights(one) == of_weights(one) != of_weights(other)

@@ -30,6 +30,26 @@ def why_no_layer(weight: Tensor) -> str | None:
     return None
 
 
+def is_finite(weight: Tensor) -> bool:
+    """Whether a weight of any kind holds neither NaN nor infinity."""
+    with torch.no_grad():
+        values = _values(weight)
+        return bool(torch.isfinite(values.float() if values.is_floating_point() else values).all())
+
+
+def is_exported(model: nn.Module) -> bool:
+    """Whether it is what `ExportedProgram.module()` gives: its mode is that of its graph, and `eval()` is not for it."""
+    return any(kind.__module__ == "torch.export._unlift" for kind in type(model).__mro__)
+
+
+def _values(weight: Tensor) -> Tensor:
+    if weight.is_nested:
+        return torch.cat([one.reshape(-1) for one in weight.unbind()])
+    if weight.layout is torch.sparse_coo:
+        return weight._values()
+    return weight if weight.layout is torch.strided else weight.values()
+
+
 def _refusals(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         where = f"{name or 'the model itself'} ({type(module).__name__})"

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from precimap.errors import ModelError, TaskError
 from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantized
+from precimap.layers.special import check_visible, is_exported, is_finite
 from precimap.layers.views import plain_name
 from precimap.metrics.click import NE, NE_MARGINS
 from precimap.metrics.guard import Head
@@ -62,13 +63,13 @@ class Preflight:
 
 
 def check_weights(task: Task) -> None:
-    """Raises ModelError for a model in training mode, without weights, or with parameters that are not finite; TaskError
-    inside of torch.inference_mode()."""
+    """Raises ModelError for a model in training mode, without weights, that cannot be looked into, or with parameters that
+    are not finite; TaskError inside of torch.inference_mode()."""
     if torch.is_inference_mode_enabled():
         raise TaskError(
             "expected a call outside of torch.inference_mode(), whose tensors take no gradient; leave the block"
         )
-    if task.model.training:
+    if task.model.training and not is_exported(task.model):
         raise ModelError("expected a model in evaluation mode, got one in training mode; call model.eval() first")
     tensors = dict((*task.model.named_parameters(), *task.model.named_buffers()))
     unnamed = [name for name in tensors if not can_be_written(name)]
@@ -80,7 +81,8 @@ def check_weights(task: Task) -> None:
             f"expected a model with its weights, got none yet in {', '.join(empty[:5])} (on the meta device, or of a lazy "
             "module that no batch has run through); load them first"
         )
-    broken = [plain_name(n) for n, p in task.model.named_parameters() if not torch.isfinite(p).all()]
+    check_visible(task.model)
+    broken = [plain_name(n) for n, p in task.model.named_parameters() if not is_finite(p)]
     if broken:
         raise ModelError(f"expected finite weights, got NaN or Inf in {', '.join(broken[:5])}; repair the model first")
 
