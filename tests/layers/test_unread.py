@@ -217,3 +217,24 @@ def test_memory_that_another_parameter_has_is_no_secret() -> None:
     reasons = {other.name: other.reason for other in of(model).others}
     assert "its memory is that of another parameter" in reasons["spare.weight"]
     assert model.passes == 1
+
+
+def test_memory_that_other_processes_see_is_not_touched() -> None:
+    model = Net(lambda m, x: m.b(torch.relu(m.a(x))))
+    model.spare.share_memory()
+    reasons = {other.name: other.reason for other in of(model).others}
+    assert "shared with other processes" in reasons["spare.weight"]
+    assert model.passes == 1
+
+
+def test_a_copy_is_no_read() -> None:
+    """Weights that are cast together, whatever the batch needs of them."""
+
+    def cast(m: Net, x: Tensor) -> Tensor:
+        weights = {name: parameter.double() for name, parameter in m.named_parameters()}
+        return F.linear(torch.relu(F.linear(x.double(), weights["a.weight"])), weights["b.weight"]).float()
+
+    inventory = of(Net(cast))
+    assert {layer.name for layer in inventory.layers} == {"a.weight", "b.weight", "head.weight"}
+    reasons = {other.name: other.reason for other in inventory.others}
+    assert reasons["spare.weight"].startswith("never read")

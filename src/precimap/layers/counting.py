@@ -30,6 +30,13 @@ _SILENT = (
     "inductor",
 )  # whose ops without a formula are elementwise, but for these:
 _CONTRACTING = ("linalg_", "_linalg_", "_fft_", "_cdist_", "cholesky", "_transformer_", "_native_multi_head", "mkldnn_")
+_COPIES = (
+    "aten._to_copy",
+    "aten.clone",
+    "aten.contiguous",
+    "aten._unsafe_view",
+    "aten._reshape_alias",
+)  # these read nothing
 _ELEMENTWISE = ("linalg_vector_norm", "linalg_cross")
 
 
@@ -85,7 +92,7 @@ class DispatchCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         name = op_name(func)
-        if self._weights and not getattr(func, "is_view", False):
+        if self._weights and not getattr(func, "is_view", False) and name not in _COPIES:
             for key in storages_of((*args, *kwargs.values())):
                 if key in self._weights:
                     self.reads.setdefault(key, {})[name] = None

@@ -81,7 +81,7 @@ def discover(model: nn.Module, forward: Forward, batch: Any, further: Iterable[A
         tuple(replace(layer, tied=tied.get(layer.name, ())) for layer in layers.values()),
         tuple(others),
         first.units,
-        tuple(sorted(first.mode.hidden_flops.items())),
+        tuple(sorted(first.mode.hidden_flops.items(), key=lambda hidden: (-hidden[1], hidden[0]))),
         tuple(products),
         tuple(first.mode.uncounted),
     )

@@ -111,8 +111,8 @@ class Inventory:
     Without slots, so that totals are summed once: they are asked for every layer of a model.
 
     Layers, `products` and `hidden_flops` add up to all FLOPs that torch dispatches. products: of activations with
-    activations, the most FLOPs first. hidden_flops: (module and op, FLOPs) of products that neither stands for; a weight may
-    be in them. uncounted: calls with products whose FLOPs nobody knows.
+    activations, the most FLOPs first. hidden_flops: (module and op, FLOPs) of products that neither stands for, the most
+    first; a weight may be in them. uncounted: calls with products whose FLOPs nobody knows.
     """
 
     layers: tuple[Layer, ...]

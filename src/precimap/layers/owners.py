@@ -29,7 +29,7 @@ class Owners:
     @property
     def here(self) -> str:
         """The innermost module that runs, such as `tower.lstm (LSTM)`."""
-        return self.running[-1] if self.running else "outside of the model"
+        return self.running[-1] if self.running else "outside of any module"
 
     def left(self) -> None:
         """A module has returned. No value, which a hook would put in place of the module's result."""

@@ -20,6 +20,7 @@ from precimap.layers.storages import parts
 MOST_PASSES = 32
 READ_UNSEEN = "read where it cannot be seen (another thread, compiled code): the output changes with it"
 NEVER_READ = "never read: no call of this batch used it"
+_SHARED = "no call was seen to read it; whether any does was not tested, for its memory is shared with other processes"
 _UNSTEADY = "no call was seen to read it, and whether any does cannot be told: the output differs from call to call"
 
 Forward = Callable[[Any, Any], Tensor]
@@ -30,7 +31,11 @@ def told_apart(
 ) -> dict[str, str]:
     """What to say of each suspect. output: of the batch as it was watched."""
     told = dict.fromkeys(suspects, NEVER_READ)
-    testable = [name for name, suspect in suspects.items() if parts(suspect) == (suspect,) and suspect.numel()]
+    shared = [name for name, suspect in suspects.items() if _is_shared(suspect)]
+    told |= dict.fromkeys(shared, _SHARED)
+    testable = [
+        n for n, suspect in suspects.items() if n not in shared and parts(suspect) == (suspect,) and suspect.numel()
+    ]
     if not testable:
         return told
     passes = _Passes(model, forward, batch, suspects)
@@ -46,6 +51,11 @@ def told_apart(
         among = "" if len(group) == 1 else f", or with another of {len(group)}"
         told |= dict.fromkeys(group, READ_UNSEEN + among)
     return told
+
+
+def _is_shared(suspect: Tensor) -> bool:
+    """Whether another process sees what is written; torch says so of every tensor on a GPU."""
+    return suspect.device.type == "cpu" and bool(suspect.is_shared())  # type: ignore[no-untyped-call]
 
 
 class _Passes:

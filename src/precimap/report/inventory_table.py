@@ -85,8 +85,11 @@ def _coverage(inventory: Inventory) -> RenderableType:
         lines.append(f"FLOPs that no layer stands for: {hidden:,}, {_part(hidden, every):.1%}, in base precision")
     lines += [
         f"hidden from layers: {where}, {flops:,} FLOPs, {_part(flops, every):.1%}"
-        for where, flops in inventory.hidden_flops
+        for where, flops in inventory.hidden_flops[:PRODUCTS_SHOWN]
     ]
+    rest = inventory.hidden_flops[PRODUCTS_SHOWN:]
+    if rest:
+        lines.append(f"hidden from layers: {len(rest)} others (--json), {sum(flops for _, flops in rest):,} FLOPs")
     lines += [f"no FLOPs are known of, and in no share: {where}" for where in inventory.uncounted]
     lines += [f"dead: {layer.name}: {layer.dead}" for layer in inventory.layers if layer.dead]
     return lines_of(lines)

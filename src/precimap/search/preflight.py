@@ -34,6 +34,7 @@ from precimap.task import Scored, Task, can_be_written, join_parts, score_batch,
 
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
 INFLUENCE_TOLERANCE = 1e-4
+NAMED_AT_MOST = 5
 LARGE_RELATIVE_MARGIN = 0.1
 LARGE_NE_MARGIN = 0.01
 
@@ -245,13 +246,15 @@ def notes(inventory: Inventory, coupled: Sequence[BatchDependence]) -> tuple[str
     """What is worth knowing before the search."""
     found = [dependence.note for dependence in coupled]
     if inventory.hidden_flops:
-        hidden = "; ".join(
-            f"{where} ({flops:,} FLOPs, {flops / inventory.flops:.1%} of all)"
-            for where, flops in inventory.hidden_flops
-        )
-        found.append(f"products that no layer stands for, and that stay in base precision: {hidden}")
+        share = (inventory.weight_flops - inventory.layer_flops) / inventory.flops
+        hidden = _some([f"{where} ({flops:,} FLOPs)" for where, flops in inventory.hidden_flops])
+        found.append(f"{share:.1%} of the FLOPs are in products that no layer stands for, in base precision: {hidden}")
     if inventory.uncounted:
-        found.append(
-            f"calls whose FLOPs nobody counts, and in no share that is given: {'; '.join(inventory.uncounted)}"
-        )
+        found.append(f"calls whose FLOPs nobody counts, and in no share that is given: {_some(inventory.uncounted)}")
     return tuple(found)
+
+
+def _some(said: Sequence[str]) -> str:
+    """The first few, and how many more; `precimap layers` lists all."""
+    more = f"; and {len(said) - NAMED_AT_MOST} more" if len(said) > NAMED_AT_MOST else ""
+    return "; ".join(said[:NAMED_AT_MOST]) + more
