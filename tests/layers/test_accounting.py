@@ -244,6 +244,55 @@ def test_a_bilinear_form_is_hidden_by_name_with_its_flops(inputs: tuple[int, int
     assert inventory.covered == 0.0
 
 
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 16), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x) * 2, (x,))
+
+
+class Flexible(nn.Module):
+    """Attention that compiles itself, and loads the compiler to do so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        heads = self.qkv(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        return flex_attention(heads, heads, heads).flatten(1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_branch_of_a_cond_that_is_taken_is_counted() -> None:
+    model = Branches().eval()
+    inventory = discover(model, lambda m, b: m(b), torch.ones(8, 32))
+    assert inventory.hidden_flops == (("the model (Branches): cond / aten.addmm", 2 * 8 * 32 * 16),)
+    assert (inventory.covered, inventory.uncounted) == (0.0, ())
+    reasons = {other.name: other.reason for other in inventory.others}
+    assert "in a call that does not show the parameter" in reasons["a.weight"]
+    assert "never read" in reasons["b.weight"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_attention_that_compiles_itself_is_counted() -> None:
+    inventory = discover(Flexible().eval(), lambda m, b: m(b), torch.randn(2, 6, 16))
+    attention = 2 * (2 * 2 * 2 * 6 * 6 * 8)
+    assert inventory.hidden_flops == (("the model (Flexible): flex_attention", attention),)
+    assert inventory.layer("qkv.weight").flops == 2 * 12 * 16 * 16
+
+
+def test_a_gradient_within_the_model_is_counted() -> None:
+    model = nn.Linear(32, 1).eval()
+    inventory = discover(model, lambda m, b: torch.func.vmap(torch.func.grad(lambda row: m(row).tanh().sum()))(b), X)
+    assert inventory.layer("weight").flops == 2 * 8 * 32
+    assert sum(flops for _, flops in inventory.hidden_flops) == 2 * 8 * 32
+
+
 def test_products_with_a_vector_are_counted_although_torch_does_not() -> None:
     inventory = discover(
         Given(lambda s, x: torch.stack([torch.mv(s.w.t(), r) for r in x]) * torch.dot(x[0], x[1])).eval(),

@@ -67,6 +67,11 @@ class DispatchCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._outside = outside
         self._apart: Counted | None = None
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """It changes nothing that is computed, so code that compiles itself (flex_attention) need not refuse it."""
+        return True
+
     @contextmanager
     def apart(self) -> Iterator[Counted]:
         """What is counted inside the block; it is then not told to `outside`."""
@@ -86,9 +91,16 @@ class DispatchCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if decomposed is not NotImplemented:
                 return decomposed
         with torch._C.DisableTorchFunction():  # else the interception would see what a plain run hides from it
+            if func is torch.ops.higher_order.cond:
+                return self._taken(*args, **kwargs)
             output = func(*args, **kwargs)
         self._note(func, args, kwargs, output)
         return output
+
+    def _taken(self, condition: Any, when_true: Any, when_false: Any, operands: Any = ()) -> Any:
+        """Of `torch.cond` the branch that is taken, counted op by op."""
+        with self:
+            return (when_true if condition else when_false)(*operands)
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         name = op_name(func)

@@ -6,6 +6,7 @@ named with its reason: read by an op that contracts nothing, hidden in a fused r
 most FLOPs of some ranking models.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precimap.errors import ModelError
+from precimap.errors import ModelError, TaskError
 from precimap.layers.groups import fused_by_engines
 from precimap.layers.influence import confirmed_dead
 from precimap.layers.inventory import ActivationProduct, Inventory, Layer, OtherParameter
@@ -90,15 +91,28 @@ def discover(model: nn.Module, forward: Forward, batch: Any, further: Iterable[A
 def _watched(
     model: nn.Module, forward: Forward, batch: Any, weights: Mapping[str, nn.Parameter], place: str
 ) -> _Watched:
-    with owners(model) as owned:
-        mode = Watching(weights, list(model.buffers()), owned)
-        with torch.no_grad(), mode, called("forward", place):
-            output = forward(model, batch)
+    compiling = "torch._dynamo" in sys.modules
+    try:
+        mode, output, owned = _run(model, forward, batch, weights, place)
+    except TaskError:
+        if compiling or "torch._dynamo" not in sys.modules:
+            raise
+        # The forward loaded the compiler while it was watched, and it traced the watching; now it is off from the start.
+        mode, output, owned = _run(model, forward, batch, weights, place)
     if not isinstance(output, Tensor):
         raise ModelError(f"expected the forward to return one tensor of scores, got {type(output).__name__}")
     mode.settle()
     dead = confirmed_dead(model, forward, batch, mode.trace.without_influence(output, mode.seen), weights)
     return _Watched(mode, output, _layers(mode, weights, dead, owned))
+
+
+def _run(
+    model: nn.Module, forward: Forward, batch: Any, weights: Mapping[str, nn.Parameter], place: str
+) -> tuple[Watching, Any, Owners]:
+    with owners(model) as owned:
+        mode = Watching(weights, list(model.buffers()), owned)
+        with torch.no_grad(), mode, called("forward", place):
+            return mode, forward(model, batch), owned
 
 
 def _further(

@@ -152,8 +152,10 @@ class Inventory:
 
     @property
     def covered(self) -> float:
-        """The share of all FLOPs that are in layers; 1.0 for a model without any."""
-        return self.layer_flops / self.flops if self.flops else 1.0
+        """The share of all FLOPs that are in layers; without any, 1.0, or 0.0 where there are calls that nobody counts."""
+        if not self.flops:
+            return 0.0 if self.uncounted else 1.0
+        return self.layer_flops / self.flops
 
     @property
     def parameters(self) -> int:
