@@ -114,6 +114,8 @@ class PrecisionMap(Record):
             yield f"its certificate is in {found.metric}, and the map was made for {self.premise.metric}"
         if found is not None and found.unrepaired is not None and self.realignment is None:
             yield "its certificate speaks of a realigned last logit, and the map has none"
+        if self.of_model is not None and self.of_model.bytes < self.bytes_before:
+            yield f"its layers have {self.bytes_before:,} bytes, and all parameters of the model {self.of_model.bytes:,}"
         if self.end_to_end is not None and self.end_to_end.map != self.fingerprint:
             yield f"its times are of another map ({self.end_to_end.map}) than this one ({self.fingerprint})"
         if self.claims:
@@ -172,7 +174,7 @@ class PrecisionMap(Record):
     @property
     def other_bytes(self) -> int:
         """Of the parameters that are in no layer; 0 where the map does not know."""
-        return 0 if self.of_model is None else max(0, self.of_model.bytes - self.bytes_before)
+        return 0 if self.of_model is None else self.of_model.bytes - self.bytes_before
 
     @property
     def bytes_share(self) -> float:
