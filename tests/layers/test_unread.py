@@ -238,3 +238,18 @@ def test_a_copy_is_no_read() -> None:
     assert {layer.name for layer in inventory.layers} == {"a.weight", "b.weight", "head.weight"}
     reasons = {other.name: other.reason for other in inventory.others}
     assert reasons["spare.weight"].startswith("never read")
+
+
+def test_a_model_that_returns_memory_of_its_own_is_not_compared_with_itself() -> None:
+    class Static(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(32, 64), nn.Linear(64, 16)
+            self.register_buffer("scores", torch.zeros(8, 16), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.scores.copy_(self.head(in_a_thread(lambda: torch.relu(self.a(x)))))
+            return self.scores
+
+    inventory = discover(Static().eval(), lambda m, b: m(b), X)
+    assert {o.name for o in inventory.others if o.reason.startswith("read where")} == {"a.weight", "a.bias"}

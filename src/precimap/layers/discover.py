@@ -103,7 +103,8 @@ def _watched(
         raise ModelError(f"expected the forward to return one tensor of scores, got {type(output).__name__}")
     mode.settle()
     dead = confirmed_dead(model, forward, batch, mode.trace.without_influence(output, mode.seen), weights)
-    return _Watched(mode, output, _layers(mode, weights, dead, owned))
+    # A copy: a model may return memory of its own, which the next call writes.
+    return _Watched(mode, output.detach().clone(), _layers(mode, weights, dead, owned))
 
 
 def _run(
@@ -127,7 +128,9 @@ def _further(
     if not left:
         return
     for number, batch in enumerate(islice(batches, FURTHEST)):
-        found = _watched(model, forward, batch, weights, f"batch {number} of those after the first")
+        found = _watched(
+            model, forward, batch, weights, f"further batch {number} (a search takes them from the calibration split)"
+        )
         yield found
         left -= {name for name in left if found.reaches(name)}
         if not left:

@@ -65,7 +65,7 @@ def confirmed_dead(
         return {}
     with torch.no_grad():
         with Interception({}), called("forward", "the first batch"):
-            before = forward(model, batch)
+            before = forward(model, batch).clone()  # it may be memory of the model's own, which the next call writes
         dead = {}
         for name in suspects:
             try:

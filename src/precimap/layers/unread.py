@@ -69,7 +69,7 @@ class _Passes:
         self.done += 1
         try:
             with _changed([self._suspects[name] for name in names]), torch.no_grad(), Interception({}):
-                return self._run()
+                return self._run().detach().clone()
         except FAILURES:
             return None
 

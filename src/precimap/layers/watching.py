@@ -228,6 +228,7 @@ class Watching(Interception):
                 )
         self.hidden_flops = defaultdict(int, {place: flops for place, flops in self.hidden_flops.items() if flops})
         self._kept_alive.clear()
+        self._constants = Constants(())
 
 
 def _is_itself(tensor: Tensor) -> bool:
