@@ -4,7 +4,7 @@ from statistics import fmean, stdev
 
 from precimap.certificate import BOUND_FARTHEST, BlindSpot, Certificate, GuardAnswer, Rounding, Unrepaired
 from precimap.numerics.schemes import SCHEMES
-from precimap.precision_map import Decision, Evidence, PrecisionMap, Premise, Realignment, Verdict
+from precimap.precision_map import Decision, Evidence, OfModel, PrecisionMap, Premise, Realignment, Verdict
 
 
 def decision(scheme: str | None = None, **changes: object) -> Decision:
@@ -50,7 +50,8 @@ def certified(example: PrecisionMap, realigned_at: str | None = None) -> Precisi
     if realigned_at is not None:
         repair = Realignment(layer=realigned_at, scale=(1.01,), shift=(0.1,), n=90)
         without = Unrepaired(drop=0.003, error=5e-4, upper=0.004)
-    plain = example.model_copy(update={"realignment": repair})
+    every = OfModel(weights_share=0.9, bytes=example.bytes_before + 100)
+    plain = example.model_copy(update={"realignment": repair, "of_model": every})
     held = GuardAnswer(
         held=True, drop=-0.002, error=1e-3, upper=0.004, margin=0.005, unit="", baseline=1.0, n=900, clusters=300,
         effective=250.0, needed=None, blind_spot=a_blind_spot(),

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from precimap.layers.inventory import ActivationProduct, Inventory
+from precimap.layers.inventory import ActivationProduct, Inventory, Layer, OtherParameter
 from precimap.report.inventory_table import PRODUCTS_SHOWN, inventory_table
 from precimap.report.tables import short_name
 
@@ -37,3 +37,24 @@ def shown(inventory: Inventory) -> list[str]:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(inventory_table(inventory))
     return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def test_every_share_is_of_the_whole_model() -> None:
+    """An LSTM with nearly all of the bytes and FLOPs beside one small layer, some attention and a call nobody counts."""
+    layer = Layer("head.weight", (4, 8), "float32", 4, ("linear",), 1, 100, (1,), 8, 4)
+    lstm = OtherParameter("lstm.weight", (100, 100), "inside the fused recurrent call lstm, which is not supported")
+    attention = ActivationProduct("bmm", (8, 10, 4), (8, 4, 10), 1, 300)
+    hidden = (("lstm (LSTM): lstm / aten.mkldnn_rnn_layer", 600),)
+    lines = shown(Inventory((layer,), (lstm,), 8, hidden, (attention,), ("odd (Odd): mine.product",)))
+
+    (row,) = [line for line in lines if line.startswith("head ")]
+    assert row.split()[3:5] == ["10.0%", "0.3%"]
+    (product,) = [line for line in lines if line.startswith("bmm ")]
+    assert product.split()[-1] == "30.0%"
+    text = " ".join(lines)
+    assert "bytes of all parameters: 40.1 kB, 0.3% in layers, 0.0% in embedding tables" in text
+    assert "FLOPs: 1,000 in a batch of 8, 10.0% in layers" in text
+    assert "activation x activation FLOPs: 300, 30.0%, always in base precision" in text
+    assert "FLOPs that no layer stands for: 600, 60.0%, in base precision" in text
+    assert "hidden from layers: lstm (LSTM): lstm / aten.mkldnn_rnn_layer, 600 FLOPs, 60.0%" in text
+    assert "no FLOPs are known of, and in no share: odd (Odd): mine.product" in text

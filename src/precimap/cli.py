@@ -50,7 +50,6 @@ from precimap.cli_options import (
 )
 from precimap.demos.demo import run_demo, unused_directory
 from precimap.errors import MapError, UncertifiedMapWarning
-from precimap.layers.discover import discover
 from precimap.numerics.schemes import SCHEMES, range_rule_from_row
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.precision_map import PrecisionMap
@@ -70,12 +69,12 @@ from precimap.search.allocation.knapsack import Constraints
 from precimap.search.allocation.rules import Knapsack
 from precimap.search.certificate.recertify import recertify
 from precimap.search.evidence.known import BYTES_WORTH
+from precimap.search.inventories import inventory_of
 from precimap.search.latency.timed import bench_device as time_layers
 from precimap.search.limits import USUAL_EFFORT
 from precimap.search.pipeline import search as search_task
 from precimap.search.planning import plan as plan_task
 from precimap.search.preflight import check_weights
-from precimap.task import first_batch
 from precimap.task_file import load_task
 
 app = typer.Typer(
@@ -103,7 +102,7 @@ def layers(task: TaskArgument, as_json: JsonOption = False) -> Result:
     """List every layer of the model, and why the other parameters are none."""
     loaded = load_task(task)
     check_weights(loaded)
-    inventory = discover(loaded.model, loaded.forward, first_batch(loaded, loaded.splits.search))
+    inventory = inventory_of(loaded)
     return Result(asdict(inventory), inventory_table(inventory), as_json)
 
 
@@ -117,7 +116,9 @@ def search(
     rule: RuleOption = RuleName.KNAPSACK,
     cutoff: Annotated[float | None, typer.Option(help="Per layer; default margin / number of candidates.")] = None,
     target: TargetOption = TargetName.EMULATED,
-    pin: Annotated[list[str] | None, typer.Option(help="Keep layers that match this shell pattern.")] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="Keep the layer of this name, or those that match this shell pattern.")
+    ] = None,
     allow: AllowOption = None,
     input_range: RangeOption = "amax",
     probe: Annotated[Probes, typer.Option(help="Which layers are measured one at a time.")] = Probes.AMBIGUOUS,

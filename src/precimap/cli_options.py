@@ -104,7 +104,8 @@ RunOption = Annotated[
 RuleOption = Annotated[RuleName, typer.Option(help="Most time saved for the margin, or each layer by itself.")]
 RangeOption = Annotated[str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")]
 AllowOption = Annotated[
-    list[str] | None, typer.Option(help="PATTERN=SCHEME,...: the only schemes for layers of this shell pattern.")
+    list[str] | None,
+    typer.Option(help="PATTERN=SCHEME,...: the only schemes for the layer of this name, or of this shell pattern."),
 ]
 SchemeOption = Annotated[
     list[str], typer.Option(help=f"Give several to let each layer take one; out of {', '.join(SCHEMES)}.")

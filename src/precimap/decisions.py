@@ -59,7 +59,8 @@ class Decision(Record):
     `contracted` are the dims of the weight that its ops sum over, None where they differ: with the shape, all that
     is needed to make the layer's codes again without looking at a batch. `evidence` was measured by a direct probe,
     `predicted` by the screen: by scheme, either or both may lack one. `also_read_by`: calls that read the weight and
-    multiply nothing; they go on reading the parameter itself.
+    multiply nothing; they go on reading the parameter itself. flops_share: of the FLOPs in products that hold a weight or
+    may hold one; `PrecisionMap.share_of` is of all.
     """
 
     scheme: str | None
@@ -85,6 +86,17 @@ class Decision(Record):
         if not set(self.contracted or ()) <= set(range(len(self.shape))):
             raise ValueError(f"expected contracted dims of the shape {self.shape}, got {self.contracted}")
         return self
+
+
+class OfModel(Record):
+    """What a share of the whole model is of; without it a map speaks of the products of weights and of its layers alone.
+
+    weights_share: of all FLOPs, in products that hold a weight or may hold one, which `Decision.flops_share` counts in.
+    bytes: of all parameters.
+    """
+
+    weights_share: float = Field(ge=0, le=1)
+    bytes: int = Field(ge=0, lt=2**63)
 
 
 class Premise(Record):

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from precimap.content import Contents, raw_bytes
@@ -41,7 +42,9 @@ def of_weights(model: nn.Module) -> str:
         if isinstance(tensor, Tensor):
             digest.update(plain_name(name).encode())
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            if tensor.numel():
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                digest.update(Contents(name).of(tensor.detach()))
+            elif tensor.numel():
                 digest.update(raw_bytes(tensor).data)
     return digest.hexdigest()[:16]
 

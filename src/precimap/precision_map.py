@@ -23,13 +23,13 @@ from pydantic import (
 )
 
 from precimap.certificate import Certificate, Record, Rounding
-from precimap.decisions import Decision, Evidence, Premise, Realignment, UnitSketch, Verdict
+from precimap.decisions import Decision, Evidence, OfModel, Premise, Realignment, UnitSketch, Verdict
 from precimap.durable import write_text
 from precimap.end_to_end import EndToEnd
 from precimap.errors import MapError, PremiseMismatch, SchemeError
 from precimap.numerics.schemes import Scheme, scheme_from_row
 
-__all__ = ["Decision", "Evidence", "PrecisionMap", "Premise", "Realignment", "Verdict"]
+__all__ = ["Decision", "Evidence", "OfModel", "PrecisionMap", "Premise", "Realignment", "Verdict"]
 
 MAP_VERSION = 2  # 1 had no digest
 _WHAT_TO_DO = (
@@ -57,6 +57,7 @@ class PrecisionMap(Record):
     realignment: Realignment | None = None
     end_to_end: EndToEnd | None = None
     chosen_on: tuple[UnitSketch, ...] = ()
+    of_model: OfModel | None = None
     digest: str | None = None
 
     @model_validator(mode="after")
@@ -93,6 +94,8 @@ class PrecisionMap(Record):
     @model_serializer(mode="wrap")
     def _with_digest(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
         row: dict[str, Any] = written(self)
+        if self.of_model is None:  # maps written before there was one have another digest with it
+            row.pop("of_model", None)
         if "digest" in row:
             row["digest"] = _digest({name: value for name, value in row.items() if name != "digest"})
         return row
@@ -111,6 +114,8 @@ class PrecisionMap(Record):
             yield f"its certificate is in {found.metric}, and the map was made for {self.premise.metric}"
         if found is not None and found.unrepaired is not None and self.realignment is None:
             yield "its certificate speaks of a realigned last logit, and the map has none"
+        if self.of_model is not None and self.of_model.bytes < self.bytes_before:
+            yield f"its layers have {self.bytes_before:,} bytes, and all parameters of the model {self.of_model.bytes:,}"
         if self.end_to_end is not None and self.end_to_end.map != self.fingerprint:
             yield f"its times are of another map ({self.end_to_end.map}) than this one ({self.fingerprint})"
         if self.claims:
@@ -137,10 +142,19 @@ class PrecisionMap(Record):
         """The layers in low precision."""
         return tuple(name for name, decision in self.layers.items() if decision.scheme is not None)
 
+    def share_of(self, name: str) -> float:
+        """A layer's share of the model's FLOPs."""
+        return self.layers[name].flops_share * (1.0 if self.of_model is None else self.of_model.weights_share)
+
     @property
     def flops_share(self) -> float:
-        """Share of the model's weight FLOPs whose product runs in low precision (weight-only schemes do not count)."""
-        return sum(d.flops_share for name, d in self.layers.items() if (s := self.scheme_of(name)) and s.computes_low)
+        """Share of the model's FLOPs whose product runs in low precision (weight-only schemes do not count)."""
+        return sum(self.share_of(name) for name in self.layers if (s := self.scheme_of(name)) and s.computes_low)
+
+    @property
+    def flops_said(self) -> str:
+        """`flops_share` in words; a map that does not know all FLOPs says of which it speaks."""
+        return f"{self.flops_share:.1%} of the {'weight ' if self.of_model is None else ''}FLOPs"
 
     @property
     def bytes_before(self) -> int:
@@ -158,9 +172,15 @@ class PrecisionMap(Record):
         )
 
     @property
+    def other_bytes(self) -> int:
+        """Of the parameters that are in no layer; 0 where the map does not know."""
+        return 0 if self.of_model is None else self.of_model.bytes - self.bytes_before
+
+    @property
     def bytes_share(self) -> float:
-        """Share of the layers' bytes that a map puts in low precision, counted in base precision; 0 without any."""
-        return sum(self.layers[name].bytes for name in self.low) / self.bytes_before if self.bytes_before else 0.0
+        """Share of the bytes of all parameters that the map puts in low precision, as in base precision; 0 without any."""
+        every = self.bytes_before + self.other_bytes
+        return sum(self.layers[name].bytes for name in self.low) / every if every else 0.0
 
     @property
     def fingerprint(self) -> str:

@@ -1,6 +1,7 @@
 """Every call site of a weight is seen, whatever its spelling; and the model stays as it was."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,6 +27,12 @@ class Raw(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.w = nn.Parameter(weight.clone())
+
+
+def _into(target: Tensor, call: Callable[[Tensor], object]) -> Tensor:
+    """What a call wrote into a tensor; what it returns is not read."""
+    call(target)
+    return target
 
 
 # name -> (weight as stored, the call, the weight's contracted dims); each computes X @ W up to a transposition.
@@ -68,6 +75,41 @@ SPELLINGS = {
     "detach": (W, lambda w: X @ w.detach(), (0,)),
     "conv1d of width 1": (W.T.contiguous()[..., None], lambda w: F.conv1d(X.T[None], w)[0].T, (1, 2)),
     "mv": (W.T.contiguous(), lambda w: torch.stack([torch.mv(w, x) for x in X]), (1,)),
+    "linalg.matmul": (W, lambda w: torch.linalg.matmul(X, w), (0,)),
+    "multi_dot of two": (W, lambda w: torch.linalg.multi_dot([X, w]), (0,)),
+    "multi_dot of two, weight first": (W.T.contiguous(), lambda w: torch.linalg.multi_dot((w, X.T)).T, (1,)),
+    "addmm_": (W, lambda w: torch.zeros(6, 48).addmm_(X, w), (0,)),
+    "addmm_, its tensor read": (W, lambda w: _into(torch.zeros(6, 48), lambda to: to.addmm_(X, w)), (0,)),
+    "addmm_ keywords": (W, lambda w: torch.ones(6, 48).addmm_(mat1=X, mat2=w, beta=0), (0,)),
+    "baddbmm_": (W, lambda w: torch.zeros(1, 6, 48).baddbmm_(X[None], w[None])[0], (0,)),
+    "mm with out": (W, lambda w: _into(torch.empty(0), lambda to: torch.mm(X, w, out=to)), (0,)),
+    "aten.mm": (W, lambda w: torch.ops.aten.mm(X, w), (0,)),
+    "aten.mm.default": (W, lambda w: torch.ops.aten.mm.default(X, w), (0,)),
+    "aten.mm.out": (W, lambda w: _into(torch.empty(6, 48), lambda to: torch.ops.aten.mm.out(X, w, out=to)), (0,)),
+    "aten.mm of aten.t": (W.T.contiguous(), lambda w: torch.ops.aten.mm(X, torch.ops.aten.t.default(w)), (1,)),
+    "aten.bmm": (W, lambda w: torch.ops.aten.bmm(X[None], torch.ops.aten.unsqueeze.default(w, 0))[0], (0,)),
+    "aten.addmm": (W, lambda w: torch.ops.aten.addmm.default(torch.zeros(48), X, w), (0,)),
+    "aten.addmm_": (W, lambda w: torch.ops.aten.addmm_.default(torch.zeros(6, 48), X, w), (0,)),
+    "aten.baddbmm": (W, lambda w: torch.ops.aten.baddbmm(torch.zeros(1, 6, 48), X[None], w[None])[0], (0,)),
+    "aten.linear": (W.T.contiguous(), lambda w: torch.ops.aten.linear.default(X, w), (1,)),
+    "aten.matmul": (W, lambda w: torch.ops.aten.matmul(X, w), (0,)),
+    "aten.einsum": (W, lambda w: torch.ops.aten.einsum("bk,kn->bn", [X, w]), (0,)),
+    "aten.inner": (W.T.contiguous(), lambda w: torch.ops.aten.inner(X, w), (1,)),
+    "aten.tensordot": (W, lambda w: torch.ops.aten.tensordot(X, w, [1], [-2]), (0,)),
+    "aten.convolution of width 1": (
+        W.T.contiguous()[..., None],
+        lambda w: torch.ops.aten.convolution(X.T[None], w, None, [1], [0], [1], False, [0], 1)[0].T,
+        (1, 2),
+    ),
+    "conv_transpose1d of width 1": (W[..., None], lambda w: F.conv_transpose1d(X.T[None], w)[0].T, (0, 2)),
+    "aten.convolution, transposed": (
+        W[..., None],
+        lambda w: torch.ops.aten.convolution.default(X.T[None], w, None, [1], [0], [1], True, [0], 1)[0].T,
+        (0, 2),
+    ),
+    "aten.mv": (W.T.contiguous(), lambda w: torch.stack([torch.ops.aten.mv(w, x) for x in X]), (1,)),
+    "addmv": (W.T.contiguous(), lambda w: torch.stack([torch.zeros(48).addmv(w, x) for x in X]), (1,)),
+    "addmv_": (W.T.contiguous(), lambda w: torch.stack([torch.zeros(48).addmv_(w, x) for x in X]), (1,)),
     "_grouped_mm": (
         torch.stack([W, W]).bfloat16(),
         lambda w: torch._grouped_mm(X.bfloat16(), w, offs=torch.tensor([2, 6], dtype=torch.int32)).float(),
@@ -114,11 +156,11 @@ def test_every_spelling_computes_the_same_emulation(spelling: str, name: str) ->
         expected = (x @ w).bfloat16().float()
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
         return
-    if spelling == "conv1d of width 1" and chosen.input is not None:
+    if ("of width 1" in spelling or "transposed" in spelling) and chosen.input is not None:
         # One example of a convolution shares its scale over positions; here the example is all of X.
         x = fake_quantize(X, chosen.input.format, fit(X, chosen.input, (0, 1)))
         expected = x @ w
-    if spelling == "mv" and name == "fp8-tensor":
+    if spelling in ("mv", "aten.mv", "addmv", "addmv_") and name == "fp8-tensor":
         assert chosen.input is not None
         expected = torch.cat(
             [fake_quantize(r, chosen.input.format, fit(r, chosen.input, (0, 1))) @ w for r in X.split(1)]

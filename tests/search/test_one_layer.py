@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import precimap.layers.discover as discovering
 import precimap.layers.first_order as screening
+import precimap.layers.watching as watching
 from precimap import PrecisionMap, SearchResult, Splits, Task, search
 from precimap.errors import SchemeError, TaskError
 from precimap.layers.discover import discover
@@ -232,14 +232,14 @@ def test_a_model_that_fails_is_no_layer_s_fault(tmp_path: Path) -> None:
 
 
 def test_a_call_that_cannot_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = discovering.product_flops
+    plain = watching.product_flops
 
     def failing(op: Any, left: Tensor, right: Tensor, *asked: Any) -> int:
         if tuple(right.shape) == (16, 32):
             raise ValueError("planted: an odd call")
         return plain(op, left, right, *asked)
 
-    monkeypatch.setattr(discovering, "product_flops", failing)
+    monkeypatch.setattr(watching, "product_flops", failing)
     task = odd_task(lambda net, x: x + net.e(x))
     inventory = discover(task.model, task.forward, next(iter(task.splits.search)))
     assert [layer.name for layer in inventory.layers] == ["e.weight", "m.weight"]

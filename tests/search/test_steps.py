@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from precimap.errors import InputError
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory, Layer
@@ -142,6 +143,44 @@ def test_a_pin_pins_the_group() -> None:
     layers = (_layer("q", "qkv"), _layer("k", "qkv"), _layer("o"))
     found = eligibility(Inventory(layers, (), 1, (), ()), (scheme("fp8"),), EMULATED, ("q",))
     assert found.open_pairs() == (("o", "fp8"),)
+
+
+_FEATURES = (
+    "t.user[id].weight",
+    "t.useri.weight",
+    "t.item*.weight",
+    "t.item2.weight",
+    "t.age?",
+    "t.age1",
+    "t.[!a]",
+    "t.b",
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ("t.user[id].weight", {"t.user[id].weight"}),
+        ("t.user[id]", {"t.user[id].weight"}),
+        ("t.item*", {"t.item*.weight"}),
+        ("t.age?", {"t.age?"}),
+        ("t.[!a]", {"t.[!a]"}),
+        ("t.item[*]*", {"t.item*.weight"}),  # a pattern still
+        ("t.us*", {"t.user[id].weight", "t.useri.weight"}),
+        ("t.age*", {"t.age?", "t.age1"}),
+        ("t.?", {"t.b"}),
+    ],
+)
+def test_a_name_means_that_layer_whatever_it_holds(asked: str, kept: set[str]) -> None:
+    inventory = Inventory(tuple(_layer(name) for name in _FEATURES), (), 1, (), ())
+    assert eligibility(inventory, (scheme("fp8"),), EMULATED, (asked,)).pinned == kept
+    allowed = eligibility(inventory, (scheme("fp8"),), EMULATED, (), {asked: ()})
+    assert {layer for (layer, _), reason in allowed.refusals.items() if reason is not None} == kept
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"expected a name or a pattern that matches a layer.*got 't\.nobody'"):
+        eligibility(Inventory(tuple(map(_layer, _FEATURES)), (), 1, (), ()), (scheme("fp8"),), EMULATED, ("t.nobody",))
 
 
 class _Scripted(Emulated):

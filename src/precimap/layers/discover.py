@@ -1,215 +1,171 @@
-"""Find every layer of a model by watching one batch run.
+"""Find every layer of a model by watching a batch run, and others where the first does not reach all of it.
 
-Invariant: each parameter ends up in the inventory, in one place. What cannot be a layer is named with its reason: read
-by an op that contracts nothing, hidden in a fused recurrent call, computed from others (parametrised), never read.
-Looking at module types instead would miss raw parameters, which hold most FLOPs of some ranking models.
+Invariant: each parameter ends up in the inventory, in one place, and each FLOP that torch counts. What cannot be a layer is
+named with its reason: read by an op that contracts nothing, hidden in a fused recurrent call, computed from others
+(parametrised), read where nobody sees it, never read. Looking at module types instead would miss raw parameters, which hold
+most FLOPs of some ranking models.
 """
 
+import sys
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from precimap.errors import FAILURES, ModelError, first_line
-from precimap.layers.contents import version_of
+from precimap.errors import ModelError, TaskError
 from precimap.layers.groups import fused_by_engines
-from precimap.layers.influence import InfluenceTrace, confirmed_dead
-from precimap.layers.interception import Interception, WeightCall
-from precimap.layers.inventory import ActivationProduct, Inventory, Layer, OtherParameter, Read
-from precimap.layers.ops import (
-    OPS,
-    UNSUPPORTED_CALLS,
-    Arguments,
-    attention_products,
-    call_name,
-    einsum_op,
-    product_flops,
-)
+from precimap.layers.influence import confirmed_dead
+from precimap.layers.inventory import ActivationProduct, Inventory, Layer, OtherParameter
 from precimap.layers.owners import Owners, owners, why_not_packed
-from precimap.layers.views import check_visible, parameter_names, tied_names
+from precimap.layers.special import check_visible
+from precimap.layers.unread import NEVER_READ, told_apart
+from precimap.layers.views import parameter_names, tied_names
+from precimap.layers.watching import Seen, Watching
 from precimap.user_code import called
 
 Forward = Callable[[Any, Any], Tensor]
-Shape = tuple[int, ...]
-_NORMALISING, _MAX_NORM = (F.embedding, F.embedding_bag), (3, "max_norm")
+FURTHEST = 16  # batches after the first, where that leaves a weight unread
 
 
-@dataclass(slots=True)
-class _Seen:
-    """What was seen of one layer so far."""
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """One batch as it was seen. layers: of all weights that it reached."""
 
-    ops: list[str] = field(default_factory=list)
-    contracted: set[frozenset[int] | None] = field(default_factory=set)
-    widths: set[tuple[int, int]] = field(default_factory=set)
-    flops: int = 0
-    calls: int = 0
-    lookup: bool = False
-    positions_mixed: bool = False
-    normalised: bool = False
-    inputs: list[tuple[Any, ...]] = field(default_factory=list)
-    reads: list[Read] = field(default_factory=list)
+    mode: Watching
+    output: Tensor
+    layers: Mapping[str, Layer]
 
+    @property
+    def units(self) -> int:
+        return self.output.shape[0] if self.output.dim() else 1
 
-class _Discovery(Interception):
-    def __init__(self, weights: dict[str, nn.Parameter], buffers: set[int]) -> None:
-        super().__init__(weights)
-        self.seen: dict[str, _Seen] = defaultdict(_Seen)
-        self.readers: dict[str, list[str]] = defaultdict(list)
-        self.computed_from: dict[int, tuple[Tensor, frozenset[str], str]] = {}
-        self.hidden: dict[str, str] = {}
-        self.undescribed: set[str] = set()
-        self.hidden_flops: dict[str, int] = defaultdict(int)
-        self.products: dict[tuple[str, Shape, Shape], tuple[int, int]] = {}  # calls, FLOPs
-        self.trace = InfluenceTrace()
-        self._buffers = buffers
-        self._kept_alive: list[Tensor] = []
-
-    def on_weight(self, call: WeightCall) -> Any:
-        output = call.run()
-        name = call.view.name
-        if name not in self.undescribed:
-            try:
-                self._describe(call, output)
-            except FAILURES as error:
-                self.undescribed.add(name)
-                self.seen.pop(name, None)
-                self.hidden[name] = f"a call of {call.op.name} on it could not be described ({first_line(error)})"
-        self._note_readers(call.func, _without_operand(call))
-        self.trace.after(call.func, call.arguments, output, layer=name)
-        return output
-
-    def _describe(self, call: WeightCall, output: Any) -> None:
-        seen = self.seen[call.view.name]
-        seen.ops.append(call.op.name)
-        seen.calls += 1
-        seen.lookup |= call.op.lookup
-        seen.positions_mixed |= call.op.positions_mixed
-        seen.normalised |= call.func in _NORMALISING and call.arguments.get(_MAX_NORM) is not None
-        seen.contracted.add(call.view.parameter_dims(call.weight_contracted))
-        seen.widths.add(_widths(call))
-        left, right = call.arguments.get(call.op.left), call.arguments.get(call.op.right)
-        if isinstance(output, Tensor):
-            seen.flops += product_flops(call.op, left, right, call.contraction, output)
-            width = output.shape[-1] if call.op.lookup else _widths(call)[1]
-            seen.reads.append(Read(tuple(call.input.shape), output.numel() // max(1, width)))
-        if not call.op.lookup:
-            self._kept_alive.append(call.input)  # so that its storage is not taken by a later tensor of this batch
-            seen.inputs.append(_identity(call.input))
-
-    def on_other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = super().on_other(func, args, kwargs)
-        arguments = Arguments(args, kwargs)
-        self.trace.after(func, arguments, output, layer=None)
-        if not _holds_tensor(output):
-            return output
-        self._note_readers(func, _tensors(arguments))
-        self._note_computed(func, arguments, output)
-        self._count_flops(func, arguments, output)
-        return output
-
-    def _note_readers(self, func: Any, tensors: list[Tensor]) -> None:
-        """Remember who reads a weight otherwise than as the operand of a contraction."""
-        from_view = [view for tensor in tensors if (view := self.views.find(tensor)) is not None]
-        for view in from_view:
-            if self.views.is_view_call(func):
-                continue
-            self.readers[view.name].append(call_name(func))
-            if func in UNSUPPORTED_CALLS:
-                what = f"{UNSUPPORTED_CALLS[func]} {call_name(func)}"
-                self.hidden[view.name] = f"inside the {what}, which is not supported"
-
-    def _note_computed(self, func: Any, arguments: Arguments, output: Any) -> None:
-        """Follow tensors that are computed from parameters alone, such as a weight under weight_norm."""
-        if not isinstance(output, Tensor) or self.views.find(output) is not None:
-            return
-        sources: set[str] = set()
-        for tensor in _tensors(arguments):
-            view, computed = self.views.find(tensor), self.computed_from.get(id(tensor))
-            if view is not None:
-                sources.add(view.name)
-            elif computed is not None:
-                sources |= computed[1]
-            elif id(tensor) not in self._buffers:
-                return
-        if sources:
-            # The tensor is held, so that its id stays its own.
-            self.computed_from[id(output)] = (output, frozenset(sources), call_name(func))
-
-    def _count_flops(self, func: Any, arguments: Arguments, output: Any) -> None:
-        if func is F.scaled_dot_product_attention:
-            query, key, value = (arguments.get((i, k)) for i, k in enumerate(("query", "key", "value")))
-            for left, right, flops in attention_products(query, key, value):
-                self._add_product(call_name(func), left, right, flops)
-            return
-        op = OPS.get(func)
-        if func is torch.functional.einsum:
-            parsed = einsum_op(arguments)
-            if parsed is not None:
-                op, arguments = parsed
-        if op is None or not isinstance(output, Tensor):
-            return
-        left, right = arguments.get(op.left), arguments.get(op.right)
-        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
-            return
-        flops = product_flops(op, left, right, op.contraction(left, right, arguments), output)
-        sources = [self.computed_from[id(t)] for t in (left, right) if id(t) in self.computed_from]
-        both_weights = self.views.find(left) is not None and self.views.find(right) is not None
-        if not sources and not both_weights:
-            self._add_product(op.name, tuple(left.shape), tuple(right.shape), flops)
-            return
-        for _, names, through in sources:
-            for name in names:
-                self.hidden[name] = f"{op.name} reads a tensor computed from it by {through}"
-        reason = f"computed by {sources[0][2]} before {op.name}" if sources else f"{op.name} of two weights"
-        self.hidden_flops[reason] += flops
-
-    def _add_product(self, op: str, left: Shape, right: Shape, flops: int) -> None:
-        calls, before = self.products.get((op, left, right), (0, 0))
-        self.products[op, left, right] = (calls + 1, before + flops)
+    def reaches(self, name: str) -> bool:
+        return name in self.layers or name in self.mode.hidden or name in self.mode.readers
 
 
-def discover(model: nn.Module, forward: Forward, batch: Any) -> Inventory:
+def discover(model: nn.Module, forward: Forward, batch: Any, further: Iterable[Any] = ()) -> Inventory:
     """The inventory of `model` as `forward(model, batch)` runs it.
 
-    Runs the batch once, and once more for each layer that seems to be dead. The model is not modified.
-    Raises ModelError for TorchScript and for a forward that returns no tensor, TaskError for one that fails.
+    further: batches that are looked at, in their order and at most `FURTHEST`, while a weight is not read by those before
+    (an expert that no row of the first one was sent to); what they cost and count is otherwise the first batch's. Runs each
+    once, the first once more where no call was seen to read some parameter, and once for each layer that seems to be dead.
+    The model is not modified: where a parameter is changed to see whether it is read, it is put back.
+    Raises ModelError for models that cannot be looked into and for a forward that returns no tensor, TaskError for one that
+    fails.
     """
     check_visible(model)
     weights = parameter_names(model)
-    mode = _Discovery(weights, {id(buffer) for buffer in model.buffers()})
-    with owners(model) as owned, torch.no_grad(), mode, called("forward", "the first batch"):
-        output = forward(model, batch)
+    first = _watched(model, forward, batch, weights, "the first batch")
+    tied = tied_names(model)
+    unread = {name: weight for name, weight in weights.items() if not first.reaches(name)}
+    alone = {name: weight for name, weight in unread.items() if not any(map(first.reaches, tied.get(name, ())))}
+    said = dict.fromkeys(unread, "never read by this name; its memory is that of another parameter, which is")
+    with torch.no_grad():
+        said |= told_apart(model, forward, batch, first.output, alone)
+    missing = {name: weight for name, weight in unread.items() if said[name] == NEVER_READ}
+    later = list(_further(model, forward, further, weights, missing))
+    layers = _all_layers(first, later, weights)
+    others = [
+        OtherParameter(
+            name, tuple(weight.shape), _reason(name, (first, *later), said), tied.get(name, ()), weight.element_size()
+        )
+        for name, weight in weights.items()
+        if name not in layers
+    ]
+    products = [ActivationProduct(*what, *counted) for what, counted in first.mode.products.items()]
+    products.sort(key=lambda product: -product.flops)
+    return Inventory(
+        tuple(replace(layer, tied=tied.get(layer.name, ())) for layer in layers.values()),
+        tuple(others),
+        first.units,
+        tuple(sorted(first.mode.hidden_flops.items(), key=lambda hidden: (-hidden[1], hidden[0]))),
+        tuple(products),
+        tuple(first.mode.uncounted),
+    )
+
+
+def _watched(
+    model: nn.Module, forward: Forward, batch: Any, weights: Mapping[str, nn.Parameter], place: str
+) -> _Watched:
+    compiling = "torch._dynamo" in sys.modules
+    try:
+        mode, output, owned = _run(model, forward, batch, weights, place)
+    except TaskError:
+        if compiling or "torch._dynamo" not in sys.modules:
+            raise
+        # The forward loaded the compiler while it was watched, and it traced the watching; now it is off from the start.
+        mode, output, owned = _run(model, forward, batch, weights, place)
     if not isinstance(output, Tensor):
         raise ModelError(f"expected the forward to return one tensor of scores, got {type(output).__name__}")
+    mode.settle()
     dead = confirmed_dead(model, forward, batch, mode.trace.without_influence(output, mode.seen), weights)
-    tied = tied_names(model)
-    layers = _layers(mode, weights, tied, dead, owned)
-    known = {layer.name for layer in layers}
-    others = tuple(
-        OtherParameter(name, tuple(parameter.shape), _reason(name, mode), tied.get(name, ()))
-        for name, parameter in weights.items()
-        if name not in known
-    )
-    units = output.shape[0] if output.dim() else 1
-    products = [ActivationProduct(*what, *counted) for what, counted in mode.products.items()]
-    products.sort(key=lambda product: -product.flops)
-    return Inventory(layers, others, units, tuple(sorted(mode.hidden_flops.items())), tuple(products))
+    # A copy: a model may return memory of its own, which the next call writes.
+    return _Watched(mode, output.detach().clone(), _layers(mode, weights, dead, owned))
+
+
+def _run(
+    model: nn.Module, forward: Forward, batch: Any, weights: Mapping[str, nn.Parameter], place: str
+) -> tuple[Watching, Any, Owners]:
+    with owners(model) as owned:
+        mode = Watching(weights, list(model.buffers()), owned)
+        with torch.no_grad(), mode, called("forward", place):
+            return mode, forward(model, batch), owned
+
+
+def _further(
+    model: nn.Module,
+    forward: Forward,
+    batches: Iterable[Any],
+    weights: Mapping[str, nn.Parameter],
+    missing: Mapping[str, Tensor],
+) -> Iterator[_Watched]:
+    """More batches, while a matrix is missing. What is left of `missing` then is small, or read by no batch."""
+    left = {name for name, weight in missing.items() if weight.dim() > 1}
+    if not left:
+        return
+    for number, batch in enumerate(islice(batches, FURTHEST)):
+        found = _watched(
+            model, forward, batch, weights, f"further batch {number} (a search takes them from the calibration split)"
+        )
+        yield found
+        left -= {name for name in left if found.reaches(name)}
+        if not left:
+            return
+
+
+def _all_layers(first: _Watched, later: list[_Watched], weights: Mapping[str, nn.Parameter]) -> dict[str, Layer]:
+    """The layers of the first batch, and those that it reaches in no way, as the first batch that does shows them."""
+    found = dict(first.layers)
+    for watched in later:
+        for name, layer in watched.layers.items():
+            if name not in found and not first.reaches(name):
+                found[name] = _scaled(layer, first, watched, later)
+    fused = fused_by_engines(found)
+    return {name: replace(found[name], fused=fused.get(name)) for name in weights if name in found}
+
+
+def _scaled(layer: Layer, first: _Watched, watched: _Watched, later: list[_Watched]) -> Layer:
+    """The layer with FLOPs and rows for as many units as the first batch has; FLOPs are the mean over all batches."""
+    batches = (first, *later)
+    flops = sum(one.layers[layer.name].flops for one in batches if layer.name in one.layers)
+    mean = round(flops * first.units / sum(one.units for one in batches))
+    rows = first.units / watched.units
+    reads = layer.reads if layer.lookup else [replace(r, rows=max(1, round(r.rows * rows))) for r in layer.reads]
+    return replace(layer, flops=mean, reads=tuple(reads))
 
 
 def _layers(
-    mode: _Discovery,
-    weights: dict[str, nn.Parameter],
-    tied: dict[str, tuple[str, ...]],
+    mode: Watching,
+    weights: Mapping[str, nn.Parameter],
     dead: dict[str, str],
     owned: Owners,
-) -> tuple[Layer, ...]:
+) -> dict[str, Layer]:
     siblings = _siblings(mode.seen)
-    fused = fused_by_engines(mode.seen)
-    layers = []
+    layers = {}
     for name, weight in weights.items():
         if name not in mode.seen:
             continue
@@ -217,36 +173,32 @@ def _layers(
         contracted = next(iter(seen.contracted)) if len(seen.contracted) == 1 else None
         inputs, outputs = next(iter(seen.widths)) if len(seen.widths) == 1 else (None, None)
         owner = None if mode.readers.get(name) else owned.alone(name, seen.calls)
-        layers.append(
-            Layer(
-                name=name,
-                shape=tuple(weight.shape),
-                dtype=str(weight.dtype).removeprefix("torch."),
-                element_bytes=weight.element_size(),
-                ops=tuple(dict.fromkeys(seen.ops)),
-                calls=seen.calls,
-                flops=seen.flops,
-                contracted=None if contracted is None else tuple(sorted(contracted)),
-                inputs=inputs,
-                outputs=outputs,
-                lookup=seen.lookup,
-                positions_mixed=seen.positions_mixed,
-                normalised=seen.normalised,
-                in_linear_module=type(owner) is nn.Linear,
-                not_packed=why_not_packed(owner),
-                tied=tied.get(name, ()),
-                siblings=siblings.get(name),
-                fused=fused.get(name),
-                dead=dead.get(name),
-                also_read_by=tuple(dict.fromkeys(mode.readers.get(name, ()))),
-                module=None if owner is None else str(owner),
-                reads=tuple(seen.reads),
-            )
+        layers[name] = Layer(
+            name=name,
+            shape=tuple(weight.shape),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            element_bytes=weight.element_size(),
+            ops=tuple(dict.fromkeys(seen.ops)),
+            calls=seen.calls,
+            flops=seen.flops,
+            contracted=None if contracted is None else tuple(sorted(contracted)),
+            inputs=inputs,
+            outputs=outputs,
+            lookup=seen.lookup,
+            positions_mixed=seen.positions_mixed,
+            normalised=seen.normalised,
+            in_linear_module=type(owner) is nn.Linear,
+            not_packed=why_not_packed(owner),
+            siblings=siblings.get(name),
+            dead=dead.get(name),
+            also_read_by=tuple(dict.fromkeys(mode.readers.get(name, ()))),
+            module=None if owner is None else str(owner),
+            reads=tuple(seen.reads),
         )
-    return tuple(layers)
+    return layers
 
 
-def _siblings(seen: dict[str, _Seen]) -> dict[str, str]:
+def _siblings(seen: Mapping[str, Seen]) -> dict[str, str]:
     """Layers that read the very same tensors, in all their calls; named after the first of them."""
     readers: dict[frozenset[tuple[Any, ...]], list[str]] = defaultdict(list)
     for name, record in seen.items():
@@ -255,54 +207,11 @@ def _siblings(seen: dict[str, _Seen]) -> dict[str, str]:
     return {name: f"input of {names[0]}" for names in readers.values() if len(names) > 1 for name in names}
 
 
-def _reason(name: str, mode: _Discovery) -> str:
-    if name in mode.hidden:
-        return mode.hidden[name]
-    readers = tuple(dict.fromkeys(mode.readers.get(name, ())))
-    if readers:
-        return f"read by {', '.join(readers)}, which contract nothing with it"
-    return "never read: no call of this batch used it"
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for two views of the same values, as two reshapes of one input are."""
-    return (
-        tensor.untyped_storage().data_ptr(),
-        tensor.storage_offset(),
-        tensor.numel(),
-        tensor.dtype,
-        version_of(tensor),
-    )
-
-
-def _widths(call: WeightCall) -> tuple[int, int]:
-    """(contracted, output) width of one product of the call, per group or expert."""
-    shape = call.weight.shape
-    contracted, outputs = 1, 1
-    batch_dims = shape[:-2] if call.op.name in ("matmul", "bmm", "baddbmm", "_grouped_mm", "grouped_mm") else ()
-    for dim, size in enumerate(shape):
-        if dim in call.weight_contracted:
-            contracted *= size
-        elif dim >= len(batch_dims):
-            outputs *= size
-    return contracted, outputs
-
-
-def _tensors(arguments: Arguments) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in (*arguments.args, *arguments.kwargs.values()):
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, tuple | list):
-            found.extend(item for item in value if isinstance(item, Tensor))
-    return found
-
-
-def _without_operand(call: WeightCall) -> list[Tensor]:
-    return [tensor for tensor in _tensors(call.arguments) if tensor is not call.weight]
-
-
-def _holds_tensor(output: Any) -> bool:
-    return isinstance(output, Tensor) or (
-        isinstance(output, tuple | list) and any(isinstance(item, Tensor) for item in output)
-    )
+def _reason(name: str, batches: tuple[_Watched, ...], said: Mapping[str, str]) -> str:
+    for mode in (watched.mode for watched in batches):
+        if name in mode.hidden:
+            return mode.hidden[name]
+        if name in mode.readers:
+            return f"read by {', '.join(dict.fromkeys(mode.readers[name]))}, which contract nothing with it"
+    more = f", nor of {len(batches) - 1} after it" if said[name] == NEVER_READ and len(batches) > 1 else ""
+    return said[name] + more

@@ -128,7 +128,7 @@ class FirstOrder(Interception):
         weight = call.weight if call.op.name == "matmul" else call.weight.detach()
         output = call.run_with(weight, call.input)
         if not isinstance(output, Tensor) or not output.is_floating_point():
-            return output
+            return call.written(output)
         errors: dict[SchemeName, Tensor] = {}
         with torch.no_grad():
             for scheme, layer in self._layers[name].items():
@@ -147,7 +147,7 @@ class FirstOrder(Interception):
         self._calls[name] = number + 1
         self.taps.append(Tapped(name, number, errors))
         tapped: Tensor = _Tap.apply(output, self.zero, self.taps[-1])  # type: ignore[no-untyped-call]
-        return tapped
+        return call.written(tapped)
 
     def backward(self, total: Tensor) -> None:
         """Bring the gradient of the scalar `total` to every tap that it depends on; parameters get none.

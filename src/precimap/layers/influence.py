@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from precimap.errors import FAILURES
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.ops import Arguments, call_name
+from precimap.layers.storages import storages_of
 from precimap.user_code import called
 
 
@@ -26,11 +27,11 @@ class InfluenceTrace:
     def after(self, func: Any, arguments: Arguments, output: Any, layer: str | None) -> None:
         """Record one call: everything it read, and the layer it was, now influence what it wrote."""
         gathered: frozenset[str] = frozenset() if layer is None else frozenset({layer})
-        for key in _storages((*arguments.args, *arguments.kwargs.values())):
+        for key in storages_of((*arguments.args, *arguments.kwargs.values())):
             gathered |= self._layers.get(key, frozenset())
-        written = _storages((output, arguments.kwargs.get("out")))
+        written = storages_of((output, arguments.kwargs.get("out")))
         if call_name(func) == "__setitem__":
-            written += _storages(arguments.args[:1])
+            written += storages_of(arguments.args[:1])
         for key in written:
             # A fresh storage may sit where an old one was, so the old record does not count; a call that writes in
             # place reads that storage too, so its record is already gathered.
@@ -38,7 +39,7 @@ class InfluenceTrace:
 
     def without_influence(self, output: Tensor, layers: Iterable[str]) -> tuple[str, ...]:
         reached: frozenset[str] = frozenset()
-        for key in _storages((output,)):
+        for key in storages_of((output,)):
             reached |= self._layers.get(key, frozenset())
         return tuple(name for name in layers if name not in reached)
 
@@ -48,7 +49,7 @@ class _Disturbed(Interception):
 
     def on_weight(self, call: WeightCall) -> Any:
         output = call.run()
-        return output.mul(-1.5).add(0.25) if isinstance(output, Tensor) else output
+        return call.written(output.mul(-1.5).add(0.25)) if isinstance(output, Tensor) else output
 
 
 def confirmed_dead(
@@ -64,7 +65,7 @@ def confirmed_dead(
         return {}
     with torch.no_grad():
         with Interception({}), called("forward", "the first batch"):
-            before = forward(model, batch)
+            before = forward(model, batch).clone()  # it may be memory of the model's own, which the next call writes
         dead = {}
         for name in suspects:
             try:
@@ -75,14 +76,3 @@ def confirmed_dead(
             if torch.equal(before, after):
                 dead[name] = "its result does not reach the output"
     return dead
-
-
-def _storages(values: Iterable[Any]) -> list[int]:
-    keys = []
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.layout is torch.strided:  # a sparse tensor has no storage: what seems dead behind one is disturbed
-                keys.append(value.untyped_storage()._cdata)
-        elif isinstance(value, tuple | list):
-            keys.extend(_storages(value))
-    return keys

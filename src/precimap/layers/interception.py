@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from precimap.errors import FAILURES
-from precimap.layers.ops import OPS, Arguments, Contraction, Op, einsum_op
+from precimap.layers.equations import EQUATIONS, parsed
+from precimap.layers.ops import OPS, Arguments, Contraction, Op
 from precimap.layers.views import View, WeightViews
 
 # The same code with an override check that never fires: its inner `linear` calls then reach the mode.
@@ -71,10 +72,23 @@ class WeightCall:
         return self.func(*self.arguments.args, **self.arguments.kwargs)
 
     def run_with(self, weight: Tensor, input: Tensor) -> Any:
-        """The call with other operands."""
+        """The result of the call with other operands; what the call writes into stays as it is, see `written`."""
         left, right = (weight, input) if self.weight_on_left else (input, weight)
         changed = self.arguments.replaced(self.op.left, left).replaced(self.op.right, right)
-        return self.func(*changed.args, **changed.kwargs)
+        kwargs = {key: value for key, value in changed.kwargs.items() if key != "out"}
+        return (self.op.out_of_place or self.func)(*changed.args, **kwargs)
+
+    def written(self, result: Any) -> Any:
+        """What the model gets for the call's own result; where the call writes (in place, `out`), it is written there.
+
+        Two steps rather than one, so that a result can be computed several times (schemes, first-order errors).
+        """
+        target = self.arguments.get((0, "self")) if self.op.in_place else self.arguments.kwargs.get("out")
+        if not isinstance(target, Tensor) or not isinstance(result, Tensor):
+            return result
+        if target.shape != result.shape:
+            target.resize_(result.shape)
+        return target.copy_(result)
 
 
 class Interception(TorchFunctionMode):
@@ -105,7 +119,7 @@ class Interception(TorchFunctionMode):
             with self:
                 return unfolded_attention(*args, **kwargs)
         op = OPS.get(func)
-        if op is None and func is not torch.functional.einsum:  # most calls: they are many, and small
+        if op is None and func not in EQUATIONS:  # most calls: they are many, and small
             return self.on_other(func, args, kwargs)
         call = self._weight_call(op, func, args, kwargs)
         return self.on_other(func, args, kwargs) if call is None else self.on_weight(call)
@@ -115,10 +129,10 @@ class Interception(TorchFunctionMode):
     ) -> WeightCall | None:
         arguments = Arguments(args, kwargs)
         if op is None:
-            parsed = einsum_op(arguments)
-            op, arguments = parsed if parsed is not None else (None, arguments)
-        if op is None:
-            return None
+            found = parsed(func, arguments)
+            if found is None:
+                return None
+            op, func, arguments = found
         left, right = arguments.get(op.left), arguments.get(op.right)
         left_view, right_view = self.views.find(left), self.views.find(right)
         view = left_view or right_view

@@ -28,7 +28,8 @@ class Layer:
 
     contracted: the parameter's dims that the op sums over (None if its calls differ); the others index outputs.
     inputs, outputs: widths of one product (None for lookups and where the layout is not known).
-    flops: of the discovery batch, over all calls. siblings: name of the group that reads the same input (may share its
+    flops: of the discovery batch, over all calls; of a layer that only later batches reach, their mean for as many units.
+    siblings: name of the group that reads the same input (may share its
     quantised form). fused: name of the group that engines run as one (must share a scheme).
     normalised: a lookup writes its rows as it reads them (max_norm).
     in_linear_module: it is only read by calls of the nn.Linear that owns it, so that a module swap serves it.
@@ -78,10 +79,15 @@ class OtherParameter:
     shape: tuple[int, ...]
     reason: str
     tied: tuple[str, ...] = ()
+    element_bytes: int = 4
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.element_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +112,9 @@ class Inventory:
 
     Without slots, so that totals are summed once: they are asked for every layer of a model.
 
-    weight_flops: in calls that contract a parameter, hidden ones included. hidden_flops: (reason, FLOPs) of weight
-    products that no layer stands for. products: of activations with activations, the most FLOPs first.
+    Layers, `products` and `hidden_flops` add up to all FLOPs that torch dispatches. products: of activations with
+    activations, the most FLOPs first. hidden_flops: (module and op, FLOPs) of products that neither stands for, the most
+    first; a weight may be in them. uncounted: calls with products whose FLOPs nobody knows.
     """
 
     layers: tuple[Layer, ...]
@@ -115,6 +122,12 @@ class Inventory:
     units: int
     hidden_flops: tuple[tuple[str, int], ...]
     products: tuple[ActivationProduct, ...]
+    uncounted: tuple[str, ...] = ()
+
+    @cached_property
+    def flops(self) -> int:
+        """All that was counted: what a share that a person reads is of."""
+        return self.weight_flops + self.activation_flops
 
     @cached_property
     def activation_flops(self) -> int:
@@ -127,16 +140,24 @@ class Inventory:
 
     @cached_property
     def weight_flops(self) -> int:
+        """In products that hold a weight, or may hold one. A search weighs its layers by shares of this."""
         return self.layer_flops + sum(flops for _, flops in self.hidden_flops)
 
     @cached_property
     def layer_bytes(self) -> int:
         return sum(layer.bytes for layer in self.layers)
 
+    @cached_property
+    def bytes(self) -> int:
+        """Of all parameters."""
+        return self.layer_bytes + sum(other.bytes for other in self.others)
+
     @property
     def covered(self) -> float:
-        """The share of the weight FLOPs that are in layers; 1.0 for a model without any."""
-        return self.layer_flops / self.weight_flops if self.weight_flops else 1.0
+        """The share of all FLOPs that are in layers; without any, 1.0, or 0.0 where there are calls that nobody counts."""
+        if not self.flops:
+            return 0.0 if self.uncounted else 1.0
+        return self.layer_flops / self.flops
 
     @property
     def parameters(self) -> int:

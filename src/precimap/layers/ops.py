@@ -7,7 +7,7 @@ types, was not taken: ranking models and new transformers hold a large part of t
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class Op:
     `left` and `right` are the slots of the two operands: an argument's position and its keyword. `contraction` maps
     the two operands and the other arguments to a Contraction. A `lookup` reads rows of a table: it has no FLOPs and
     its left operand holds indices. `positions_mixed` says that one output sums over several positions of the input
-    (a convolution), so that an input scale cannot be finer than one example.
+    (a convolution), so that an input scale cannot be finer than one example. `in_place` says that the call writes its
+    result into its first argument; `out_of_place` is the function that computes the same and writes nothing.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Op:
     contraction: Callable[[Tensor, Tensor, "Arguments"], Contraction]
     lookup: bool = False
     positions_mixed: bool = False
+    in_place: bool = False
+    out_of_place: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +70,24 @@ def _linear(left: Tensor, right: Tensor, _: Arguments) -> Contraction:
     return Contraction((left.dim() - 1,), (right.dim() - 1,))
 
 
-def _matmul(left: Tensor, right: Tensor, _: Arguments) -> Contraction:
+def matmul_contraction(left: Tensor, right: Tensor, _: Arguments) -> Contraction:
     return Contraction((left.dim() - 1,), (max(right.dim() - 2, 0),))
 
 
 def _convolution(left: Tensor, right: Tensor, _: Arguments) -> Contraction:
     batched = left.dim() == right.dim()
     return Contraction(tuple(range(1 if batched else 0, left.dim())), tuple(range(1, right.dim())))
+
+
+def _transposed(left: Tensor, right: Tensor, _: Arguments) -> Contraction:
+    """Weights are [inputs, outputs / groups, ...]: a sum over the inputs, and over the positions that spread to one."""
+    batched = left.dim() == right.dim()
+    return Contraction(tuple(range(1 if batched else 0, left.dim())), (0, *range(2, right.dim())))
+
+
+def _either_way(left: Tensor, right: Tensor, arguments: Arguments) -> Contraction:
+    rule = _transposed if arguments.get((6, "transposed")) else _convolution
+    return rule(left, right, arguments)
 
 
 def _rows(left: Tensor, right: Tensor, _: Arguments) -> Contraction:
@@ -90,95 +104,102 @@ def _tensordot(left: Tensor, right: Tensor, arguments: Arguments) -> Contraction
     return Contraction(tuple(d % left.dim() for d in first), tuple(d % right.dim() for d in second))
 
 
-def _op(name: str, left: tuple[int, str], right: tuple[int, str], contraction: Any, **traits: bool) -> Op:
+def _by_lists(left: Tensor, right: Tensor, arguments: Arguments) -> Contraction:
+    first, second = arguments.get((2, "dims_self")), arguments.get((3, "dims_other"))
+    return Contraction(tuple(d % left.dim() for d in first), tuple(d % right.dim() for d in second))
+
+
+def _op(name: str, left: tuple[int, str], right: tuple[int, str], contraction: Any, **traits: Any) -> Op:
     return Op(name, left, right, contraction, **traits)
 
 
-_T = torch.Tensor
-_FIRST, _SECOND = (0, "input"), (1, "other")
+_T, _ATEN = torch.Tensor, torch.ops.aten
+_FIRST, _SECOND, _SELF = (0, "input"), (1, "other"), (0, "self")
+_TABLE, _INDICES = (0, "weight"), (1, "indices")
 
 OPS: dict[Any, Op] = {
     F.linear: _op("linear", _FIRST, (1, "weight"), _linear),
-    torch.matmul: _op("matmul", _FIRST, _SECOND, _matmul),
-    _T.matmul: _op("matmul", (0, "self"), _SECOND, _matmul),
-    _T.__matmul__: _op("matmul", (0, "self"), _SECOND, _matmul),
-    _T.__rmatmul__: _op("matmul", _SECOND, (0, "self"), _matmul),
-    torch.mm: _op("mm", _FIRST, (1, "mat2"), _matmul),
-    _T.mm: _op("mm", (0, "self"), (1, "mat2"), _matmul),
-    torch.bmm: _op("bmm", _FIRST, (1, "mat2"), _matmul),
-    _T.bmm: _op("bmm", (0, "self"), (1, "mat2"), _matmul),
-    torch.mv: _op("mv", _FIRST, (1, "vec"), _matmul),
-    _T.mv: _op("mv", (0, "self"), (1, "vec"), _matmul),
-    torch.addmm: _op("addmm", (1, "mat1"), (2, "mat2"), _matmul),
-    _T.addmm: _op("addmm", (1, "mat1"), (2, "mat2"), _matmul),
-    torch.addmv: _op("addmv", (1, "mat"), (2, "vec"), _matmul),
-    torch.baddbmm: _op("baddbmm", (1, "batch1"), (2, "batch2"), _matmul),
-    _T.baddbmm: _op("baddbmm", (1, "batch1"), (2, "batch2"), _matmul),
+    torch.matmul: _op("matmul", _FIRST, _SECOND, matmul_contraction),
+    torch.linalg.matmul: _op("matmul", _FIRST, _SECOND, matmul_contraction),
+    _T.matmul: _op("matmul", _SELF, _SECOND, matmul_contraction),
+    _T.__matmul__: _op("matmul", _SELF, _SECOND, matmul_contraction),
+    _T.__rmatmul__: _op("matmul", _SECOND, _SELF, matmul_contraction),
+    torch.mm: _op("mm", _FIRST, (1, "mat2"), matmul_contraction),
+    _T.mm: _op("mm", _SELF, (1, "mat2"), matmul_contraction),
+    torch.bmm: _op("bmm", _FIRST, (1, "mat2"), matmul_contraction),
+    _T.bmm: _op("bmm", _SELF, (1, "mat2"), matmul_contraction),
+    torch.mv: _op("mv", _FIRST, (1, "vec"), matmul_contraction),
+    _T.mv: _op("mv", _SELF, (1, "vec"), matmul_contraction),
+    torch.addmm: _op("addmm", (1, "mat1"), (2, "mat2"), matmul_contraction),
+    _T.addmm: _op("addmm", (1, "mat1"), (2, "mat2"), matmul_contraction),
+    _T.addmm_: _op("addmm", (1, "mat1"), (2, "mat2"), matmul_contraction, in_place=True, out_of_place=_T.addmm),
+    torch.addmv: _op("addmv", (1, "mat"), (2, "vec"), matmul_contraction),
+    _T.addmv: _op("addmv", (1, "mat"), (2, "vec"), matmul_contraction),
+    _T.addmv_: _op("addmv", (1, "mat"), (2, "vec"), matmul_contraction, in_place=True, out_of_place=_T.addmv),
+    torch.addmv_: _op("addmv", (1, "mat"), (2, "vec"), matmul_contraction, in_place=True, out_of_place=torch.addmv),
+    torch.baddbmm: _op("baddbmm", (1, "batch1"), (2, "batch2"), matmul_contraction),
+    _T.baddbmm: _op("baddbmm", (1, "batch1"), (2, "batch2"), matmul_contraction),
+    _T.baddbmm_: _op(
+        "baddbmm", (1, "batch1"), (2, "batch2"), matmul_contraction, in_place=True, out_of_place=_T.baddbmm
+    ),
     torch.inner: _op("inner", _FIRST, _SECOND, _linear),
-    _T.inner: _op("inner", (0, "self"), _SECOND, _linear),
+    _T.inner: _op("inner", _SELF, _SECOND, _linear),
     torch.functional.tensordot: _op("tensordot", (0, "a"), (1, "b"), _tensordot),
     F.conv1d: _op("conv1d", _FIRST, (1, "weight"), _convolution, positions_mixed=True),
     F.conv2d: _op("conv2d", _FIRST, (1, "weight"), _convolution, positions_mixed=True),
     F.conv3d: _op("conv3d", _FIRST, (1, "weight"), _convolution, positions_mixed=True),
+    F.conv_transpose1d: _op("conv_transpose1d", _FIRST, (1, "weight"), _transposed, positions_mixed=True),
+    F.conv_transpose2d: _op("conv_transpose2d", _FIRST, (1, "weight"), _transposed, positions_mixed=True),
+    F.conv_transpose3d: _op("conv_transpose3d", _FIRST, (1, "weight"), _transposed, positions_mixed=True),
+    torch.convolution: _op("convolution", _FIRST, (1, "weight"), _either_way, positions_mixed=True),
     F.embedding: _op("embedding", _FIRST, (1, "weight"), _rows, lookup=True),
-    torch.embedding: _op("embedding", (1, "indices"), (0, "weight"), _rows, lookup=True),
+    torch.embedding: _op("embedding", _INDICES, _TABLE, _rows, lookup=True),
     F.embedding_bag: _op("embedding_bag", _FIRST, (1, "weight"), _rows, lookup=True),
-    torch._grouped_mm: _op("_grouped_mm", (0, "self"), (1, "mat2"), _matmul),
+    torch.embedding_bag: _op("embedding_bag", _INDICES, _TABLE, _rows, lookup=True),
+    torch._grouped_mm: _op("_grouped_mm", _SELF, (1, "mat2"), matmul_contraction),
 }
 if hasattr(F, "grouped_mm"):
-    OPS[F.grouped_mm] = _op("grouped_mm", (0, "mat_a"), (1, "mat_b"), _matmul)
+    OPS[F.grouped_mm] = _op("grouped_mm", (0, "mat_a"), (1, "mat_b"), matmul_contraction)
+
+# The same as ATen names them, for code that calls them so: exported programs, and whoever writes `torch.ops.aten`.
+_IN_ATEN: tuple[tuple[str, Op], ...] = (
+    *((name, OPS[getattr(torch, name)]) for name in ("addmm", "addmv", "baddbmm", "embedding", "embedding_bag")),
+    *((name, OPS[getattr(_T, name)]) for name in ("mm", "bmm", "mv", "matmul", "inner")),
+    *((name, OPS[getattr(F, name)]) for name in ("linear", "conv1d", "conv2d", "conv3d")),
+    *((name, OPS[getattr(F, name)]) for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")),
+    ("linalg_matmul", OPS[_T.matmul]),
+    ("convolution", OPS[torch.convolution]),
+    ("_convolution", OPS[torch.convolution]),
+    ("_embedding_bag", OPS[torch.embedding_bag]),
+    ("_embedding_bag_forward_only", OPS[torch.embedding_bag]),
+    ("_grouped_mm", OPS[torch._grouped_mm]),
+    ("tensordot", _op("tensordot", _SELF, _SECOND, _by_lists)),
+    *((name, OPS[getattr(_T, name)]) for name in ("addmm_", "addmv_", "baddbmm_")),
+)
 
 
-def einsum_op(arguments: Arguments) -> tuple[Op, Arguments] | None:
-    """The Op of one `torch.einsum` call of two operands, and its arguments as (equation, left, right).
-
-    None for one or more than two operands, the sublist form, a repeated index, a sum over one operand alone or none at
-    all: those are not one contraction.
-    """
-    args = arguments.args
-    if len(args) == 2 and isinstance(args[1], list | tuple):
-        args = (args[0], *args[1])
-    if len(args) != 3 or not isinstance(args[0], str):
-        return None
-    inputs, _, output = args[0].replace(" ", "").partition("->")
-    if inputs.count(",") != 1:
-        return None
-    terms = [_spelled_out(term, tensor.dim()) for term, tensor in zip(inputs.split(","), args[1:], strict=True)]
-    if any(len(set(term)) != len(term) for term in terms):
-        return None
-    left, right = terms
-    kept = _kept_indices(output, left, right) if "->" in args[0] else _implicit_output(left, right)
-    summed = [index for index in left if index in right and index not in kept]
-    if not summed or any(index not in kept and index not in summed for index in left + right):
-        return None
-    dims = Contraction(
-        tuple(left.index(i) for i in summed),
-        tuple(right.index(i) for i in summed),
-    )
-    op = Op("einsum", (1, ""), (2, ""), lambda _left, _right, _arguments: dims)
-    return op, Arguments(args, arguments.kwargs)
+def _aten_table() -> dict[Any, Op]:
+    """Each packet and its overloads; those that write are told by what computes the same and writes nothing."""
+    table: dict[Any, Op] = {}
+    for name, op in _IN_ATEN:
+        packet, plain = getattr(_ATEN, name), replace(op, out_of_place=getattr(_ATEN, name.rstrip("_")))
+        table[packet] = plain if op.in_place else op
+        for overload in packet.overloads():
+            table[getattr(packet, overload)] = plain if op.in_place or "out" in overload else op
+    return table
 
 
-def _spelled_out(term: str, dim: int) -> list[str]:
-    """The indices of one einsum term; the dims under an ellipsis count from the right as '.1', '.2', ..."""
-    before, dots, after = term.partition("...")
-    hidden = dim - len(before) - len(after) if dots else 0
-    return [*before, *(f".{i}" for i in range(hidden, 0, -1)), *after]
-
-
-def _kept_indices(output: str, left: list[str], right: list[str]) -> list[str]:
-    before, dots, after = output.partition("...")
-    return [*before, *after, *(i for i in (*left, *right) if dots and i.startswith("."))]
-
-
-def _implicit_output(left: list[str], right: list[str]) -> list[str]:
-    return [index for index in (*left, *right) if (index in left) != (index in right) or index.startswith(".")]
+OPS.update(_aten_table())
 
 
 def product_flops(op: Op, left: Tensor, right: Tensor, contraction: Contraction, output: Tensor) -> int:
     """FLOPs of one call, a multiplication and an addition counted as two. 0 for a lookup."""
     if op.lookup:
         return 0
+    if (
+        op.positions_mixed and 0 in contraction.right
+    ):  # transposed: each value of the input meets its part of the weight
+        return 2 * left.numel() * math.prod(right.shape[1:])
     operand, dims = (right, contraction.right) if right.dim() else (left, contraction.left)
     return 2 * output.numel() * math.prod(operand.shape[d] for d in dims)
 
@@ -202,15 +223,35 @@ def attention_products(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 UNSUPPORTED_CALLS: dict[Any, str] = {
     **dict.fromkeys((getattr(torch, name) for name in _RECURRENT), "fused recurrent call"),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), "transposed convolution"),
     **dict.fromkeys((F.bilinear, torch.chain_matmul, torch.linalg.multi_dot), "product of more than two"),
+    **dict.fromkeys((torch.sparse.mm, torch.sparse.addmm, torch.hspmm, torch.smm), "sparse product"),
     **dict.fromkeys((torch.addbmm, _T.addbmm), "product summed over the batch"),
     **dict.fromkeys((torch.dot, _T.dot, torch.vdot, torch.linalg.vecdot), "product of vectors"),
 }
 
 
+_BY_NAME = {func.__name__: kind for func, kind in UNSUPPORTED_CALLS.items()}
+
+
+def unsupported(func: Any) -> str | None:
+    """What kind of contraction a call is that the table has no entry for, or None."""
+    if isinstance(func, _ATEN_CALLS):
+        return _BY_NAME.get(call_name(func))
+    return UNSUPPORTED_CALLS.get(func)
+
+
+_ATEN_CALLS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
 def call_name(func: Any) -> str:
-    """`transpose`, `T`, `multi_head_attention_forward`, ...: how a call is named to people."""
+    """`transpose`, `T`, `multi_head_attention_forward`, ...: how a call is named to people.
+
+    A call by `torch.ops.aten` has the name of the function that it is; one of another library has that library's before it.
+    """
+    if isinstance(func, _ATEN_CALLS):
+        said = func._schema.name if isinstance(func, torch._ops.OpOverload) else func._qualified_op_name
+        library, _, name = said.partition("::")
+        return name if library == "aten" else f"{library}.{name}"
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         return str(getattr(func.__self__, "__name__", name))

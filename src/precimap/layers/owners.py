@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from precimap.layers.views import plain_name
 
@@ -19,10 +20,20 @@ _OWNERS = (nn.Linear, *_TABLES)
 
 @dataclass(frozen=True, slots=True)
 class Owners:
-    """Weight name -> the module that owns it, and how often that module was called."""
+    """Weight name -> the module that owns it, and how often that module was called; and which modules run just now."""
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
+    running: list[str] = field(default_factory=list)
+
+    @property
+    def here(self) -> str:
+        """The innermost module that runs, such as `tower.lstm (LSTM)`."""
+        return self.running[-1] if self.running else "outside of any module"
+
+    def left(self) -> None:
+        """A module has returned. No value, which a hook would put in place of the module's result."""
+        self.running.pop()
 
     def alone(self, name: str, calls: int) -> nn.Module | None:
         """The owner, if all `calls` that read the weight were its own."""
@@ -31,13 +42,16 @@ class Owners:
 
 @contextmanager
 def owners(model: nn.Module) -> Iterator[Owners]:
-    """Watch the calls of every plain nn.Linear, nn.Embedding and nn.EmbeddingBag, by the name of its weight.
+    """Watch the calls of every module, and count those of plain nn.Linear, nn.Embedding and nn.EmbeddingBag by weight.
 
     Hooks on the modules themselves, taken off again: torch.compile warns about hooks that are global.
     """
     found = Owners()
-    hooks = []
+    hooks: list[RemovableHandle] = []
     for path, module in model.named_modules():
+        said = f"{plain_name(path) or 'the model'} ({type(module).__name__})"
+        hooks.append(module.register_forward_pre_hook(lambda *_, said=said: found.running.append(said)))
+        hooks.append(module.register_forward_hook(lambda *_: found.left(), always_call=True))
         if type(module) in _OWNERS:
             name = plain_name(f"{path}.weight".lstrip("."))
             found.modules[name] = module

@@ -137,7 +137,8 @@ class Emulation(Interception):
         self._inputs = SharedInputs()
 
     def on_weight(self, call: WeightCall) -> Any:
-        return emulate(call, self._layers[call.view.name], self._weights[call.view.name], self._inputs)
+        name = call.view.name
+        return call.written(emulate(call, self._layers[name], self._weights[name], self._inputs))
 
 
 class SharedInputs:
@@ -162,7 +163,10 @@ class SharedInputs:
 
 
 def emulate(call: WeightCall, layer: QuantizedLayer, dequantized: Tensor, inputs: SharedInputs) -> Any:
-    """What the call returns with its layer in low precision; `dequantized` is the layer's float32 weight."""
+    """What the call computes with its layer in low precision; `dequantized` is the layer's float32 weight.
+
+    Nothing is written: a call that writes its result somewhere is given it by `WeightCall.written`.
+    """
     if call.op.lookup and layer.scheme.computes_low:
         return call.run()  # a tied table: the lookup itself stays in base precision, the product does not
     weight = call.view.rebuild(dequantized)
@@ -197,7 +201,10 @@ def _lookup_in_float32(call: WeightCall, weight: Tensor) -> Any:
     """The lookup on a float32 table (bags are summed in float32, as the operators for packed rows do)."""
     slot = call.op.left if call.weight_on_left else call.op.right
     in_float32 = _widened(replace(call, arguments=call.arguments.replaced(slot, weight)))
-    return in_float32.run().to(call.weight.dtype)
+    found, dtype = in_float32.run(), call.weight.dtype
+    if isinstance(found, tuple):  # of `torch.embedding_bag`: the rows, and what its backward pass would read
+        return (found[0].to(dtype), *found[1:])
+    return found.to(dtype)
 
 
 def _widened(call: WeightCall) -> WeightCall:

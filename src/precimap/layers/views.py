@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from precimap.errors import ModelError
 from precimap.layers.ops import call_name
+from precimap.layers.storages import memory_of
 
 Walk = frozenset[int] | None  # the parameter's dims that one dim of a view walks; None where that is not known
 
@@ -46,7 +45,7 @@ VIEW_CALLS = frozenset(
     "t transpose permute movedim swapaxes swapdims T mT H mH adjoint chunk split split_with_sizes tensor_split unbind "
     "__getitem__ select narrow view reshape flatten unflatten squeeze unsqueeze expand expand_as view_as reshape_as "
     "contiguous to type type_as float half bfloat16 double detach clone data index_select requires_grad_ cuda cpu "
-    "_to_copy alias".split()
+    "_to_copy _unsafe_view slice lift_fresh alias".split()
 )
 
 
@@ -59,7 +58,8 @@ def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """For each parameter, the other names under which its storage is known."""
     by_storage: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(plain_name(name))
+        memory = memory_of(parameter)
+        by_storage.setdefault(id(parameter) if memory is None else memory, []).append(plain_name(name))
     tied: dict[str, tuple[str, ...]] = {}
     for names in by_storage.values():
         for name in names:
@@ -124,8 +124,8 @@ def _tensors_of(output: Any) -> Iterator[tuple[int | None, Tensor]]:
 
 def _walks(source: Tensor, known: tuple[Walk, ...], out: Tensor) -> tuple[Walk, ...]:
     """Which parameter dims each dim of `out` walks, one step after `source`, whose dims walk `known`."""
-    shares = out.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
-    if not shares:
+    memory = memory_of(out)
+    if memory is None or memory != memory_of(source):
         same_order = out.dim() == source.dim() and out.shape[1:] == source.shape[1:]
         return known if same_order else (None,) * out.dim()
     return tuple(_walk(source, known, out.stride(dim), out.size(dim)) for dim in range(out.dim()))
@@ -149,13 +149,3 @@ def _walk(source: Tensor, known: tuple[Walk, ...], stride: int, size: int) -> Wa
             return None
         found |= walk
     return found if passed else None
-
-
-def check_visible(model: nn.Module) -> None:
-    """Refuse what runs outside Python, where no call can be seen. Raises ModelError."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(
-                f"expected an eager nn.Module, got TorchScript in {name or 'the model itself'} "
-                f"({type(module).__name__}); nothing inside it can be seen. Give the original Python module."
-            )

@@ -1,7 +1,8 @@
 """What discovery found in a model, as rich tables that fit 80 columns.
 
 Layers, the other parameters and why they are none, the products without a weight, and where the FLOPs are: together they
-leave nothing of the model unsaid.
+leave nothing of the model unsaid. Every share is of the whole model: of all FLOPs that are counted, of the bytes of all
+parameters.
 """
 
 import itertools
@@ -26,11 +27,11 @@ def inventory_table(inventory: Inventory) -> RenderableType:
     table.add_column("bytes", justify="right")
     table.add_column("shares", no_wrap=True)
     for layer in inventory.layers:
-        share = layer.flops / inventory.weight_flops if inventory.weight_flops else 0.0
+        share = _part(layer.flops, inventory.flops)
         note = "dead" if layer.dead else ("scheme+input" if layer.fused and layer.siblings else "")
         note = note or ("scheme" if layer.fused else "") or ("input" if layer.siblings else "")
         shape = "x".join(map(str, layer.shape))
-        size = f"{layer.bytes / inventory.layer_bytes:.1%}"
+        size = f"{_part(layer.bytes, inventory.bytes):.1%}"
         table.add_row(short_name(layer.name), ",".join(layer.ops)[:12], shape, f"{share:.1%}", size, note)
     parts = (table, _others(inventory), *([_products(inventory)] if inventory.products else []), _coverage(inventory))
     return Group(*(part for pair in zip(parts, itertools.repeat(Text())) for part in pair))
@@ -57,7 +58,7 @@ def _products(inventory: Inventory) -> RenderableType:
         table.add_column(heading, no_wrap=True)
     for heading in ("calls", "FLOPs", "of all"):
         table.add_column(heading, justify="right", no_wrap=True)
-    every = inventory.weight_flops + inventory.activation_flops
+    every = inventory.flops
     for product in inventory.products[:PRODUCTS_SHOWN]:
         shapes = ("x".join(map(str, shape)) for shape in (product.left, product.right))
         table.add_row(product.op, *shapes, f"{product.calls:,}", f"{product.flops:,}", f"{product.flops / every:.1%}")
@@ -70,17 +71,29 @@ def _products(inventory: Inventory) -> RenderableType:
 
 
 def _coverage(inventory: Inventory) -> RenderableType:
+    every, hidden = inventory.flops, inventory.weight_flops - inventory.layer_flops
+    tables = sum(x.bytes for x in inventory.layers if x.lookup and not x.flops)
     lines = [
         f"{inventory.parameters:,} parameters, all accounted for",
-        f"weight FLOPs: {inventory.weight_flops:,} in a batch of {inventory.units}, {inventory.covered:.1%} in layers",
-        f"bytes of all layers: {megabytes(inventory.layer_bytes)}, {_table_share(inventory):.1%} in embedding tables",
-        f"activation x activation FLOPs: {inventory.activation_flops:,}, always in base precision",
+        f"bytes of all parameters: {megabytes(inventory.bytes)}, {_part(inventory.layer_bytes, inventory.bytes):.1%} in "
+        f"layers, {_part(tables, inventory.bytes):.1%} in embedding tables",
+        f"FLOPs: {every:,} in a batch of {inventory.units}, {inventory.covered:.1%} in layers",
+        f"activation x activation FLOPs: {inventory.activation_flops:,}, {_part(inventory.activation_flops, every):.1%}, "
+        "always in base precision",
     ]
-    lines += [f"hidden from layers: {reason}, {flops:,} FLOPs" for reason, flops in inventory.hidden_flops]
+    if hidden:
+        lines.append(f"FLOPs that no layer stands for: {hidden:,}, {_part(hidden, every):.1%}, in base precision")
+    lines += [
+        f"hidden from layers: {where}, {flops:,} FLOPs, {_part(flops, every):.1%}"
+        for where, flops in inventory.hidden_flops[:PRODUCTS_SHOWN]
+    ]
+    rest = inventory.hidden_flops[PRODUCTS_SHOWN:]
+    if rest:
+        lines.append(f"hidden from layers: {len(rest)} others (--json), {sum(flops for _, flops in rest):,} FLOPs")
+    lines += [f"no FLOPs are known of, and in no share: {where}" for where in inventory.uncounted]
     lines += [f"dead: {layer.name}: {layer.dead}" for layer in inventory.layers if layer.dead]
     return lines_of(lines)
 
 
-def _table_share(inventory: Inventory) -> float:
-    """Of the bytes of all layers, those of tables that are looked up and not multiplied."""
-    return sum(x.bytes for x in inventory.layers if x.lookup and not x.flops) / max(1, inventory.layer_bytes)
+def _part(some: int, every: int) -> float:
+    return some / every if every else 0.0

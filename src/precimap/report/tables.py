@@ -57,7 +57,7 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
         cells = (_own_drop(decision, decision.predicted, unit), _own_drop(decision, decision.evidence, unit))
         verdict = Text(decision.verdict.value, style=_STYLE[decision.verdict])
         runs = (decision.scheme or "base")[:SCHEME_WIDTH]
-        table.add_row(short_name(name, NARROW_NAME_WIDTH), f"{decision.flops_share:.1%}", *cells, verdict, runs)
+        table.add_row(short_name(name, NARROW_NAME_WIDTH), f"{precision_map.share_of(name):.1%}", *cells, verdict, runs)
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
     notes = lines_of((f"{count} x {reason}" for reason, count in reasons.items()), "dim")
     said = f"drops of single layers in {precision_map.premise.metric} x {unit:.0e}, {_sizes(precision_map)}"
@@ -248,10 +248,11 @@ def _outlook_line(found: dict[str, Any]) -> str:
 def _savings(
     precision_map: PrecisionMap, floor: dict[str, Any] | None, latency: dict[str, Any] | None
 ) -> RenderableType:
+    rest = precision_map.other_bytes
     lines = [
-        f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, "
-        f"{precision_map.flops_share:.1%} of the weight FLOPs",
-        f"bytes of all layers: {megabytes(precision_map.bytes_before)} -> {megabytes(precision_map.bytes_after)}, "
+        f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, {precision_map.flops_said}",
+        f"bytes of all {'layers' if precision_map.of_model is None else 'parameters'}: "
+        f"{megabytes(precision_map.bytes_before + rest)} -> {megabytes(precision_map.bytes_after + rest)}, "
         f"{precision_map.bytes_share:.1%} of them in low precision",
         _time_saved(precision_map, latency),
     ]

@@ -56,7 +56,7 @@ def no_gain(times: EndToEnd) -> str:
 def _saving(final: PrecisionMap, latency: Latency | None) -> str:
     bytes_said = f"{final.bytes_share:.1%} of the bytes"
     if latency is None:
-        return f"{final.flops_share:.1%} of the weight FLOPs, {bytes_said}"
+        return f"{final.flops_said}, {bytes_said}"
     share, lower, upper = latency.savings.total((name, final.layers[name].scheme or "") for name in final.low)
     return f"{share:.1%} [{lower:.1%}, {upper:.1%}] of the layers' time saved, {bytes_said}"
 

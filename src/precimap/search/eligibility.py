@@ -73,8 +73,8 @@ def eligibility(
 ) -> Eligibility:
     """Ask the rules of all hardware, the target's, the user's own, and fused groups.
 
-    pinned: shell patterns of layers to keep. allowed: pattern -> the only schemes for the layers that match it.
-    Raises InputError for a pattern that matches no layer, or a scheme that is not searched.
+    pinned: names or shell patterns of layers to keep. allowed: name or pattern -> the only schemes of those layers.
+    Raises InputError for one that matches no layer, or a scheme that is not searched.
     """
     kept = {name for pattern in pinned for name in _matching(inventory, pattern)}
     only = _only(inventory, schemes, allowed)
@@ -107,13 +107,20 @@ def _with_fused(
     return found
 
 
-def _matching(inventory: Inventory, pattern: str) -> list[str]:
+def _matching(inventory: Inventory, asked: str) -> list[str]:
+    """The layers that are asked for: the one of that very name, or else those that match it as a shell pattern.
+
+    A name goes first, since names may hold [ ] * ? (features do): as a pattern one would miss itself and match others.
+    """
     names = [layer.name for layer in inventory.layers]
     # Tables show names without `.weight`; what is shown can be asked for.
-    matched = [n for n in names if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n.removesuffix(".weight"), pattern)]
+    exact = [name for name in (asked, f"{asked}.weight") if name in names]
+    if exact:
+        return exact[:1]
+    matched = [n for n in names if fnmatch.fnmatch(n, asked) or fnmatch.fnmatch(n.removesuffix(".weight"), asked)]
     if not matched:
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise InputError(f"expected a pattern that matches a layer ({some}), got {pattern!r}")
+        raise InputError(f"expected a name or a pattern that matches a layer ({some}), got {asked!r}")
     return matched
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from precimap.certificate import Rounding
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
-from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory
 from precimap.layers.realign import score_layer
 from precimap.layers.target import EMULATED, Target
@@ -34,6 +33,7 @@ from precimap.search.eligibility import NO_PATTERNS, Eligibility, eligibility, o
 from precimap.search.evidence.floor import floor_pairs, rounding_floor
 from precimap.search.evidence.gather import Evidence, gather
 from precimap.search.evidence.probe import failures
+from precimap.search.inventories import inventory_of
 from precimap.search.latency.planned import Latency
 from precimap.search.latency.serving import HERE, Serving, foreseen, timed_here
 from precimap.search.latency.whole import Stand
@@ -76,12 +76,13 @@ def search(
 
     schemes: names or Schemes; of several each layer takes one (on equal terms, the first). margin: the largest drop you
     accept, in units of the metric. rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its
-    own drop is surely below it (default: margin / number of candidate layers). pinned: shell patterns of layers to
-    keep. allowed: pattern -> the only schemes for the layers that match it. alpha_budget: what the certify split may
-    give away in all (default 1 - confidence). effort: how hard to look, see `Effort`. serving: batch sizes and hardware,
-    see `Serving`; by default layers are timed here if the target has kernels here. run: a directory for measurements
-    and maps; one that holds measurements of the same model, data and schemes is taken up again, also with another
-    margin or rule. ledger: directory of the alpha ledgers (default `state_directory()`).
+    own drop is surely below it (default: margin / number of candidate layers). pinned: layers to keep, by name or
+    shell pattern. allowed: name or pattern -> the only schemes for these layers. A name means that layer alone,
+    whatever it holds. alpha_budget: what the certify split may give away in all (default 1 - confidence). effort:
+    how hard to look, see `Effort`. serving: batch sizes and hardware, see `Serving`; by default layers are timed
+    here if the target has kernels here. run: a directory for measurements and maps; one that holds measurements of
+    the same model, data and schemes is taken up again, also with another margin or rule. ledger: directory of the
+    alpha ledgers (default `state_directory()`).
     realign: bring each map's scores, which must be logits, back to the baseline's by a scale and a shift that are fitted
     without labels on the calibration split and folded into the last nn.Linear; part of the map and of what is certified.
     on_preflight: told what this many units can detect, before the long work.
@@ -95,7 +96,7 @@ def search(
     first = preflight.check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)
-    inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
+    inventory = inventory_of(task)
     eligible = eligibility(inventory, chosen, target, pinned, allowed)
     by_profile = foreseen(inventory, open_pairs(eligible, chosen), target, serving)
     seen = _Seen(prints, (*first.notes, *prints.notes), inventory, eligible, by_profile)

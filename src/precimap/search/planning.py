@@ -9,20 +9,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from precimap.journal import run_journal
-from precimap.layers.discover import discover
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics.schemes import Scheme
 from precimap.search import preflight
 from precimap.search.asked import schemes_of
 from precimap.search.calibrate import calibrated
 from precimap.search.eligibility import eligibility, open_pairs, refusing
+from precimap.search.inventories import inventory_of
 from precimap.search.limits import Limits
 from precimap.search.progress import Progress, silent
 from precimap.search.run import Run, scored
 from precimap.search.sample_size import Outlook, outlook, pilots
 from precimap.search.splits.three_splits import fingerprint_splits, unchanging
 from precimap.search.trial import tried
-from precimap.task import Task, first_batch
+from precimap.task import Task
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the margin that was asked for
 
@@ -77,7 +77,7 @@ def plan(
     first = preflight.check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)
-    inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
+    inventory = inventory_of(task)
     eligible = eligibility(inventory, chosen, target, ())
     with run_journal(None, {}) as journal:
         run = Run(task, journal, progress)

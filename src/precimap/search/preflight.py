@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from precimap.errors import ModelError, TaskError
 from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantized
+from precimap.layers.special import check_visible, is_exported, is_finite
 from precimap.layers.views import plain_name
 from precimap.metrics.click import NE, NE_MARGINS
 from precimap.metrics.guard import Head
@@ -35,6 +36,7 @@ from precimap.task import Scored, Task, can_be_written, join_parts, score_batch,
 
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
 INFLUENCE_TOLERANCE = 1e-4
+NAMED_AT_MOST = 5
 LARGE_RELATIVE_MARGIN = 0.1
 LARGE_NE_MARGIN = 0.01
 
@@ -64,13 +66,13 @@ class Preflight:
 
 
 def check_weights(task: Task) -> None:
-    """Raises ModelError for a model in training mode, without weights, or with parameters that are not finite; TaskError
-    inside of torch.inference_mode()."""
+    """Raises ModelError for a model in training mode, without weights, that cannot be looked into, or with parameters that
+    are not finite; TaskError inside of torch.inference_mode()."""
     if torch.is_inference_mode_enabled():
         raise TaskError(
             "expected a call outside of torch.inference_mode(), whose tensors take no gradient; leave the block"
         )
-    if task.model.training:
+    if task.model.training and not is_exported(task.model):
         raise ModelError("expected a model in evaluation mode, got one in training mode; call model.eval() first")
     tensors = dict((*task.model.named_parameters(), *task.model.named_buffers()))
     unnamed = [name for name in tensors if not can_be_written(name)]
@@ -82,7 +84,8 @@ def check_weights(task: Task) -> None:
             f"expected a model with its weights, got none yet in {', '.join(empty[:5])} (on the meta device, or of a lazy "
             "module that no batch has run through); load them first"
         )
-    broken = [plain_name(n) for n, p in task.model.named_parameters() if not torch.isfinite(p).all()]
+    check_visible(task.model)
+    broken = [plain_name(n) for n, p in task.model.named_parameters() if not is_finite(p)]
     if broken:
         raise ModelError(f"expected finite weights, got NaN or Inf in {', '.join(broken[:5])}; repair the model first")
 
@@ -259,6 +262,15 @@ def notes(inventory: Inventory, coupled: Sequence[BatchDependence]) -> tuple[str
     """What is worth knowing before the search."""
     found = [dependence.note for dependence in coupled]
     if inventory.hidden_flops:
-        hidden = "; ".join(f"{reason} ({flops:,} FLOPs)" for reason, flops in inventory.hidden_flops)
-        found.append(f"weight products that no layer stands for: {hidden}")
+        share = (inventory.weight_flops - inventory.layer_flops) / inventory.flops
+        hidden = _some([f"{where} ({flops:,} FLOPs)" for where, flops in inventory.hidden_flops])
+        found.append(f"{share:.1%} of the FLOPs are in products that no layer stands for, in base precision: {hidden}")
+    if inventory.uncounted:
+        found.append(f"calls whose FLOPs nobody counts, and in no share that is given: {_some(inventory.uncounted)}")
     return tuple(found)
+
+
+def _some(said: Sequence[str]) -> str:
+    """The first few, and how many more; `precimap layers` lists all."""
+    more = f"; and {len(said) - NAMED_AT_MOST} more" if len(said) > NAMED_AT_MOST else ""
+    return "; ".join(said[:NAMED_AT_MOST]) + more

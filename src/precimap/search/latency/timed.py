@@ -13,7 +13,6 @@ from torch import nn
 from precimap.errors import FAILURES, InputError, JournalError, first_line
 from precimap.hardware_profile import Device, HardwareProfile, LowTimes, Row, Times
 from precimap.journal import Measurement, run_journal
-from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory
 from precimap.layers.owners import module_of
 from precimap.layers.quantized import QuantizedLayer
@@ -21,12 +20,13 @@ from precimap.layers.target import BASE, Target, Timer
 from precimap.numerics.schemes import SCHEMES, Amax, Scheme
 from precimap.search.calibrate import Calibration, calibrated, codes
 from precimap.search.eligibility import eligibility, open_pairs, refusing
+from precimap.search.inventories import inventory_of
 from precimap.search.latency.planned import Work, works
 from precimap.search.preflight import check_weights
 from precimap.search.progress import Progress, silent
 from precimap.search.run import Run
 from precimap.search.trial import tried
-from precimap.task import Task, first_batch
+from precimap.task import Task
 
 FAILED = "latency failed"  # the kind of what could not be timed, in the journal
 
@@ -47,7 +47,7 @@ def bench_device(
     if timer is None:
         raise InputError(f"expected a target with times of its own, such as cpu-int8; {target.name} has none")
     check_weights(task)
-    inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
+    inventory = inventory_of(task)
     allowed = eligibility(inventory, schemes, target, ())
     pairs = open_pairs(allowed, schemes)
     if not pairs:

@@ -107,7 +107,6 @@ class Stand:
             self.run.progress("time whole models", number, len(self.sizes))
             sizes.append(self._at(size, models, refused))
         self.run.progress("time whole models", len(self.sizes), len(self.sizes))
-        products = self.inventory.weight_flops + self.inventory.activation_flops
         return EndToEnd(
             map=precision_map.fingerprint,
             device=self.timer.device(),
@@ -115,7 +114,7 @@ class Stand:
             sizes=tuple(sizes),
             refused=refused,
             foretold=self._foretold(precision_map, sizes),
-            flops=round(products / self.inventory.units),
+            flops=round(self.inventory.flops / self.inventory.units),
             peak_flops=self.timer.peak_flops(getattr(torch, task.base_precision)),
             peak_given=False,
         )

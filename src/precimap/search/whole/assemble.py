@@ -15,7 +15,7 @@ from precimap.fingerprints import modules_of
 from precimap.layers.inventory import Inventory, Layer
 from precimap.metrics.power import units_needed
 from precimap.numerics.schemes import Scheme
-from precimap.precision_map import Decision, PrecisionMap, Premise, Verdict
+from precimap.precision_map import Decision, OfModel, PrecisionMap, Premise, Verdict
 from precimap.search.calibrate import Calibration
 from precimap.search.eligibility import Eligibility
 from precimap.search.evidence.known import Known
@@ -82,6 +82,13 @@ def assemble(findings: Findings, choice: dict[str, str]) -> PrecisionMap:
             for layer in findings.inventory.layers
         },
         premise=findings.premise,
+        of_model=_of_model(findings.inventory),
+    )
+
+
+def _of_model(inventory: Inventory) -> OfModel:
+    return OfModel(
+        weights_share=inventory.weight_flops / inventory.flops if inventory.flops else 1.0, bytes=inventory.bytes
     )
 
 
