@@ -2,9 +2,13 @@
 
 from statistics import fmean, stdev
 
+from precimap import Task, discover
 from precimap.certificate import BOUND_FARTHEST, BlindSpot, Certificate, GuardAnswer, Rounding, Unrepaired
-from precimap.numerics.schemes import SCHEMES
+from precimap.numerics.schemes import SCHEMES, Scheme
 from precimap.precision_map import Decision, Evidence, OfModel, PrecisionMap, Premise, Realignment, Verdict
+from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.search.whole.assemble import premise_of
+from precimap.task import first_batch
 
 
 def decision(scheme: str | None = None, **changes: object) -> Decision:
@@ -67,3 +71,32 @@ def certified(example: PrecisionMap, realigned_at: str | None = None) -> Precisi
         shipped=0.001, error_over_units=1e-3, n=128, drops=drops, mean=fmean(drops), sd=stdev(drops), common=1e-4
     )
     return plain.model_copy(update={"certificate": found, "rounding": draws})
+
+
+def map_of(task: Task, choice: dict[str, str], target: str = "cpu-int8") -> PrecisionMap:
+    """A map as a search writes it, of a choice made here."""
+    from precimap.fingerprints import of_weights
+    from precimap.search.splits.three_splits import fingerprint_splits
+
+    inventory = discover(task.model, task.forward, first_batch(task, task.splits.calibration))
+    chosen: dict[str, Scheme] = {name: SCHEMES[name] for name in choice.values()}
+    return PrecisionMap(
+        target=target,
+        schemes={name: found.row() for name, found in chosen.items()},
+        layers={
+            layer.name: Decision(
+                scheme=choice.get(layer.name),
+                verdict=Verdict.TOLERANT,
+                reason="chosen by a test",
+                shape=layer.shape,
+                ops=layer.ops,
+                contracted=layer.contracted,
+                input_scale=0.03 if choice.get(layer.name) == int8_scheme() else None,
+                input_zero=60 if choice.get(layer.name) == int8_scheme() else None,
+                bytes=layer.bytes,
+                also_read_by=layer.also_read_by,
+            )
+            for layer in inventory.layers
+        },
+        premise=premise_of(task, of_weights(task.model), fingerprint_splits(task), "test"),
+    )

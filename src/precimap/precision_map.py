@@ -163,11 +163,12 @@ class PrecisionMap(Record):
 
     @property
     def bytes_after(self) -> int:
-        """Of all layers under the map, scales and offsets included."""
+        """Of all layers under the map, scales, offsets and parameters that stay beside their codes included."""
         return sum(
             decision.bytes
             if (scheme := self.scheme_of(name)) is None
             else scheme.stored_bytes(decision.shape, decision.contracted)
+            + (decision.bytes if decision.keeps(scheme) else 0)
             for name, decision in self.layers.items()
         )
 

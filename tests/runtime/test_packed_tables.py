@@ -15,8 +15,7 @@ from precimap.layers.discover import discover
 from precimap.layers.quantized import QuantizedLayer, quantize_layer, quantized
 from precimap.layers.refusals import refusal
 from precimap.metrics import Loss
-from precimap.numerics.schemes import SCHEMES, Scheme, scheme
-from precimap.precision_map import Decision, Verdict
+from precimap.numerics.schemes import scheme
 from precimap.runtime import deploy as deploying
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.runtime.deploy import deployed_layers, deployment_of
@@ -24,7 +23,7 @@ from precimap.runtime.weights import rows as packed_rows
 from precimap.runtime.weights.int8 import INT8_KERNEL
 from precimap.runtime.weights.placing import low_weights
 from precimap.runtime.weights.rows import ROWS_KERNEL
-from precimap.search.whole.assemble import premise_of
+from small_maps import map_of
 
 ROWS = ("int8-row", "int4-row")
 GENERATOR = torch.Generator().manual_seed(11)
@@ -164,34 +163,6 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def task_of(model: nn.Module) -> Task:
     splits = Splits(*([ranker_batch(n)] for n in (30, 40, 50)))
     return Task(model, splits=splits, forward=run, loss=lambda s, b: (s - b["labels"]).square(), metric=Loss())
-
-
-def map_of(task: Task, choice: dict[str, str], target: str = "cpu-int8") -> PrecisionMap:
-    """A map as a search writes it, of a choice made here."""
-    from precimap.fingerprints import of_weights
-    from precimap.search.splits.three_splits import fingerprint_splits
-
-    inventory = discover(task.model, task.forward, ranker_batch())
-    chosen: dict[str, Scheme] = {name: SCHEMES[name] for name in choice.values()}
-    return PrecisionMap(
-        target=target,
-        schemes={name: found.row() for name, found in chosen.items()},
-        layers={
-            layer.name: Decision(
-                scheme=choice.get(layer.name),
-                verdict=Verdict.TOLERANT,
-                reason="chosen by a test",
-                shape=layer.shape,
-                ops=layer.ops,
-                contracted=layer.contracted,
-                input_scale=0.03 if choice.get(layer.name) == int8_scheme() else None,
-                input_zero=60 if choice.get(layer.name) == int8_scheme() else None,
-                bytes=layer.bytes,
-            )
-            for layer in inventory.layers
-        },
-        premise=premise_of(task, of_weights(task.model), fingerprint_splits(task), "test"),
-    )
 
 
 def mixed_map(task: Task, target: str = "cpu-int8") -> PrecisionMap:

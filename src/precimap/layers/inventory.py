@@ -8,13 +8,18 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+# Calls that take a weight [E, .., ..] for E of them.
+STACKING = frozenset({"bmm", "baddbmm", "_grouped_mm", "grouped_mm"})
+
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One call that reads a weight. input: shape of the other operand (of the ids, for a lookup). rows: of the result."""
+    """One call that reads a weight. input: shape of the other operand (of the ids, for a lookup). rows: of the result, where
+    a row is what one weight [N, K] makes, or one lookup."""
 
     input: tuple[int, ...]
     rows: int
+    lookup: bool = False
 
     @property
     def each(self) -> int:
@@ -69,6 +74,33 @@ class Layer:
     @property
     def bytes(self) -> int:
         return self.numel * self.element_bytes
+
+    @property
+    def table(self) -> bool:
+        """It is looked up and nothing else multiplies it."""
+        return self.lookup and not self.flops
+
+    @property
+    def stacked(self) -> int:
+        """How many weights, as of experts, lie in it, every one of them multiplied by each call; 1 in other layers."""
+        return self.shape[0] if len(self.shape) == 3 and self.ops and set(self.ops) <= STACKING else 1
+
+    @property
+    def timed_as(self) -> str | None:
+        """The module that a timer takes for one product or lookup of it, as torch prints it; None where there is none.
+
+        That of the model where one alone reads the weight. Otherwise a plain one of the same widths: whichever call
+        multiplies, it is the same product.
+        """
+        if self.module is not None:
+            return self.module
+        if self.table:
+            in_bags = "embedding_bag" in self.ops
+            return f"{'EmbeddingBag' if in_bags else 'Embedding'}({self.shape[0]}, {self.shape[-1]})"
+        wide = self.positions_mixed and math.prod(self.shape[2:]) > 1
+        if self.inputs is None or self.outputs is None or self.contracted is None or wide:
+            return None
+        return f"Linear(in_features={self.inputs}, out_features={self.outputs}, bias=False)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ def refusal(layer: Layer, scheme: Scheme) -> str | None:
         return _rows_refusal(layer, scheme)
     if not scheme.computes_low:
         return None
-    if layer.lookup:
+    if layer.table:
         return "a lookup has no input to quantise; weight-only schemes apply"
     if layer.outputs == 1:
         return "one output column: a dot product, nothing to gain"

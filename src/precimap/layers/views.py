@@ -105,6 +105,9 @@ class WeightViews:
         for index, out in _tensors_of(output):
             if out is source:
                 continue
+            if out.dtype != source.dtype:  # a cast: codes are what they are in any dtype of the model
+                self._add(out, View(parent.name, _walks(source, parent.walks, out), parent.rebuild))
+                continue
 
             def rebuild(quantised: Tensor, index: int | None = index) -> Tensor:
                 again = func(parent.rebuild(quantised), *rest, **kwargs)

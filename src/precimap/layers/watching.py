@@ -120,7 +120,8 @@ class Watching(Interception):
         seen.positions_mixed |= call.op.positions_mixed
         seen.normalised |= call.func in _NORMALISING and call.arguments.get(_MAX_NORM) is not None
         seen.contracted.add(call.view.parameter_dims(call.weight_contracted))
-        seen.widths.add(_widths(call))
+        if not call.op.lookup:
+            seen.widths.add(_widths(call))
         left, right = call.arguments.get(call.op.left), call.arguments.get(call.op.right)
         output = output[0] if isinstance(output, tuple) and output else output
         flops = 0
@@ -129,7 +130,7 @@ class Watching(Interception):
             # Of a slice that `vmap` shows, or a nested tensor, torch alone knows how much there is.
             flops = product_flops(call.op, left, right, call.contraction, output) if held is output else counted.total
             width = held.shape[-1] if call.op.lookup else _widths(call)[1]
-            seen.reads.append(Read(tuple(input.shape), math.prod(held.shape) // max(1, width)))
+            seen.reads.append(Read(tuple(input.shape), math.prod(held.shape) // max(1, width), call.op.lookup))
         seen.flops += flops
         if origin is not None:
             seen.before_batch.append((f"{self._owned.here}: {call.op.name} with a buffer", flops))

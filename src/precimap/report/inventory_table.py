@@ -72,7 +72,7 @@ def _products(inventory: Inventory) -> RenderableType:
 
 def _coverage(inventory: Inventory) -> RenderableType:
     every, hidden = inventory.flops, inventory.weight_flops - inventory.layer_flops
-    tables = sum(x.bytes for x in inventory.layers if x.lookup and not x.flops)
+    tables = sum(x.bytes for x in inventory.layers if x.table)
     lines = [
         f"{inventory.parameters:,} parameters, all accounted for",
         f"bytes of all parameters: {megabytes(inventory.bytes)}, {_part(inventory.layer_bytes, inventory.bytes):.1%} in "

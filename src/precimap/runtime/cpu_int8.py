@@ -95,7 +95,7 @@ def _scheme_refusal(scheme: Scheme) -> str | None:
 
 
 def _layer_refusal(layer: Layer, scheme: Scheme) -> str | None:
-    if layer.lookup and not layer.flops:
+    if layer.table:
         return "a table takes packed rows here (int8-row, int8-row-half, int4-row)"
     reason = product_refusal(layer) if scheme.computes_low else None
     if reason is not None:

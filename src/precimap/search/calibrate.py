@@ -121,7 +121,7 @@ def codes(
 def calibrated(run: Run, inventory: Inventory, schemes: Sequence[Scheme]) -> Calibration:
     """The static ranges of all layers that are called, from the journal where it holds them; none for dynamic schemes."""
     static = [scheme for scheme in schemes if scheme.needs_calibration]
-    names = tuple(layer.name for layer in inventory.layers if not layer.lookup)
+    names = tuple(layer.name for layer in inventory.layers if not layer.table)
     rows = {
         (name, scheme_key(s)): run.journal.find("calibration", name, scheme_key(s)) for name in names for s in static
     }

@@ -17,7 +17,7 @@ from precimap.layers.ops import OPS, Arguments
 from precimap.layers.quantized import SharedInputs, emulate
 from precimap.layers.views import View
 from precimap.runtime.weights.low_weight import LowWeight
-from precimap.runtime.weights.products import CodedKernel
+from precimap.runtime.weights.products import GATHERS, CodedKernel
 
 
 class EmulatedKernel(CodedKernel):
@@ -35,14 +35,14 @@ class EmulatedKernel(CodedKernel):
     def product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = OPS.get(func)
         if op is None:
-            return NotImplemented
+            return super().product(func, args, kwargs) if func in GATHERS else NotImplemented
         arguments = Arguments(args, kwargs)
         left, right = arguments.get(op.left), arguments.get(op.right)
         weight = right if isinstance(right, LowWeight) else left
         if not isinstance(weight, LowWeight) or (isinstance(left, LowWeight) and isinstance(right, LowWeight)):
             return NotImplemented
         layer = self.layer(weight)
-        if op.lookup and (layer.scheme.computes_low or layer.keeps):
+        if op.lookup and layer.scheme.computes_low:
             arguments = arguments.replaced(op.left if weight is left else op.right, weight.read())
             return func(*arguments.args, **arguments.kwargs)
         values = weight.prepared("emulated", lambda view: view.dequantize())

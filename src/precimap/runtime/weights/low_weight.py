@@ -210,7 +210,12 @@ class LowWeight(Tensor):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return low_weight, (self.canonical(), self.how, self.outward, isinstance(self, nn.Parameter))
+        # As bytes: pickle does not know the storages of float8.
+        raw = {
+            name: (part.detach().view(torch.uint8), part.dtype) if part.dtype.itemsize == 1 else (part.detach(), None)
+            for name, part in self.canonical().items()
+        }
+        return _unpickled, (raw, self.how, self.outward, isinstance(self, nn.Parameter))
 
 
 def composite(func: Any) -> bool:
@@ -225,6 +230,13 @@ def low_weight(parts: Parts, how: How, dtype: torch.dtype, parameter: bool = Tru
     if parameter:
         made = nn.Parameter(made, requires_grad=False)  # type: ignore[assignment]
     return made
+
+
+def _unpickled(
+    raw: dict[str, tuple[Tensor, torch.dtype | None]], how: How, dtype: torch.dtype, parameter: bool
+) -> LowWeight:
+    parts = {name: part if kind is None else part.view(kind) for name, (part, kind) in raw.items()}
+    return low_weight(parts, how, dtype, parameter)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -227,9 +227,8 @@ def _grouped(
 
 def _gathered(weight: LowWeight, ids: Tensor) -> Tensor:
     """The rows of a weight [rows, ..] at ids [n], float32 (of kept ones: in their own dtype)."""
-    wide = weight.parts.get("wide")
-    if wide is not None:
-        return wide.index_select(0, ids)
+    if weight.how.scheme.computes_low and "wide" in weight.parts:
+        return weight.parts["wide"].index_select(0, ids)
     parts = {
         name: part if name in AFFINE and part.shape[0] == 1 else part.index_select(0, ids)
         for name, part in weight.canonical().items()
@@ -294,6 +293,7 @@ def _embedding_bag(
     return output.to(weight.outward), *rest
 
 
+GATHERS = frozenset({_aten.index_select.default, _aten.index.Tensor})
 CALLS: dict[Any, Callable[..., Any]] = {
     _aten.mm.default: _mm,
     _aten.addmm.default: _addmm,

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from precimap.numerics.quantize import Affine, dequantize
 from precimap.runtime.weights.low_weight import AFFINE, How, LowWeight, Parts, composite
-from precimap.runtime.weights.products import CodedKernel
+from precimap.runtime.weights.products import CALLS, CodedKernel
 
 
 class StoredKernel(CodedKernel):
@@ -35,8 +35,11 @@ class StoredKernel(CodedKernel):
         return F.linear(x, weight.parts["decoded"], bias)
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Whatever reads the weight reads it decoded."""
-        if func._schema.is_mutable or composite(func):
+        """Whatever reads the weight reads it decoded, but who is no product where the parameter is kept."""
+        kept = func not in CALLS and any(
+            isinstance(leaf, LowWeight) and "wide" in leaf.parts for leaf in tree_iter((args, kwargs))
+        )
+        if kept or func._schema.is_mutable or composite(func):
             return NotImplemented
         args, kwargs = tree_map_only(LowWeight, lambda weight: weight.parts["decoded"], (args, kwargs))
         return func(*args, **kwargs)

@@ -15,7 +15,7 @@ from precimap.search.run import Parts, Run, scored
 
 def floor_pairs(inventory: Inventory) -> list[tuple[str, Scheme]]:
     """What is rounded: every layer that is multiplied and not dead."""
-    return [(layer.name, BF16_FLOOR) for layer in inventory.layers if layer.dead is None and not layer.lookup]
+    return [(layer.name, BF16_FLOOR) for layer in inventory.layers if layer.dead is None and not layer.table]
 
 
 def rounding_floor(

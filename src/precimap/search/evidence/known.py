@@ -10,7 +10,8 @@ from enum import StrEnum
 
 import numpy as np
 
-from precimap.layers.inventory import Inventory
+from precimap.decisions import keeps_parameter
+from precimap.layers.inventory import Inventory, Layer
 from precimap.metrics.guard import Head
 from precimap.metrics.metric import Metric
 from precimap.metrics.paired import Drop
@@ -137,7 +138,8 @@ def gain(
     saved: share of the time of all timed layers, as measured. Without it the share of the model's weight FLOPs stands
     in, 8 bits taking half the time of 16. bytes_worth: what saving the bytes of all layers is worth, where saving all
     of that time is worth 1. The scale and offset of packed rows count, a good part of a narrow row. Scales of products
-    do not: a few bytes would set one granularity above another, whatever it costs.
+    do not: a few bytes would set one granularity above another, whatever it costs. A parameter that stays beside its codes
+    saves none.
     """
     found = inventory.layer(layer)
     if saved is None:
@@ -145,7 +147,13 @@ def gain(
         saved = max(0.0, 1 - scheme.weight_bits / 16) * flops
     codes = found.numel * scheme.weight_bits / 8
     stored = codes if scheme.rows is None else scheme.stored_bytes(found.shape, found.contracted)
+    stored += _kept(found, scheme)
     return saved + bytes_worth * max(0.0, found.bytes - stored) / inventory.layer_bytes
+
+
+def _kept(layer: Layer, scheme: Scheme) -> int:
+    """Bytes of the parameter, where it stays beside its codes."""
+    return layer.bytes if keeps_parameter(layer.ops, layer.also_read_by, scheme) else 0
 
 
 def options(
@@ -165,7 +173,7 @@ def options(
                 scheme=found.scheme,
                 gain=gain(inventory, found.layer, scheme, bytes_worth, found.saved),
                 cost=cost(found, counted),
-                bytes=scheme.stored_bytes(layer.shape, layer.contracted),
+                bytes=scheme.stored_bytes(layer.shape, layer.contracted) + _kept(layer, scheme),
                 fused=layer.fused,
                 siblings=layer.siblings,
                 shared=found.shared,

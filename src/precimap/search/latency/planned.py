@@ -1,7 +1,7 @@
 """What a scheme saves of the time of a model's layers, by the times of a hardware profile.
 
 Invariant: a difference inside the spread is no gain: quartiles of the ratio within a turn decide, not its median. A
-layer's share is of the sum over all layers that a module of their own reads: what runs between them (attention, norms,
+layer's share is of the sum over all layers that can be timed alone: what runs between them (attention, norms,
 activations) is in neither side. Rows are taken to grow with the batch, and every batch size counts alike. A layer that
 pays only beside siblings which read the same input stays a candidate: which of them go together is for the plan.
 """
@@ -37,13 +37,17 @@ class Work:
 
 def works(inventory: Inventory, layer: Layer, size: int) -> list[Work]:
     """The calls of a layer in a batch of `size` units."""
-    if layer.module is None:
+    module = layer.timed_as
+    if module is None:
         return []
     each_batch, in_bags = size / inventory.units, "embedding_bag" in layer.ops
-    return [
-        Work(layer.module, layer.dtype, read.each if in_bags else 1, max(1, round(read.rows * each_batch)))
-        for read in layer.reads
-    ]
+    found = []
+    for read in layer.reads:
+        if read.lookup and layer.flops:
+            continue  # of a table that is multiplied, too: the lookup stays as it is
+        rows = max(1, round(read.rows * each_batch / layer.stacked))
+        found += [Work(module, layer.dtype, read.each if in_bags else 1, rows)] * layer.stacked
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +104,12 @@ def planned(
         schemes[name].append(scheme.name)
     points: dict[str, list[list[Point]]] = {}  # by layer, batch size and call
     lacking = {
-        name: f"{name}: no module of its own reads it" for name in schemes if inventory.layer(name).module is None
+        name: f"{name}: nothing that is timed stands for it"
+        for name in schemes
+        if inventory.layer(name).timed_as is None
     }
     between: list[str] = []
-    for layer in (layer for layer in inventory.layers if layer.module is not None):
+    for layer in (layer for layer in inventory.layers if layer.timed_as is not None):
         try:
             points[layer.name] = [
                 [profile.at(w.module, w.dtype, w.each, w.rows, schemes[layer.name]) for w in works(inventory, layer, b)]

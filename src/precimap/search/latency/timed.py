@@ -14,8 +14,8 @@ from precimap.errors import FAILURES, InputError, JournalError, first_line
 from precimap.hardware_profile import Device, HardwareProfile, LowTimes, Row, Times
 from precimap.journal import Measurement, run_journal
 from precimap.layers.inventory import Inventory
-from precimap.layers.owners import module_of
 from precimap.layers.quantized import QuantizedLayer
+from precimap.layers.stand_in import timed_codes, timed_module
 from precimap.layers.target import BASE, Target, Timer
 from precimap.numerics.schemes import SCHEMES, Amax, Scheme
 from precimap.search.calibrate import Calibration, calibrated, codes
@@ -138,8 +138,8 @@ def _time(
         if scheme is not None and _row_of(run, work, name) is None
     ]
     made = codes(run.task, inventory, calibration, lacking)
-    module = module_of(run.task.model, forms[BASE][0])
-    named = {layer.scheme.name: layer for layer in made}
+    module = timed_module(run.task.model, inventory.layer(forms[BASE][0]))
+    named = {layer.scheme.name: timed_codes(layer, inventory.layer(layer.name)) for layer in made}
     try:
         found = timer.seconds(module, named, work.rows, work.each)
     except FAILURES:
