@@ -135,8 +135,8 @@ class _Packed(NamedTuple):
 
 
 def _bags(model: nn.Module, batch: _Packed) -> Tensor:
-    ends = [*batch.starts[1:].tolist(), len(batch.flat)]
-    rows = [batch.flat[a:b].mean(0) for a, b in zip(batch.starts.tolist(), ends, strict=True)]
+    starts = batch.starts.long().tolist()
+    rows = [batch.flat[a:b].mean(0) for a, b in zip(starts, [*starts[1:], len(batch.flat)], strict=True)]
     scores: Tensor = model(torch.stack(rows))
     return scores
 
@@ -152,7 +152,11 @@ FLAT = torch.randn(3 * UNITS, WIDTH, generator=torch.Generator().manual_seed(9))
 @pytest.mark.parametrize(
     ("batch", "forward", "said"),
     [
-        (_Packed(FLAT, torch.arange(0, 3 * UNITS, 3)), _bags, "not cut along its units"),
+        (
+            _Packed(FLAT, torch.arange(0.0, 3 * UNITS, 3)),
+            _bags,
+            "not cut along its units",
+        ),  # no column of whole numbers
         ([FLAT], lambda model, batch: model(batch[0][::3]), "nothing in the batch has one row per unit"),
         ({"x": FLAT[:1]}, lambda model, batch: model(batch["x"]), "holds one unit"),
         ({"x": FLAT[:UNITS]}, _only_all, "forward failed on one of 2 parts"),
@@ -168,13 +172,13 @@ def test_a_batch_that_cannot_be_cut_is_said_so(batch: Any, forward: Any, said: s
 
 
 def test_only_what_has_one_row_per_unit_is_changed() -> None:
-    batch = {"x": torch.arange(6).view(3, 2), "texts": ["a", "b", "c"], "rest": (torch.arange(4), ["a"], 3, None)}
+    batch = {"x": torch.arange(6).view(3, 2), "texts": ["a", "b", "c"], "rest": (torch.arange(5), ["a"], 3, None)}
     halves = cut(batch, 3, 2)
     assert halves is not None
     assert [half["texts"] for half in halves] == [["a"], ["b", "c"]]
     assert torch.equal(torch.cat([half["x"] for half in halves]), batch["x"])
     assert all(
-        torch.equal(half["rest"][0], torch.arange(4)) and half["rest"][1:] == (["a"], 3, None) for half in halves
+        torch.equal(half["rest"][0], torch.arange(5)) and half["rest"][1:] == (["a"], 3, None) for half in halves
     )
     assert along_units(batch["rest"], 3, lambda rows: rows) is None
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from precimap.end_to_end import BASE, BLANKET, MAP, EndToEnd, FormTimes, SizeTimes
-from precimap.errors import DeployError, InputError, JournalError
+from precimap.errors import DeployError, InputError, JournalError, first_line
 from precimap.hardware_profile import Times
 from precimap.layers.copying import shared_copy
 from precimap.layers.given import leading_rows
@@ -45,7 +45,14 @@ PRECISIONS = (BASE, MAP, BLANKET)  # in the order of the tables; casts come last
 # What a user's model, or torch.compile on it, raises where a form is none for it.
 _FAILURES = (DeployError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 _LONGEST_REASON = 200
+_NO_BATCH_HINT = (
+    "Give the data in batches as they are served, and no batch sizes; or --timing-seconds 0, to time no whole model"
+)
 COPIES = 8  # of a batch, in turns: more than a target keeps codes of, which nothing that is served would find again
+
+
+def _no_batch(size: int) -> str:
+    return f"no batch of {size} can be made of the first search batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,15 @@ class Stand:
     def check(self) -> None:
         """Raises InputError where no batch of a size can be made: before the long work."""
         for size in self.sizes:
-            self._batch(size)
+            if size == self.inventory.units:
+                continue
+            with torch.no_grad():
+                try:
+                    scored = len(self.run.task.forward(self.run.task.model, self._batch(size)))
+                except _FAILURES as error:
+                    raise InputError(f"{_no_batch(size)}: forward fails on one ({first_line(error)})") from error
+            if scored != size:
+                raise InputError(f"{_no_batch(size)}: forward gives {scored:,} scores for one. {_NO_BATCH_HINT}")
 
     def times(self, precision_map: PrecisionMap) -> EndToEnd:
         """Of one map with at least one layer in low precision; from the journal where it holds them.
@@ -166,7 +181,8 @@ class Stand:
         return chosen
 
     def _at(self, size: int, models: Mapping[Form, nn.Module], refused: dict[str, str]) -> SizeTimes:
-        copies = [_copied(self._batch(size)) for _ in range(COPIES)]
+        # Each begins with another unit: codes of equal inputs are found again, and what is served does not repeat itself.
+        copies = [_copied(self._batch(size, first)) for first in range(COPIES)]
         cases: dict[Form, Call] = {}
         with torch.no_grad():
             rows = _rows_given(self.run.task, copies[0])
@@ -190,14 +206,14 @@ class Stand:
         forms = [_form(key, seconds[", ".join(key)], served, memory[key]) for key in cases]
         return SizeTimes(units=size, rows=rows, forms=tuple(forms))
 
-    def _batch(self, size: int) -> Any:
+    def _batch(self, size: int, first: int = 0) -> Any:
         """Raises InputError where no batch of this size can be made of the task's first search batch."""
-        batch = resized(first_batch(self.run.task, self.run.task.splits.search), self.inventory.units, size)
+        given, units = first_batch(self.run.task, self.run.task.splits.search), self.inventory.units
+        batch = resized(given, units, size, first % units if units > 1 else 0)
+        if batch is None and size == units:
+            return given
         if batch is None:
-            raise InputError(
-                f"no batch of {size} can be made of the first search batch: nothing in it has one row per unit. Give "
-                "the data in batches as they are served, and no batch sizes; or --timing-seconds 0, to time no whole model"
-            )
+            raise InputError(f"{_no_batch(size)}: nothing in it has one row per unit. {_NO_BATCH_HINT}")
         return batch
 
     def _foretold(self, precision_map: PrecisionMap, sizes: list[SizeTimes]) -> Times | None:
