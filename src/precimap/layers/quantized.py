@@ -8,6 +8,7 @@ the model's own BF16 would add a rounding of every product's factors that no ker
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from precimap.layers.ops import Arguments
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.grid_shift import GridShift
-from precimap.numerics.quantize import Affine, dequantize, quantize
+from precimap.numerics.large import large_to_codes, large_to_values
+from precimap.numerics.quantize import Affine
 from precimap.numerics.ranges import affine_from_range, fit
 from precimap.numerics.schemes import FusedRows, Rounding, Scheme
 from precimap.precision_map import Decision, PrecisionMap
@@ -54,7 +56,7 @@ class QuantizedLayer:
 
     def weight(self) -> Tensor:
         """The weight that the codes stand for, float32, in the parameter's shape."""
-        return dequantize(self.codes, self.scheme.weight.format, self.weight_affine)
+        return large_to_values(self.codes, self.scheme.weight.format, self.weight_affine)
 
 
 def quantize_layer(
@@ -70,7 +72,12 @@ def quantize_layer(
     shift: a rounding draw, on grids other than those that ship. Raises ModelError for a weight that is not finite,
     SchemeError for a static scheme without a range, and for a shift of a format that cannot be shifted.
     """
-    if not torch.isfinite(weight).all():
+    kept = None if shift is not None else _KEPT.get()
+    version = None if weight.is_inference() else weight._version
+    key = (name, id(weight), version, contracted, scheme, input_range)
+    if kept is not None and key in kept:
+        return kept[key][1]
+    if weight.numel() and not torch.isfinite(torch.stack(weight.aminmax())).all():
         raise ModelError(f"{name}: expected finite weights, got NaN or Inf; repair the model first")
     if scheme.needs_calibration and input_range is None:
         raise SchemeError(f"{name}: scheme {scheme.name} has a static input range, and no calibration gave one")
@@ -79,13 +86,32 @@ def quantize_layer(
         name, values, contracted if contracted is not None else tuple(range(weight.dim())), scheme.weight, shift
     )
     phase = 1.0 if shift is None or scheme.input is None else shift.input_phase(name, scheme.input.format)
-    codes = quantize(values, scheme.weight.format, affine)
-    if input_range is None or not scheme.needs_calibration:
-        return QuantizedLayer(name, scheme, codes, affine, None, phase)
-    scale = float(
-        torch.tensor(input_range.scale, dtype=torch.float32) * phase
-    )  # a float32 value, as every shipped scale
-    return QuantizedLayer(name, scheme, codes, affine, InputRange(scale, input_range.zero))
+    codes = large_to_codes(values, scheme.weight.format, affine)
+    own_range, own_phase = None, phase
+    if input_range is not None and scheme.needs_calibration:
+        # A float32 value, as every shipped scale.
+        scale = float(torch.tensor(input_range.scale, dtype=torch.float32) * phase)
+        own_range, own_phase = InputRange(scale, input_range.zero), 1.0
+    layer = QuantizedLayer(name, scheme, codes, affine, own_range, own_phase)
+    if kept is not None:
+        kept[key] = (weight, layer)  # with the weight, so that its id stays its own
+    return layer
+
+
+_KEPT: ContextVar[dict[Any, tuple[Tensor, QuantizedLayer]] | None] = ContextVar("codes that are kept", default=None)
+
+
+@contextmanager
+def codes_kept() -> Iterator[None]:
+    """Inside the block, and in its thread, each weight is quantised once under each scheme and range.
+
+    For a search: it asks for the same codes step by step, and holds the model still. One byte a weight and scheme.
+    """
+    before = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(before)
 
 
 def _weight_affine(

@@ -17,6 +17,7 @@ from precimap.certificate import Rounding
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.inventory import Inventory
+from precimap.layers.quantized import codes_kept
 from precimap.layers.realign import score_layer
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics import NUMERICS_VERSION
@@ -52,6 +53,7 @@ from precimap.search.whole.choosing import chosen_maps, to_certify
 from precimap.task import Task, first_batch
 
 
+@codes_kept()
 def search(
     task: Task,
     *,

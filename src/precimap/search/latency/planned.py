@@ -112,11 +112,16 @@ def planned(
     for layer in (layer for layer in inventory.layers if layer.timed_as is not None):
         try:
             points[layer.name] = [
-                [profile.at(w.module, w.dtype, w.each, w.rows, schemes[layer.name]) for w in works(inventory, layer, b)]
+                [
+                    profile.at(w.module, w.dtype, w.each, w.rows, schemes.get(layer.name, []))
+                    for w in works(inventory, layer, b)
+                ]
                 for b in sizes
             ]
         except ProfileError as error:
-            lacking[layer.name] = f"{layer.name}: {error}"
+            # Of a layer that no module of its own reads, and that is not asked about, older profiles know nothing.
+            if layer.module is not None or layer.name in schemes:
+                lacking[layer.name] = f"{layer.name}: {error}"
         else:
             between += [layer.name for calls in points[layer.name] for point in calls if point.between is not None]
     if lacking:

@@ -1,0 +1,49 @@
+"""Large weights to codes and back, some rows at a time.
+
+Invariant: the bits of `quantize` and `dequantize`, which a row's neighbours do not touch. What those need beside their
+result would be several times the weight, the largest tensor of a search where one table holds most of a model. Not taken:
+cutting inside of them: inputs of any size go there too, also in front of compilers, to whom a size is a symbol.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from precimap.numerics.formats import Format
+from precimap.numerics.quantize import Affine, dequantize, quantize, storage_dtype
+
+LARGEST_PART = 1 << 22  # values
+
+
+def large_to_codes(weight: Tensor, format: Format, affine: Affine) -> Tensor:
+    """As `quantize`."""
+    return _in_parts(partial(quantize, format=format), weight, affine, storage_dtype(format))
+
+
+def large_to_values(codes: Tensor, format: Format, affine: Affine) -> Tensor:
+    """As `dequantize`."""
+    return _in_parts(partial(dequantize, format=format), codes, affine, torch.float32)
+
+
+def _in_parts(change: Callable[..., Tensor], given: Tensor, affine: Affine, dtype: torch.dtype) -> Tensor:
+    if given.numel() <= LARGEST_PART or given.dim() < 2:
+        return change(given, affine=affine)
+    rows = max(1, LARGEST_PART // given[0].numel())
+    result = torch.empty_like(given, dtype=dtype)
+    for start in range(0, len(given), rows):
+        piece = slice(start, start + rows)
+        result[piece] = change(given[piece], affine=_rows(affine, piece, given.dim()))
+    return result
+
+
+def _rows(affine: Affine, piece: slice, dims: int) -> Affine:
+    """Of these rows; what all rows share, these share."""
+
+    def of(part: Tensor | None) -> Tensor | None:
+        return part if part is None or part.dim() < dims or part.shape[0] == 1 else part[piece]
+
+    scale = of(affine.scale)
+    assert scale is not None
+    return Affine(scale, of(affine.zero), of(affine.offset), of(affine.inverse))
