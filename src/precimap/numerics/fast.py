@@ -74,9 +74,15 @@ def unsigned_codes(x: Tensor, format: IntegerFormat, scale: float, zero: int) ->
     if format.minimum != 0 or format.bits > 8:
         raise SchemeError(f"expected an unsigned format of at most 8 bits, got {format.name}")
     reciprocal, low, high = _reciprocal(scale), float(-zero), float(format.maximum - zero)
+    part = _CODED_PART * torch.get_num_threads()
+    if x.numel() <= part:  # most inputs, and for small ones every call of torch counts
+        given = x.detach()
+        scaled = torch.mul(given, reciprocal) if given.dtype == torch.float32 else given.float().mul_(reciprocal)
+        spoiled = _limit_(scaled.clamp_(low, high), low)
+        whole = scaled.add_(_WHOLE).contiguous().view(torch.int32)
+        return whole.to(torch.uint8).add_(zero), spoiled
     given, spoiled = x.detach().reshape(-1), False
     result = torch.empty(given.shape, dtype=torch.uint8, device=x.device)
-    part = max(1, min(given.numel(), _CODED_PART * torch.get_num_threads()))
     scratch = torch.empty(part, dtype=torch.float32, device=x.device)
     for values, codes in zip(torch.split(given, part), torch.split(result, part), strict=True):
         scaled = scratch[: len(values)]
@@ -84,12 +90,17 @@ def unsigned_codes(x: Tensor, format: IntegerFormat, scale: float, zero: int) ->
             torch.mul(values, reciprocal, out=scaled)
         else:
             scaled.copy_(values).mul_(reciprocal)
-        scaled.clamp_(low, high)
-        if math.isnan(float(scaled.sum())):  # of limited values, so that only NaN makes it so
-            spoiled = True
-            scaled.nan_to_num_(nan=low)
+        spoiled |= _limit_(scaled.clamp_(low, high), low)
         codes.copy_(scaled.add_(_WHOLE).view(torch.int32))
     return result.add_(zero).view(x.shape), spoiled
+
+
+def _limit_(limited: Tensor, low: float) -> bool:
+    """Whether there is NaN among limited values, whose sum nothing else makes NaN; it is `low` afterwards."""
+    if not math.isnan(limited.sum().item()):
+        return False
+    limited.nan_to_num_(nan=low)
+    return True
 
 
 @functools.lru_cache(maxsize=4096)
