@@ -357,6 +357,14 @@ def test_autocast_gives_its_dtype(how: str) -> None:
         torch.testing.assert_close(found, expected, rtol=2.0**-7, atol=2.0**-7)
 
 
+@pytest.mark.skipif(not has_bf16(), reason="this CPU has no BF16 arithmetic")
+def test_deployed_inside_autocast_nothing_is_blamed_on_the_machine() -> None:
+    model = library()
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = deploy(model, map_of(library_task(model), {"first.weight": int8_scheme()}))
+    assert set(low_weights(fast)) == {"first.weight"}
+
+
 def test_the_state_of_a_retrained_model_is_taken_over() -> None:
     """Codes, scales and input range, with what was packed from the old ones thrown away."""
     first = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval()

@@ -67,8 +67,8 @@ def fake_quantize(x: Tensor, format: Format, affine: Affine) -> Tensor:
 def unsigned_codes(x: Tensor, format: IntegerFormat, scale: float, zero: int) -> tuple[Tensor, bool]:
     """The codes of `quantize` under one scale and one zero: uint8, contiguous, of the shape of `x` (any float dtype).
 
-    And whether there is NaN among the values, which no code stands for: it gets the smallest code. Saturates before it
-    rounds, which is the same because the limits are whole, and adds the zero to the codes, where it is one byte wide.
+    And whether a value is NaN or infinite, in units of the scale; no code stands for it: NaN gets the smallest one, infinity
+    saturates. Limits before it rounds, which is the same because the limits are whole, and adds the zero to the codes, where it is one byte wide.
     Raises SchemeError for formats other than unsigned ones of at most 8 bits.
     """
     if format.minimum != 0 or format.bits > 8:
@@ -78,7 +78,7 @@ def unsigned_codes(x: Tensor, format: IntegerFormat, scale: float, zero: int) ->
     if x.numel() <= part:  # most inputs, and for small ones every call of torch counts
         given = x.detach()
         scaled = torch.mul(given, reciprocal) if given.dtype == torch.float32 else given.float().mul_(reciprocal)
-        spoiled = _limit_(scaled.clamp_(low, high), low)
+        spoiled = _limit_(scaled, low, high)
         whole = scaled.add_(_WHOLE).contiguous().view(torch.int32)
         return whole.to(torch.uint8).add_(zero), spoiled
     given, spoiled = x.detach().reshape(-1), False
@@ -90,17 +90,22 @@ def unsigned_codes(x: Tensor, format: IntegerFormat, scale: float, zero: int) ->
             torch.mul(values, reciprocal, out=scaled)
         else:
             scaled.copy_(values).mul_(reciprocal)
-        spoiled |= _limit_(scaled.clamp_(low, high), low)
+        spoiled |= _limit_(scaled, low, high)
         codes.copy_(scaled.add_(_WHOLE).view(torch.int32))
     return result.add_(zero).view(x.shape), spoiled
 
 
-def _limit_(limited: Tensor, low: float) -> bool:
-    """Whether there is NaN among limited values, whose sum nothing else makes NaN; it is `low` afterwards."""
-    if not math.isnan(limited.sum().item()):
+def _limit_(scaled: Tensor, low: float, high: float) -> bool:
+    """Keep the values within the limits, NaN at the lower one; whether one of them was not finite.
+
+    One sum tells where all are: one that is not finite makes it so. Where it is not, it may have overflowed, too.
+    """
+    if math.isfinite(scaled.sum().item()):
+        scaled.clamp_(low, high)
         return False
-    limited.nan_to_num_(nan=low)
-    return True
+    spoiled = not bool(scaled.isfinite().all())
+    scaled.nan_to_num_(nan=low).clamp_(low, high)
+    return spoiled
 
 
 @functools.lru_cache(maxsize=4096)

@@ -65,7 +65,7 @@ class CompiledCalls:
         self._failed: str | None = None
         self._one_at_a_time = threading.Lock()
         self._model, self._met = model, set[object]()
-        # For inputs with NaN, which a code cannot hold: a compiled INT8 product would make plausible numbers of them.
+        # For inputs with NaN or infinity, which a code cannot hold: compiled, a product makes plausible numbers of them.
         low = (p for p in model.parameters() if isinstance(p, LowWeight) and p.how.kernel.needs_frozen)
         self._eager = copy.copy(model) if next(low, None) is not None else None
         self.before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None
@@ -143,9 +143,9 @@ class CompiledCalls:
 
 
 def _spoiled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the inputs hold NaN: their sum then is NaN, and rarely otherwise (of opposite infinities)."""
+    """Whether the inputs hold NaN or infinity: their sum then is not finite, and rarely otherwise (it overflows)."""
     floats = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    return any(math.isnan(float(leaf.sum())) for leaf in floats)
+    return any(not math.isfinite(float(leaf.sum())) for leaf in floats)
 
 
 def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:

@@ -26,6 +26,11 @@ CHECKED_ROWS, CHECKED_EXPERTS = 4096, 4  # of each packed table, of each stack
 
 def check_weight(weight: LowWeight) -> None:
     """Compare what the weight's kernel computes with the emulation of its codes. Raises DeployError where they differ."""
+    with torch.autocast(weight.device.type, enabled=False):  # what it is called under later is another matter
+        _checked(weight)
+
+
+def _checked(weight: LowWeight) -> None:
     kernel = weight.how.kernel
     if kernel is EMULATED_KERNEL or (kernel is STORED_KERNEL and weight.dim() != 2):
         return  # no arithmetic of its own: the model's own call, of values that were decoded as the emulation decodes

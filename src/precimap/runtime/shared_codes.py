@@ -27,7 +27,7 @@ MOST_KEPT = 4  # inputs: towers that read one go on to inputs of their own befor
 _MOST_READERS = 4096
 
 _Key = tuple[IntegerFormat, float, int, torch.dtype, int]
-Codes = tuple[Tensor, bool]  # and whether there was NaN among the values
+Codes = tuple[Tensor, bool]  # and whether a value was not finite
 
 
 @dataclass(frozen=True, slots=True, eq=False)

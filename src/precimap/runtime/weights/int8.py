@@ -5,8 +5,8 @@ once. Traced, quantise and dequantise around the float product, in the operators
 activation and the next layer's quantising fused; the packed form is opaque to compilers and exporters. Where Inductor would
 multiply in base precision without a word, its weights not being frozen, the call stays out of the graph (`needs_frozen`).
 
-A row with NaN in it gives NaN: as a code it would be a number. Compiled, inputs of the model are looked at instead
-(`runtime/compiled.py`), for a look at each layer's would undo the fusing.
+A row with NaN or infinity in it gives NaN: as codes they would be numbers. Compiled, inputs of the model are looked at
+instead (`runtime/compiled.py`), for a look at each layer's would undo the fusing.
 
 Not taken: one wide product for layers that read one input. On the machine it was measured on (docs/log.md) it saves 0 to
 10 % of the product and costs a copy wherever a part must be contiguous.
@@ -81,7 +81,7 @@ class Int8Kernel(CodedKernel):
         )
         output = output.reshape(*x.shape[:-1], output.shape[-1])
         if spoiled:
-            output[x.isnan().any(-1)] = torch.nan
+            output[~x.isfinite().all(-1)] = torch.nan
         return output if given == dtype else output.to(dtype)
 
 
