@@ -68,8 +68,8 @@ def unsigned_codes(x: Tensor, format: IntegerFormat, scale: float, zero: int) ->
     """The codes of `quantize` under one scale and one zero: uint8, contiguous, of the shape of `x` (any float dtype).
 
     And whether a value is NaN or infinite, in units of the scale; no code stands for it: NaN gets the smallest one, infinity
-    saturates. Limits before it rounds, which is the same because the limits are whole, and adds the zero to the codes, where it is one byte wide.
-    Raises SchemeError for formats other than unsigned ones of at most 8 bits.
+    saturates. Limits before it rounds, which is the same because the limits are whole, and adds the zero to the codes,
+    where it is one byte wide. Raises SchemeError for formats other than unsigned ones of at most 8 bits.
     """
     if format.minimum != 0 or format.bits > 8:
         raise SchemeError(f"expected an unsigned format of at most 8 bits, got {format.name}")
