@@ -21,7 +21,7 @@ from precimap.numerics.quantize import Affine, refuse_zero, storage_dtype, with_
 
 # Elements for each thread: few enough that the buffers of one part stay in the cache, and enough that starting an
 # operation costs little against running it.
-_PART = 1 << 18
+_PART = 1 << 16
 _CODED_PART = 1 << 17  # the same where there is one buffer beside the input, and both are to stay in the cache
 
 # 1.5 * 2**23: a sum with it rounds to a whole number, ties to even, whose two's complement is in the last bits of the sum.
@@ -37,30 +37,50 @@ def fake_quantize(x: Tensor, format: Format, affine: Affine) -> Tensor:
     stays NaN in every format, so that a search sees it; the codes of integers and E2M1 could not hold it. The inputs
     are detached: no gradient flows through. Raises SchemeError for a float format with a zero.
     """
+    if affine.offset is None:
+        return _rounded(x, format, affine, scaled=True)
+    refuse_zero(format, affine)
+    x = x.detach()
+    result = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    limit = _PART * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
+    assert isinstance(format, IntegerFormat)
+    for part, values, reciprocal, scale, offset in parts(
+        [x, result, affine.reciprocal, affine.scale, affine.offset], limit
+    ):
+        torch.sub(part.to(torch.float32), offset, out=values)
+        _round_to_integer_(values.mul_(reciprocal), format)
+        values.copy_(with_offset(values, scale, offset))
+    return result
+
+
+def code_values(x: Tensor, format: Format, affine: Affine) -> Tensor:
+    """The codes of `x` less their zero as float32 numbers, contiguous, of the shape of `x`: what products multiply.
+
+    Equal to the codes of `quantize`, but for the sign of zero, which no sum can see. A NaN stays NaN in every format.
+    For an affine without an offset; raises SchemeError for a float format with a zero.
+    """
+    return _rounded(x, format, affine, scaled=False)
+
+
+def _rounded(x: Tensor, format: Format, affine: Affine, scaled: bool) -> Tensor:
+    """The codes less their zero, or what they stand for, with the sign of zero, which costs as much as the scaling."""
     refuse_zero(format, affine)
     x = x.detach()
     result = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     limit = _PART * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
     scratch = _scratch(format, min(x.numel(), limit), x.device)
-    if affine.offset is not None and isinstance(format, IntegerFormat):
-        for part, values, reciprocal, scale, offset in _parts(
-            [x, result, affine.reciprocal, affine.scale, affine.offset], limit
-        ):
-            torch.sub(part.to(torch.float32), offset, out=values)
-            _round_to_integer_(values.mul_(reciprocal), format)
-            values.copy_(with_offset(values, scale, offset))
-        return result
     tensors = [x, result, affine.reciprocal, affine.scale] + ([] if affine.zero is None else [affine.zero])
-    for part, values, reciprocal, scale, *zero in _parts(tensors, limit):
+    for part, values, reciprocal, scale, *zero in parts(tensors, limit):
         given = part.to(torch.float32)
         torch.mul(given, reciprocal, out=values)
         if isinstance(format, IntegerFormat):
             _round_to_integer_(values, format, *zero)
         else:
             _round_to_float_(values, format, scratch[: values.numel()].view(values.shape))
-            if format.has_negative_zero:  # what the arithmetic rounds to zero has lost its sign
+            if scaled and format.has_negative_zero:  # what the arithmetic rounds to zero has lost its sign
                 values.copysign_(given)
-        values.mul_(scale)
+        if scaled:
+            values.mul_(scale)
     return result
 
 
@@ -136,7 +156,7 @@ def _scratch(format: Format, part: int, device: torch.device) -> Tensor:
     return torch.empty(part, dtype=storage_dtype(format) if format.bits == 16 else torch.float32, device=device)
 
 
-def _parts(tensors: Sequence[Tensor], limit: int) -> Iterator[Sequence[Tensor]]:
+def parts(tensors: Sequence[Tensor], limit: int) -> Iterator[Sequence[Tensor]]:
     """Tensors that broadcast to the first, cut along its first dims into views where it has at most `limit` elements."""
     shape = tensors[0].shape
     if shape.numel() <= limit:
@@ -146,4 +166,4 @@ def _parts(tensors: Sequence[Tensor], limit: int) -> Iterator[Sequence[Tensor]]:
     alike = [each.expand(shape) for each in tensors]
     cuts = [torch.split(each, rows) if rows > 1 else each.unbind() for each in alike]
     for pieces in zip(*cuts, strict=True):
-        yield from _parts(pieces, limit)
+        yield from parts(pieces, limit)
