@@ -13,7 +13,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -70,11 +70,14 @@ class WeightCall:
         """The call as the model made it."""
         return self.func(*self.arguments.args, **self.arguments.kwargs)
 
-    def run_with(self, weight: Tensor, input: Tensor) -> Any:
+    def replacing(self, weight: Tensor, input: Tensor) -> "WeightCall":
         """The call with other operands."""
         left, right = (weight, input) if self.weight_on_left else (input, weight)
-        changed = self.arguments.replaced(self.op.left, left).replaced(self.op.right, right)
-        return self.func(*changed.args, **changed.kwargs)
+        return replace(self, arguments=self.arguments.replaced(self.op.left, left).replaced(self.op.right, right))
+
+    def run_with(self, weight: Tensor, input: Tensor) -> Any:
+        """What the call returns with other operands."""
+        return self.replacing(weight, input).run()
 
 
 class Interception(TorchFunctionMode):

@@ -15,7 +15,7 @@ from torch import Tensor
 from precimap.errors import FAILURES, first_line
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate
+from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate, operand
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import Scheme
 from precimap.search.calibrate import Calibration, codes
@@ -65,7 +65,7 @@ def _why_not(call: WeightCall, layer: QuantizedLayer, output: Any) -> str | None
     try:
         if layer.scheme.input is not None and not call.op.lookup and not torch.isfinite(call.input).all():
             return "NaN or infinity in its input on the first search batch, which no scale holds"
-        low = emulate(call, layer, layer.weight(), SharedInputs())
+        low = emulate(call, layer, operand(layer), SharedInputs())
         if isinstance(low, Tensor) and isinstance(output, Tensor):
             return _told_apart(low, output)
     except FAILURES as error:
