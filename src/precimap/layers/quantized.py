@@ -28,7 +28,7 @@ from precimap.layers.code_products import (
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.ops import Arguments
 from precimap.layers.views import parameter_names
-from precimap.numerics.fast import code_values, fake_quantize
+from precimap.numerics.fast import all_finite, code_values, fake_quantize
 from precimap.numerics.grid_shift import GridShift
 from precimap.numerics.quantize import Affine, dequantize, quantize
 from precimap.numerics.ranges import affine_from_range, fit
@@ -80,7 +80,7 @@ def quantize_layer(
     shift: a rounding draw, on grids other than those that ship. Raises ModelError for a weight that is not finite,
     SchemeError for a static scheme without a range, and for a shift of a format that cannot be shifted.
     """
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ModelError(f"{name}: expected finite weights, got NaN or Inf; repair the model first")
     if scheme.needs_calibration and input_range is None:
         raise SchemeError(f"{name}: scheme {scheme.name} has a static input range, and no calibration gave one")

@@ -21,6 +21,7 @@ from precimap.layers.views import plain_name
 from precimap.metrics.click import NE, NE_MARGINS
 from precimap.metrics.guard import Head
 from precimap.metrics.metric import RELATIVE
+from precimap.numerics.fast import all_finite
 from precimap.search.batch_invariance import BatchDependence
 from precimap.search.batches import along_units
 from precimap.search.in_place import check_tables, written_by
@@ -82,7 +83,7 @@ def check_weights(task: Task) -> None:
             f"expected a model with its weights, got none yet in {', '.join(empty[:5])} (on the meta device, or of a lazy "
             "module that no batch has run through); load them first"
         )
-    broken = [plain_name(n) for n, p in task.model.named_parameters() if not torch.isfinite(p).all()]
+    broken = [plain_name(n) for n, p in task.model.named_parameters() if not all_finite(p)]
     if broken:
         raise ModelError(f"expected finite weights, got NaN or Inf in {', '.join(broken[:5])}; repair the model first")
 
