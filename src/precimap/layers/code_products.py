@@ -4,7 +4,8 @@ x ~ q_x * s_x and w ~ q_w * s_w, with scales that are constant along the contrac
 
     y = (sum of q_x * q_w) * s_x * s_w + bias        from left to right, each step rounded to float32
 
-Codes of at most 8 bits less their zero are exact in BF16 and in TF32, and their products in float32. What is rounded is each
+Codes of at most 8 bits less their zero are exact in BF16 and in TF32, and their products in float32; so are BF16 values,
+whose scale is 1 (tiles take those below 2**-126 for zeros). What is rounded is each
 addition of the sum, in an order that is the machine's own, both scalings and the bias. Invariant, for K contracted values:
 |y - exact| <= (K + 3) * 2**-24 * (sum of |x * w| + |bias|), as of a float32 product of the dequantised values, and of
 the same size in practice. Sums of whole-number codes below 2**24 (K <= 518 for 8 unsigned bits) have no error:
@@ -33,7 +34,7 @@ from torch import Tensor
 from precimap.errors import FAILURES
 from precimap.layers.interception import WeightCall
 from precimap.numerics.fast import parts
-from precimap.numerics.formats import Format, IntegerFormat
+from precimap.numerics.formats import BF16, Format, IntegerFormat
 from precimap.numerics.schemes import FusedRows, Scheme
 
 # With scales within these no step of y = sum * s_x * s_w leaves the normal float32 numbers where values would not.
@@ -82,10 +83,10 @@ def multiplies_codes(scheme: Scheme, weight_scale: Tensor) -> bool:
 
 
 def _exact_in_bf16(format: Format) -> bool:
-    """Whether every code less every zero is a BF16 number: 8 bits of significance, far from the ends of the exponents."""
+    """Whether every code less every zero is a BF16 number: 8 bits of significance within its exponents."""
     if isinstance(format, IntegerFormat):
         return format.maximum - format.minimum <= 256
-    return format.bits <= 8
+    return format.bits <= 8 or format == BF16
 
 
 def in_range(scale: Tensor) -> bool:
