@@ -51,6 +51,7 @@ def fake_quantize(x: Tensor, format: Format, affine: Affine) -> Tensor:
     ):
         torch.sub(part.to(torch.float32), offset, out=values)
         _round_to_integer_(values.mul_(reciprocal), format)
+        values.add_(0.0)  # a code has no sign of zero
         values.copy_(with_offset(values, scale, offset))
     return result
 
@@ -71,12 +72,16 @@ def _rounded(x: Tensor, format: Format, affine: Affine, scaled: bool) -> Tensor:
     result = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     limit = _PART * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
     scratch = _scratch(format, min(x.numel(), limit), x.device)
-    tensors = [x, result, affine.reciprocal, affine.scale] + ([] if affine.zero is None else [affine.zero])
+    one = affine.zero is None or affine.zero.numel() == 1
+    shift = float(affine.zero) if affine.zero is not None and one else 0.0
+    tensors = [x, result, affine.reciprocal, affine.scale] + ([] if affine.zero is None or one else [affine.zero])
     for part, values, reciprocal, scale, *zero in parts(tensors, limit):
         given = part.to(torch.float32)
         torch.mul(given, reciprocal, out=values)
         if isinstance(format, IntegerFormat):
-            _round_to_integer_(values, format, *zero)
+            _round_to_integer_(values, format, shift, *zero)
+            if scaled:  # a code has no sign of zero: adding 0 turns -0 into +0
+                values.add_(0.0)
         else:
             _round_to_float_(values, format, scratch[: values.numel()].view(values.shape))
             if scaled and format.has_negative_zero:  # what the arithmetic rounds to zero has lost its sign
@@ -126,10 +131,13 @@ def _reciprocal(scale: float) -> float:
     return float(torch.tensor(scale, dtype=torch.float32).reciprocal())
 
 
-def _round_to_integer_(scaled: Tensor, format: IntegerFormat, zero: Tensor | None = None) -> None:
-    """q - zero, in place. A code has no sign of zero: adding 0 turns -0 into +0."""
+def _round_to_integer_(scaled: Tensor, format: IntegerFormat, shift: float = 0.0, zero: Tensor | None = None) -> None:
+    """q - zero, in place, but for the sign of zero. shift: the one zero of all values, where `zero` does not give many.
+
+    Limits less the zero are whole and saturate alike, which saves two passes.
+    """
     if zero is None:
-        scaled.round_().clamp_(format.minimum, format.maximum).add_(0.0)
+        scaled.round_().clamp_(format.minimum - shift, format.maximum - shift)
     else:
         scaled.round_().add_(zero).clamp_(format.minimum, format.maximum).sub_(zero)
 
