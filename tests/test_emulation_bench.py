@@ -37,4 +37,7 @@ def test_claims_of_speed_need_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulation, "has_tiles", lambda: True)
     row = emulation.measure(emulation.ranker(), "fp8", turns=1)
     names = [claim.name for claim in emulation.claims_of([row], errors)]
-    assert names[2:] == ["float32 models: an emulated pass over a base pass", "ranker MLP, fp8: values over codes"]
+    assert names[2:] == [
+        "float32 models: an emulated pass over a base pass",
+        "fp8: an emulated pass by values over one by codes",
+    ]
