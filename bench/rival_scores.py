@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from precimap.layers.interception import WeightCall
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import Emulation, QuantizedLayer, dequantized, quantized
+from precimap.layers.quantized import Emulation, QuantizedLayer, operands, quantized
 from precimap.layers.refusals import refusal
 from precimap.layers.views import parameter_names
 from precimap.metrics.paired import paired_drop
@@ -36,7 +36,7 @@ class LayerErrors(Emulation):
     """Runs the model unquantised and shows, at every call of a layer, what quantising that call alone would change."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, QuantizedLayer], observe: Observe) -> None:
-        super().__init__(parameter_names(model), layers, dequantized(layers))
+        super().__init__(parameter_names(model), layers, operands(layers))
         self._observe = observe
 
     def on_weight(self, call: WeightCall) -> Any:

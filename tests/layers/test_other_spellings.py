@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from precimap.layers.discover import discover
 from precimap.layers.first_order import FirstOrder
 from precimap.layers.interception import Interception
-from precimap.layers.quantized import dequantized, quantize_layer, quantized
+from precimap.layers.quantized import operands, quantize_layer, quantized
 from precimap.layers.recording import Recording
 from precimap.layers.refusals import refusal
 from precimap.layers.replay import Replay
@@ -98,7 +98,7 @@ def test_first_order_and_replay_see_what_a_call_writes(name: str) -> None:
     with torch.no_grad():
         with Replay(weights, {}, {}, recording):
             assert torch.equal(model(x), plain)
-        with Replay(weights, codes, dequantized(codes), recording):
+        with Replay(weights, codes, operands(codes), recording):
             assert torch.equal(model(x), emulated)
         with Replay(weights, {}, {}, recording):
             assert torch.equal(model(x), plain)

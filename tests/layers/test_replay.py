@@ -11,7 +11,7 @@ import zoo
 from precimap.errors import ModelError
 from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import Emulation, QuantizedLayer, dequantized, quantize_layer, quantized
+from precimap.layers.quantized import Emulation, QuantizedLayer, operands, quantize_layer, quantized
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import scheme
@@ -39,7 +39,7 @@ def _probes(model: nn.Module, inventory: Inventory) -> list[dict[str, QuantizedL
 
 
 def _replayed(specimen: zoo.Specimen, layers: dict[str, QuantizedLayer], recording: Recording) -> Tensor:
-    with torch.no_grad(), Replay(parameter_names(specimen.model), layers, dequantized(layers), recording):
+    with torch.no_grad(), Replay(parameter_names(specimen.model), layers, operands(layers), recording):
         return specimen.forward(specimen.model, specimen.batch)
 
 
@@ -86,7 +86,7 @@ def test_in_place_chains_still_replay_their_products() -> None:
             plain = model(x)
         for _ in range(3):
             before = recording.replayed
-            with Replay(weights, layers, dequantized(layers), recording):
+            with Replay(weights, layers, operands(layers), recording):
                 assert torch.equal(model(x), plain)
             assert recording.replayed - before == 3  # the products before the layer; each ReLU writes in place
     assert recording.bytes == 4 * (4 * 8 * 16 + 8)
@@ -118,7 +118,7 @@ def test_a_probe_of_one_tower_computes_that_tower() -> None:
         with Replay(weights, {}, {}, recording):
             model(x)
         layers = _layer(model, "towers.3.weight")
-        with Replay(weights, layers, dequantized(layers), recording):
+        with Replay(weights, layers, operands(layers), recording):
             found = model(x)
         with quantized(model, layers):
             assert torch.equal(model(x), found)
@@ -138,7 +138,7 @@ def test_a_changed_route_is_noticed_and_computed() -> None:
         with Replay(weights, {}, {}, recording):
             base = model(x)
         assert (base == 0).any() or not torch.equal(base, plain)  # the route did change
-        with Replay(weights, layers, dequantized(layers), recording):
+        with Replay(weights, layers, operands(layers), recording):
             assert torch.equal(model(x), plain)
 
 
@@ -153,7 +153,7 @@ def test_what_a_user_does_to_outputs_never_comes_back() -> None:
             outputs.append(model(x))
         for _ in range(3):
             outputs[-1].data.mul_(7.0)  # unseen: no version tells of it
-            with Replay(weights, layers, dequantized(layers), recording):
+            with Replay(weights, layers, operands(layers), recording):
                 outputs.append(model(x))
             assert torch.equal(outputs[-1], plain)
     assert recording.replayed == 2 * 3
@@ -288,7 +288,7 @@ def test_a_probe_leaves_no_recorded_result_in_use() -> None:
             model(x)
         storages = set(recording._owners)
         for _ in range(2):
-            probe = Replay(weights, layers, dequantized(layers), recording)
+            probe = Replay(weights, layers, operands(layers), recording)
             with probe:
                 model(x)
             assert set(recording._owners) == storages

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from precimap.layers.quantized import Emulation, QuantizedLayer, dequantized, quantize_layer
+from precimap.layers.quantized import Emulation, QuantizedLayer, operands, quantize_layer
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import scheme
@@ -214,9 +214,9 @@ def run(program: list[tuple[str, int, int, int]], limit: float | None) -> tuple[
     for number, layers in enumerate([*passes, passes[1]]):
         mode: AbstractContextManager[object]
         if limit is None:
-            mode = Emulation(weights, layers, dequantized(layers))
+            mode = Emulation(weights, layers, operands(layers))
         else:
-            mode = Replay(weights, layers, dequantized(layers), recording)
+            mode = Replay(weights, layers, operands(layers), recording)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(number)
             with mode:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from precimap.errors import SchemeError
 from precimap.numerics import fast
-from precimap.numerics.fast import fake_quantize
+from precimap.numerics.fast import all_finite, fake_quantize
 from precimap.numerics.formats import (
     BF16,
     E2M1,
@@ -265,3 +265,15 @@ def test_sqnr_of_an_integer_is_that_of_uniform_noise() -> None:
     x = torch.rand(100_000) * 2 - 1
     rounded = fake_quantize(x, INT8, Affine(torch.tensor(1 / 127), None))
     assert sqnr_db(x, rounded) == pytest.approx(20 * math.log10(2 * 127), abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32])
+def test_what_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    x = torch.full((3, 1000), 60_000).to(dtype)  # whose sum is not finite in 16 bits
+    assert all_finite(x)
+    assert all_finite(x[:0])
+    if dtype.is_floating_point:
+        assert all_finite(torch.full_like(x, torch.finfo(dtype).max))
+        for odd in (torch.nan, torch.inf, -torch.inf):
+            x[1, 7] = odd
+            assert not all_finite(x)

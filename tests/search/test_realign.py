@@ -107,7 +107,8 @@ def test_the_realigned_map_is_deployed_saved_and_loaded_and_the_model_stays(tmp_
     task, result = searched(tmp_path)
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     deployed = deploy(task.model, result.map, task=task)
-    assert deployed.precimap.agreement.largest_difference == 0
+    agreement = deployed.precimap.agreement  # the emulated kernel multiplies values, not codes: last bits differ
+    assert agreement.largest_difference <= 2.0**-20 * agreement.largest_output
     save_deployed(deployed, task.model, tmp_path / "model.safetensors")
     loaded = load_deployed(Clicks().eval(), tmp_path / "model.safetensors")
     x = first_batch(task, task.splits.certify)["x"]

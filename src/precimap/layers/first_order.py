@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from precimap.errors import FAILURES
+from precimap.layers.code_products import Operand
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate
 
@@ -73,18 +74,18 @@ class _Tap(torch.autograd.Function):
 class FirstOrder(Interception):
     """Runs a model with gradients and keeps the local error of each call.
 
-    weights: name -> parameter. layers: layer -> scheme -> its codes. dequantized: (layer, scheme) -> float32 weight.
-    joint: layer -> scheme in which it is to run during the pass. buffers: the model's, which a forward may write to.
-    Gradients flow although the caller's own code says no_grad or inference_mode; what it says is in force again
-    afterwards. `cuts` are the results that the caller's code took out of the graph: what comes before them may change
-    more than its gradient says.
+    weights: name -> parameter. layers: layer -> scheme -> its codes. operands: (layer, scheme) -> its weight,
+    as values or codes. joint: layer -> scheme in which it is to run during the pass. buffers: the model's, which a
+    forward may write to. Gradients flow although the caller's own code says no_grad or inference_mode; what it says is
+    in force again afterwards. `cuts` are the results that the caller's code took out of the graph: what comes before them
+    may change more than its gradient says.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
         layers: Mapping[str, Mapping[SchemeName, QuantizedLayer]],
-        dequantized: Mapping[tuple[str, SchemeName], Tensor],
+        operands: Mapping[tuple[str, SchemeName], Operand],
         joint: Mapping[str, SchemeName],
         buffers: Iterable[Tensor] = (),
     ) -> None:
@@ -93,7 +94,7 @@ class FirstOrder(Interception):
         self.cuts: list[Tensor] = []
         self.zero = torch.zeros((), dtype=torch.float32, requires_grad=True, device=next(iter(weights.values())).device)
         self._layers = layers
-        self._dequantized = dequantized
+        self._operands = operands
         self._joint = joint
         self._buffers = tuple(buffers)
         self._inputs: dict[SchemeName, SharedInputs] = {}
@@ -134,7 +135,7 @@ class FirstOrder(Interception):
             for scheme, layer in self._layers[name].items():
                 inputs = self._inputs.setdefault(scheme, SharedInputs())
                 try:
-                    low = emulate(call, layer, self._dequantized[name, scheme], inputs)
+                    low = emulate(call, layer, self._operands[name, scheme], inputs)
                     errors[scheme] = low.float() - output.float()
                 except FAILURES:
                     if self._joint.get(name) == scheme:

@@ -13,7 +13,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -71,12 +71,19 @@ class WeightCall:
         """The call as the model made it."""
         return self.func(*self.arguments.args, **self.arguments.kwargs)
 
-    def run_with(self, weight: Tensor, input: Tensor) -> Any:
-        """The result of the call with other operands; what the call writes into stays as it is, see `written`."""
+    def replacing(self, weight: Tensor, input: Tensor) -> "WeightCall":
+        """The call with other operands."""
         left, right = (weight, input) if self.weight_on_left else (input, weight)
-        changed = self.arguments.replaced(self.op.left, left).replaced(self.op.right, right)
-        kwargs = {key: value for key, value in changed.kwargs.items() if key != "out"}
-        return (self.op.out_of_place or self.func)(*changed.args, **kwargs)
+        return replace(self, arguments=self.arguments.replaced(self.op.left, left).replaced(self.op.right, right))
+
+    def computed(self) -> Any:
+        """The result of the call; what it writes into stays as it is, see `written`."""
+        kwargs = {key: value for key, value in self.arguments.kwargs.items() if key != "out"}
+        return (self.op.out_of_place or self.func)(*self.arguments.args, **kwargs)
+
+    def run_with(self, weight: Tensor, input: Tensor) -> Any:
+        """As `computed`, with other operands."""
+        return self.replacing(weight, input).computed()
 
     def written(self, result: Any) -> Any:
         """What the model gets for the call's own result; where the call writes (in place, `out`), it is written there.

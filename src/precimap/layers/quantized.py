@@ -1,12 +1,13 @@
 """One layer's codes and scales, and a model that computes as a map says, without being changed.
 
 Invariant: search, certificate, deployment and export all get a layer's codes and scales from `quantize_layer`; nothing
-else quantises a weight. The emulated layer multiplies dequantised values in float32 and rounds the result once, which
-is what a matrix unit does that multiplies codes and accumulates in float32 (the order of the sum differs). Emulating in
-the model's own BF16 would add a rounding of every product's factors that no kernel makes.
+else quantises a weight. The emulated layer multiplies codes, or where it cannot (`code_products.py`) dequantised values in
+float32, and rounds the result once to the model's dtype, which is what a matrix unit does that multiplies codes and
+accumulates in float32 (the order of the sum differs). Emulating in the model's own BF16 would add a rounding of every
+product's factors that no kernel makes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -16,10 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from precimap.errors import MapError, ModelError, SchemeError
+from precimap.layers.code_products import (
+    CodedInput,
+    CodedWeight,
+    Operand,
+    in_range,
+    multiplies_codes,
+    multiply,
+    result_scale,
+)
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.ops import Arguments
 from precimap.layers.views import parameter_names
-from precimap.numerics.fast import fake_quantize
+from precimap.numerics.fast import all_finite, code_values, fake_quantize
 from precimap.numerics.grid_shift import GridShift
 from precimap.numerics.large import large_to_codes, large_to_values
 from precimap.numerics.quantize import Affine
@@ -77,7 +87,7 @@ def quantize_layer(
     key = (name, id(weight), version, contracted, scheme, input_range)
     if kept is not None and key in kept:
         return kept[key][1]
-    if weight.numel() and not torch.isfinite(torch.stack(weight.aminmax())).all():
+    if not all_finite(weight):
         raise ModelError(f"{name}: expected finite weights, got NaN or Inf; repair the model first")
     if scheme.needs_calibration and input_range is None:
         raise SchemeError(f"{name}: scheme {scheme.name} has a static input range, and no calibration gave one")
@@ -152,19 +162,19 @@ def quantize_map(
 
 
 class Emulation(Interception):
-    """Computes the given layers as if in low precision: quantise-dequantise both operands, then the original op."""
+    """Computes the given layers as if in low precision; `operands` are their weights as `operand` makes them."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], layers: Mapping[str, QuantizedLayer], dequantized: Mapping[str, Tensor]
+        self, weights: Mapping[str, Tensor], layers: Mapping[str, QuantizedLayer], operands: Mapping[str, Operand]
     ) -> None:
         super().__init__({name: weights[name] for name in layers})
         self._layers = layers
-        self._weights = dequantized
+        self._operands = operands
         self._inputs = SharedInputs()
 
     def on_weight(self, call: WeightCall) -> Any:
         name = call.view.name
-        return call.written(emulate(call, self._layers[name], self._weights[name], self._inputs))
+        return call.written(emulate(call, self._layers[name], self._operands[name], self._inputs))
 
 
 class SharedInputs:
@@ -174,52 +184,103 @@ class SharedInputs:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, tuple[object, ...], Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, tuple[object, ...], Tensor, Any] | None = None
 
     def rounded(self, call: WeightCall, layer: QuantizedLayer) -> Tensor:
-        rounding, x = layer.scheme.input, call.input
+        """The float32 values that the input's codes stand for; the input itself under a scheme without one."""
+        rounding = layer.scheme.input
         if rounding is None:
-            return x
-        how = (rounding, layer.input_range, layer.input_phase, call.input_contracted)
-        if self._last is not None and self._last[0] is x and self._last[1] == how and torch.equal(self._last[2], x):
+            return call.input
+        found: Tensor = self._shared(
+            call, layer, fake_quantize, lambda x: fake_quantize(x, rounding.format, input_affine(x, call, layer))
+        )
+        return found
+
+    def coded(self, call: WeightCall, layer: QuantizedLayer) -> CodedInput | None:
+        """The input's codes, and their scale; None where it is too far from 1 to go on a result."""
+        found: CodedInput | None = self._shared(call, layer, code_values, lambda x: _coded(x, call, layer))
+        return found
+
+    def _shared(self, call: WeightCall, layer: QuantizedLayer, form: object, made: Callable[[Tensor], Any]) -> Any:
+        x = call.input
+        how = (form, layer.scheme.input, layer.input_range, layer.input_phase, call.input_contracted)
+        if self._last is not None and self._last[0] is x and self._last[1] == how and _same_values(self._last[2], x):
             return self._last[3]
-        result = fake_quantize(x, rounding.format, input_affine(call, rounding, layer))
+        result = made(x.detach().float())
         self._last = (x, how, x.detach().clone(), result)
         return result
 
 
-def emulate(call: WeightCall, layer: QuantizedLayer, dequantized: Tensor, inputs: SharedInputs) -> Any:
-    """What the call computes with its layer in low precision; `dequantized` is the layer's float32 weight.
+def _coded(x: Tensor, call: WeightCall, layer: QuantizedLayer) -> CodedInput | None:
+    assert layer.scheme.input is not None
+    affine = input_affine(x, call, layer)
+    if not in_range(affine.scale):
+        return None
+    return CodedInput(code_values(x, layer.scheme.input.format, affine), affine.scale)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits, compared in words of 8 bytes where they lie so:
+    torch compares one element at a time. Values of another layout are compared as values, so that a NaN is unlike itself.
+    """
+    flat = [each.detach().reshape(-1) for each in (one, other) if each.is_contiguous()]
+    if len(flat) == 2 and all((each.storage_offset() | each.numel()) * each.element_size() % 8 == 0 for each in flat):
+        return torch.equal(flat[0].view(torch.int64), flat[1].view(torch.int64))
+    return torch.equal(one, other)
+
+
+def emulate(call: WeightCall, layer: QuantizedLayer, weight: Operand, inputs: SharedInputs) -> Any:
+    """What the call computes with its layer in low precision; `weight` is the layer's, as float32 values or as codes.
 
     Nothing is written: a call that writes its result somewhere is given it by `WeightCall.written`.
     """
     if call.op.lookup and layer.scheme.computes_low:
         return call.run()  # a tied table: the lookup itself stays in base precision, the product does not
-    weight = call.view.rebuild(dequantized)
+    if isinstance(weight, CodedWeight):
+        output = _by_codes(call, layer, weight, inputs)
+        if output is not None:
+            return output
+        weight = weight.dequantized()
+    values = call.view.rebuild(weight)
     if call.op.lookup:
-        return _lookup_in_float32(call, weight)
-    return _in_float32(call, weight, inputs.rounded(call, layer))
+        return _lookup_in_float32(call, values)
+    return _in_float32(call, values, inputs.rounded(call, layer))
 
 
-def input_affine(call: WeightCall, rounding: Rounding, layer: QuantizedLayer) -> Affine:
-    """The scales under which a layer's input is rounded in this call."""
-    input_range = layer.input_range
+def _by_codes(call: WeightCall, layer: QuantizedLayer, weight: CodedWeight, inputs: SharedInputs) -> Tensor | None:
+    """The call as a product of codes, or None where it is none."""
+    scale = result_scale(call, weight)
+    coded = None if scale is None else inputs.coded(call, layer)
+    if scale is None or coded is None:
+        return None
+    expected = _expected_dtype(call)
+    with torch.autocast(call.input.device.type, enabled=False):
+        return multiply(call, coded, weight, scale, expected)
+
+
+def input_affine(x: Tensor, call: WeightCall, layer: QuantizedLayer) -> Affine:
+    """The scales under which a layer's input is rounded in this call; `x` is the call's input, or its first rows."""
+    rounding, input_range = layer.scheme.input, layer.input_range
+    assert rounding is not None
     if input_range is None:
-        fitted = fit(call.input.detach().float(), rounding, call.input_contracted)
+        fitted = fit(x, rounding, call.input_contracted)
         return Affine(fitted.scale * layer.input_phase, fitted.zero)
-    shape = [1] * call.input.dim()
-    scale = torch.full(shape, input_range.scale, dtype=torch.float32, device=call.input.device)
+    scale = torch.full([1] * x.dim(), input_range.scale, dtype=torch.float32, device=x.device)
     zero = None if rounding.symmetric else torch.full_like(scale, float(input_range.zero))
     return Affine(scale, zero)
 
 
+def _expected_dtype(call: WeightCall) -> torch.dtype:
+    """Of the result that the model expects."""
+    device = call.input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else call.input.dtype
+
+
 def _in_float32(call: WeightCall, weight: Tensor, input: Tensor) -> Any:
     """The call on float32 operands, its result in the dtype that the model expects of it."""
-    device = call.input.device.type
-    autocast = torch.is_autocast_enabled(device)
-    expected = torch.get_autocast_dtype(device) if autocast else call.input.dtype
-    with torch.autocast(device, enabled=False):
-        output = _widened(call).run_with(weight.float(), input.float())
+    expected = _expected_dtype(call)
+    with torch.autocast(call.input.device.type, enabled=False):
+        output = _widened(call.replacing(weight.float(), input.float())).computed()
     return output.to(expected) if isinstance(output, Tensor) else output
 
 
@@ -255,10 +316,19 @@ def quantized(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterato
     missing = sorted(set(layers) - set(weights))
     if missing:
         raise MapError(f"expected layers of this model, got {', '.join(missing)}, which it does not have")
-    with Emulation(weights, layers, dequantized(layers)):
+    with Emulation(weights, layers, operands(layers)):
         yield
 
 
-def dequantized(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
-    """The float32 weights of the layers, decoded once: that costs as much as a product does on a CPU."""
-    return {name: layer.weight() for name, layer in layers.items()}
+def operands(layers: Mapping[str, QuantizedLayer]) -> dict[str, Operand]:
+    """The weights of the layers as the emulation multiplies them, decoded once: that costs as much as a product on a CPU."""
+    return {name: operand(layer) for name, layer in layers.items()}
+
+
+def operand(layer: QuantizedLayer) -> Operand:
+    """A layer's weight as codes where a product of its scheme is one of codes, else as float32 values."""
+    affine = layer.weight_affine
+    if affine.offset is not None or not multiplies_codes(layer.scheme, affine.scale):
+        return layer.weight()
+    ones = Affine(torch.ones_like(affine.scale), affine.zero)
+    return CodedWeight(large_to_values(layer.codes, layer.scheme.weight.format, ones), affine.scale)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from precimap.errors import ModelError
+from precimap.layers.code_products import Operand
 from precimap.layers.contents import Kind, address_of, is_plain, kind_of, tensors_in
 from precimap.layers.interception import WeightCall
 from precimap.layers.quantized import Emulation, QuantizedLayer, SharedInputs
@@ -42,10 +43,10 @@ class Replay(Emulation):
         self,
         weights: Mapping[str, Tensor],
         layers: Mapping[str, QuantizedLayer],
-        dequantized: Mapping[str, Tensor],
+        operands: Mapping[str, Operand],
         recording: Recording,
     ) -> None:
-        super().__init__(weights, layers, dequantized)
+        super().__init__(weights, layers, operands)
         self._recording = recording
         self._records = False
         self._depth = 0

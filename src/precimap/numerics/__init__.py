@@ -9,5 +9,7 @@ rows.py      the scale and offset of an embedding table's packed rows
 grid_shift.py  other grids for the same tensor: what part of a drop is the lottery of rounding
 """
 
-# Part of a run's premise: raised when the same input would give other codes, scales or dequantised values.
-NUMERICS_VERSION = "2"
+# Part of a run's premise: raised when the same input would give other codes, scales or dequantised values, or when the
+# emulation would round their products in other places. The machine is no part of it: the order of a float32 sum is each
+# machine's own, of emulated products as of the model's, so a run that moves between machines mixes last bits of both.
+NUMERICS_VERSION = "3"

@@ -15,8 +15,9 @@ from torch import Tensor
 from precimap.errors import FAILURES, first_line
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate
+from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate, operand
 from precimap.layers.views import parameter_names
+from precimap.numerics.fast import all_finite
 from precimap.numerics.schemes import Scheme
 from precimap.search.calibrate import Calibration, codes
 from precimap.task import Task, first_batch
@@ -63,9 +64,9 @@ class _Trial(Interception):
 
 def _why_not(call: WeightCall, layer: QuantizedLayer, output: Any) -> str | None:
     try:
-        if layer.scheme.input is not None and not call.op.lookup and not torch.isfinite(call.input).all():
+        if layer.scheme.input is not None and not call.op.lookup and not all_finite(call.input):
             return "NaN or infinity in its input on the first search batch, which no scale holds"
-        low = emulate(call, layer, layer.weight(), SharedInputs())
+        low = emulate(call, layer, operand(layer), SharedInputs())
         if isinstance(low, Tensor) and isinstance(output, Tensor):
             return _told_apart(low, output)
     except FAILURES as error:
@@ -76,6 +77,6 @@ def _why_not(call: WeightCall, layer: QuantizedLayer, output: Any) -> str | None
 def _told_apart(low: Tensor, output: Tensor) -> str | None:
     if low.shape != output.shape:
         return f"its result has the shape {tuple(low.shape)} in low precision, and {tuple(output.shape)} without"
-    if (torch.isfinite(output) & ~torch.isfinite(low)).any():
+    if not all_finite(low) and (torch.isfinite(output) & ~torch.isfinite(low)).any():
         return "its result holds NaN or infinity in low precision, where the model has numbers"
     return None

@@ -4,7 +4,8 @@ For looking at a map where its hardware is not at hand, and as the oracle of eve
 it emulates and says so; nothing here claims speed.
 
 Invariant: what is emulated is what `layers/quantized.py` emulates in a search: the same function, given the operators that
-torch makes of the model's calls instead of the calls themselves.
+torch makes of the model's calls instead of the calls themselves. So a call that is no product of matrices itself (einsum), and
+that torch makes one of, multiplies codes here and values there, with other last bits (`layers/code_products.py`).
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from precimap.layers.interception import WeightCall
 from precimap.layers.ops import OPS, Arguments
-from precimap.layers.quantized import SharedInputs, emulate
+from precimap.layers.quantized import SharedInputs, emulate, operand
 from precimap.layers.views import View
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.products import GATHERS, CodedKernel
@@ -45,10 +46,10 @@ class EmulatedKernel(CodedKernel):
         if op.lookup and layer.scheme.computes_low:
             arguments = arguments.replaced(op.left if weight is left else op.right, weight.read())
             return func(*arguments.args, **arguments.kwargs)
-        values = weight.prepared("emulated", lambda view: view.dequantize())
-        view = View(weight.how.name, (None,) * weight.dim(), lambda _: values)
+        # The codes are a view of the weight's already.
+        view = View(weight.how.name, (None,) * weight.dim(), lambda given: given)
         call = WeightCall(op, func, arguments, op.contraction(left, right, arguments), view, weight is left)
-        return emulate(call, layer, values, SharedInputs())
+        return emulate(call, layer, weight.prepared("emulated", lambda low: operand(low.layer())), SharedInputs())
 
 
 EMULATED_KERNEL = EmulatedKernel()

@@ -46,7 +46,7 @@ class _Rates(Interception):
             rounding = layer.scheme.input
             if rounding is None:
                 continue
-            affine = _narrowed(input_affine(call, rounding, layer), len(x))
+            affine = _narrowed(input_affine(call.input.detach().float(), call, layer), len(x))
             zero = 0.0 if affine.zero is None else affine.zero
             low = (rounding.format.minimum - zero) * affine.scale
             high = (rounding.format.maximum - zero) * affine.scale

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from precimap.errors import FAILURES, first_line
+from precimap.layers.code_products import Operand
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, quantized
+from precimap.layers.quantized import QuantizedLayer, operand, quantized
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.metrics.guard import Guard
@@ -192,7 +192,7 @@ def probe(
     out of time, the batches that all pairs have seen are used; pairs that have seen none are left out, and so are those
     that fail where the model itself does not (`failures` says why).
     """
-    codes: dict[Pair, tuple[QuantizedLayer, Tensor | None]] = {}
+    codes: dict[Pair, tuple[QuantizedLayer, Operand | None]] = {}
     room = replay_memory // 4  # for decoded weights: decoding one takes as long as its product with a small batch
     complete: list[int] = []
     for number, batch in enumerate(run.task.splits.search):
@@ -208,7 +208,7 @@ def probe(
             if pair not in codes:
                 layer = prepare(run.task, inventory, calibration, dict([pair]))[pair[0]]
                 fits = 4 * layer.codes.numel() <= room
-                codes[pair] = layer, layer.weight() if fits else None
+                codes[pair] = layer, operand(layer) if fits else None
                 room -= 4 * layer.codes.numel() if fits else 0
         if missing and not _probe_batch(run, batch, number, [(p, codes[p]) for p in missing], replay_memory):
             break
@@ -238,7 +238,7 @@ def _probe_batch(
     run: Run,
     batch: object,
     number: int,
-    layers: Sequence[tuple[Pair, tuple[QuantizedLayer, Tensor | None]]],
+    layers: Sequence[tuple[Pair, tuple[QuantizedLayer, Operand | None]]],
     replay_memory: int,
 ) -> bool:
     """Probe one batch under each layer. False when time ran out before the last."""
@@ -252,7 +252,7 @@ def _probe_batch(
             if run.out_of_time:
                 return False
             started = time.perf_counter()
-            weight = layer.weight() if decoded is None else decoded
+            weight = operand(layer) if decoded is None else decoded
             try:
                 with Replay(weights, {name: layer}, {name: weight}, recording):
                     part = score_batch(task, task.model, batch, place)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from precimap.errors import FAILURES, first_line
+from precimap.layers.code_products import Operand
 from precimap.layers.first_order import FirstOrder, routed_changes, routed_rows, row_changes, row_weights
 from precimap.layers.inventory import Inventory
 from precimap.search.calibrate import Calibration
@@ -130,7 +131,7 @@ def _seen_throughout(screen: Screen) -> Screen:
 
 
 def _screened(
-    run: Run, plan: ScreenPlan, decoded: Mapping[Key, Tensor] | None, batch: Any, number: int
+    run: Run, plan: ScreenPlan, decoded: Mapping[Key, Operand] | None, batch: Any, number: int
 ) -> ScreenedBatch:
     found = run.journal.find("screen", f"@{number}", plan.digest)
     if found is None:
@@ -151,7 +152,7 @@ def _screened(
 
 
 def _screen_batch(
-    task: Task, plan: ScreenPlan, decoded: Mapping[Key, Tensor] | None, batch: Any, number: int
+    task: Task, plan: ScreenPlan, decoded: Mapping[Key, Operand] | None, batch: Any, number: int
 ) -> tuple[ScreenedBatch, int]:
     """A batch, and with how many backward passes after each forward pass; those that look for routed rows are not in."""
     changes: NDArray[np.float32] = np.zeros((0, 0, 0), np.float32)  # [pairs, rows, values of a row]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from precimap.layers.code_products import Operand
 from precimap.layers.first_order import FirstOrder, Layout, find_layout, routed_rows, row_weights
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer
+from precimap.layers.quantized import QuantizedLayer, operand
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import Scheme, scheme_key
 from precimap.search.calibrate import Calibration, codes
@@ -211,13 +212,13 @@ def _found_rows(mode: FirstOrder, rows: Tensor) -> _Found:
     return found
 
 
-def decode(layers: Sequence[QuantizedLayer]) -> dict[Key, Tensor]:
-    """The float32 weights that the codes stand for."""
-    return {(layer.name, layer.scheme.name): layer.weight() for layer in layers}
+def decode(layers: Sequence[QuantizedLayer]) -> dict[Key, Operand]:
+    """The weights as the emulation multiplies them."""
+    return {(layer.name, layer.scheme.name): operand(layer) for layer in layers}
 
 
 def first_order(
-    task: Task, layers: Sequence[QuantizedLayer], decoded: Mapping[Key, Tensor], joint: Mapping[str, str]
+    task: Task, layers: Sequence[QuantizedLayer], decoded: Mapping[Key, Operand], joint: Mapping[str, str]
 ) -> FirstOrder:
     """The interception that collects local errors of `layers`; those in `joint` run in their scheme."""
     by_name: dict[str, dict[str, QuantizedLayer]] = {}
