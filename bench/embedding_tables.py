@@ -22,7 +22,8 @@ from rival_scores import eligible
 from torch import nn
 
 from precimap import CPU_INT8, Task, discover
-from precimap.layers.quantized import quantize_layer, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import quantize_layer
 from precimap.metrics.paired import Drop, drop_of
 from precimap.numerics.schemes import scheme
 from precimap.runtime.timing import Spread, interleaved, ratio

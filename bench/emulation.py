@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from precimap.demos.minilm import load_encoder
 from precimap.layers.code_products import Operand, has_tiles
-from precimap.layers.quantized import Emulation, InputRange, QuantizedLayer, operand, quantize_layer
+from precimap.layers.emulation import Emulation, operand
+from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import code_values
 from precimap.numerics.ranges import fit

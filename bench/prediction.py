@@ -27,7 +27,7 @@ from search_work import ALPHA, Subject, baseline_of, subject_of
 from synthetic_task import deep_task
 
 from precimap.journal import run_journal
-from precimap.layers.quantized import quantized
+from precimap.layers.emulation import quantized
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.search.evidence.predict import Predictor
 from precimap.search.evidence.probe import Comparison, compare, prepare, probe

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from precimap.layers.emulation import Emulation, operands, quantized
 from precimap.layers.interception import WeightCall
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import Emulation, QuantizedLayer, operands, quantized
+from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.refusals import refusal
 from precimap.layers.views import parameter_names
 from precimap.metrics.paired import paired_drop

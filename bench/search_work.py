@@ -24,8 +24,8 @@ from torch import Tensor
 
 from precimap import discover
 from precimap.journal import Journal, open_journal, run_journal
+from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import quantized
 from precimap.layers.target import EMULATED
 from precimap.numerics.schemes import Scheme
 from precimap.search.calibrate import Calibration, calibrate

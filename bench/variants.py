@@ -16,8 +16,9 @@ from torch import Tensor
 
 from precimap import Task, discover
 from precimap.errors import InputError
+from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, quantize_layer, quantized
+from precimap.layers.quantized import QuantizedLayer, quantize_layer
 from precimap.layers.realign import realigned, score_layer
 from precimap.layers.views import parameter_names
 from precimap.metrics import Metric, Units

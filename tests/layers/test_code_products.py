@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from precimap.layers import code_products
 from precimap.layers.code_products import CodedWeight
-from precimap.layers.quantized import InputRange, QuantizedLayer, operand, quantize_layer, quantized
+from precimap.layers.emulation import operand, quantized
+from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.numerics.fast import code_values, fake_quantize
 from precimap.numerics.formats import (
     BF16,
@@ -165,7 +166,7 @@ def test_these_calls_are_products_of_codes(name: str, monkeypatch: pytest.Monkey
     taken: list[Tensor] = []
     multiply = code_products.multiply
     monkeypatch.setattr(
-        "precimap.layers.quantized.multiply", lambda *given: taken.append(multiply(*given)) or taken[-1]
+        "precimap.layers.emulation.multiply", lambda *given: taken.append(multiply(*given)) or taken[-1]
     )
     model = Product(torch.randn(shape(6, 16)), op).eval()
     found = emulated(model, layer_of(model.weight, contracted, SCHEMES["fp8"]), torch.randn(16, 16))

@@ -6,9 +6,10 @@ from torch import nn
 
 import zoo
 from precimap.layers.discover import discover
+from precimap.layers.emulation import quantized
 from precimap.layers.groups import fused_by_engines
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import quantize_layer, quantized
+from precimap.layers.quantized import quantize_layer
 from precimap.layers.refusals import refusal
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import SCHEMES

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from precimap.layers.discover import discover
+from precimap.layers.emulation import SharedInputs, emulate
 from precimap.layers.first_order import (
     FirstOrder,
     Layout,
@@ -21,7 +22,7 @@ from precimap.layers.first_order import (
     row_weights,
 )
 from precimap.layers.interception import Interception, WeightCall
-from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate, quantize_layer
+from precimap.layers.quantized import QuantizedLayer, quantize_layer
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import SCHEMES
 from zoo import ROWS, ZOO, Builder, Specimen

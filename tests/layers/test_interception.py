@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from precimap.errors import MapError, ModelError
 from precimap.layers.discover import discover
+from precimap.layers.emulation import quantized
 from precimap.layers.interception import Interception
-from precimap.layers.quantized import quantize_layer, quantized
+from precimap.layers.quantized import quantize_layer
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.ranges import fit

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from precimap.layers.discover import discover
+from precimap.layers.emulation import operands, quantized
 from precimap.layers.first_order import FirstOrder
 from precimap.layers.interception import Interception
-from precimap.layers.quantized import operands, quantize_layer, quantized
+from precimap.layers.quantized import quantize_layer
 from precimap.layers.recording import Recording
 from precimap.layers.refusals import refusal
 from precimap.layers.replay import Replay

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 import zoo
 from precimap.errors import ModelError
 from precimap.layers.discover import discover
+from precimap.layers.emulation import Emulation, operands, quantized
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import Emulation, QuantizedLayer, operands, quantize_layer, quantized
+from precimap.layers.quantized import QuantizedLayer, quantize_layer
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import scheme

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from precimap.layers.quantized import Emulation, QuantizedLayer, operands, quantize_layer
+from precimap.layers.emulation import Emulation, operands
+from precimap.layers.quantized import QuantizedLayer, quantize_layer
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import scheme

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from precimap.errors import SchemeError
-from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.grid_shift import GridShift
 from precimap.numerics.quantize import Affine, quantize

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from precimap.errors import ModelError
 from precimap.layers.discover import discover
+from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import quantize_layer, quantized
+from precimap.layers.quantized import quantize_layer
 from precimap.numerics.schemes import scheme
 
 X = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))

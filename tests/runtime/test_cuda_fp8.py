@@ -32,8 +32,9 @@ from precimap import (
 )
 from precimap.errors import DeployError
 from precimap.hardware_profile import Device
+from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Layer
-from precimap.layers.quantized import InputRange, quantize_layer, quantize_map, quantized
+from precimap.layers.quantized import InputRange, quantize_layer, quantize_map
 from precimap.layers.target import BASE, Turns
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.report.profile_table import profile_page

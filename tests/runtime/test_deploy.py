@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from precimap import CPU_INT8, PrecisionMap, SearchResult, deploy, load_deployed, save_deployed, search
 from precimap.errors import DeployError, MapError, PremiseMismatch, SaveError
 from precimap.layers.discover import discover
-from precimap.layers.quantized import InputRange, quantize_layer, quantize_map, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import InputRange, quantize_layer, quantize_map
 from precimap.numerics.formats import UINT7, UINT8
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.runtime import cpu_int8

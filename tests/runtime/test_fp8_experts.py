@@ -16,7 +16,8 @@ from torch._dynamo.backends.common import aot_autograd
 from grouped_on_cpu import grouped_on_cpu
 from precimap import CUDA_FP8, Splits, Task, deploy, discover, load_deployed, save_deployed, search
 from precimap.errors import DeployError
-from precimap.layers.quantized import quantize_layer, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import quantize_layer
 from precimap.layers.refusals import refusal
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES

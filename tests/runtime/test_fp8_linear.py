@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from precimap.errors import DeployError
-from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.numerics.formats import E4M3
 from precimap.numerics.quantize import Affine, dequantize, quantize
 from precimap.numerics.schemes import SCHEMES, Granularity, Rounding, Scheme

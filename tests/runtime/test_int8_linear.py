@@ -12,7 +12,8 @@ from torch._inductor.utils import run_and_get_code
 
 from precimap import CPU_INT8
 from precimap.errors import DeployError, SchemeError
-from precimap.layers.quantized import InputRange, quantize_layer, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import InputRange, quantize_layer
 from precimap.numerics import fast
 from precimap.numerics.fast import unsigned_codes
 from precimap.numerics.formats import INT8, UINT7, UINT8, IntegerFormat

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from precimap import CPU_INT8, Splits, Task, deploy, discover, load_deployed, save_deployed
 from precimap.errors import DeployError, MapError
-from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES, Scheme, scheme
 from precimap.runtime import emulated

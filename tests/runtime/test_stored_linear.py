@@ -9,7 +9,8 @@ from torch import nn
 
 from precimap import CPU_INT8, Knapsack, SearchResult, deploy, load_deployed, save_deployed, search
 from precimap.errors import DeployError
-from precimap.layers.quantized import quantize_layer, quantize_map, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import quantize_layer, quantize_map
 from precimap.numerics.schemes import scheme
 from precimap.runtime.deploy import deployment_of
 from precimap.runtime.weights.placing import low_weights

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from precimap import CPU_INT8, TORCHREC, Knapsack, Splits, Task, deploy, load_deployed, save_deployed, search
 from precimap.errors import DeployError
 from precimap.layers.discover import discover
-from precimap.layers.quantized import QuantizedLayer, quantize_layer, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import QuantizedLayer, quantize_layer
 from precimap.layers.refusals import refusal
 from precimap.metrics import LogLoss
 from precimap.numerics.schemes import scheme

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from precimap import Splits, Task, discover, search
-from precimap.layers.quantized import quantized
+from precimap.layers.emulation import quantized
 from precimap.metrics import Loss
 from precimap.numerics.schemes import scheme
 from precimap.report.run_record import read_run

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from precimap import Splits, Task, search
 from precimap.journal import open_journal, run_journal
 from precimap.layers.discover import discover
-from precimap.layers.quantized import quantized
+from precimap.layers.emulation import quantized
 from precimap.layers.target import EMULATED
 from precimap.metrics import Head, LogLoss
 from precimap.numerics.schemes import SCHEMES

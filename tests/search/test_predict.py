@@ -13,8 +13,8 @@ import torch
 from precimap import Task
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
+from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import quantized
 from precimap.layers.target import EMULATED
 from precimap.metrics import NDCG, LogLoss, Loss
 from precimap.metrics.paired import Drop

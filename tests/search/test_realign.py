@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from precimap import PrecisionMap, deploy, load_deployed, save_deployed, search
 from precimap.errors import InputError, MapError, UncertifiedMapWarning
 from precimap.layers.discover import discover
-from precimap.layers.quantized import quantize_map, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import quantize_map
 from precimap.layers.realign import realigned, score_layer
 from precimap.metrics import Calibration, Guard, Head, LogLoss
 from precimap.precision_map import Realignment

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from precimap.errors import InputError, MapError, SchemeError
-from precimap.layers.quantized import quantize_map, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import quantize_map
 from precimap.metrics.paired import Drop
 from precimap.metrics.units import Units
 from precimap.numerics.schemes import BF16_FLOOR, Scheme, scheme

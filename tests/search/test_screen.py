@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from precimap import Effort, Splits, Task, search
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
+from precimap.layers.emulation import SharedInputs, emulate, quantized
 from precimap.layers.interception import Interception, WeightCall
-from precimap.layers.quantized import SharedInputs, emulate, quantized
 from precimap.layers.views import parameter_names
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES

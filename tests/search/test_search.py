@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from precimap import CPU_INT8, PrecisionMap, SearchResult, Splits, Threshold, search
 from precimap.errors import AlphaSpent, InputError, JournalError, ModelError, PremiseMismatch, SchemeError, TaskError
 from precimap.journal import open_journal
-from precimap.layers.quantized import quantize_map, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import quantize_map
 from precimap.metrics import NDCG, LogLoss, Loss
 from precimap.metrics.metric import Metric
 from precimap.precision_map import Verdict

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from precimap.errors import FAILURES
 from precimap.layers.code_products import Operand
+from precimap.layers.emulation import SharedInputs, emulate
 from precimap.layers.interception import Interception, WeightCall
-from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate
+from precimap.layers.quantized import QuantizedLayer
 
 SchemeName = str
 _CUTS = (Tensor.detach, Tensor.detach_, Tensor.data.__get__)  # type: ignore[attr-defined]

@@ -20,8 +20,9 @@ from torch import Tensor
 from precimap.errors import ModelError
 from precimap.layers.code_products import Operand
 from precimap.layers.contents import Kind, address_of, is_plain, kind_of, tensors_in
+from precimap.layers.emulation import Emulation, SharedInputs
 from precimap.layers.interception import WeightCall
-from precimap.layers.quantized import Emulation, QuantizedLayer, SharedInputs
+from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.recording import Call, Recording, one_per_storage
 
 __all__ = ["Recording", "Replay"]

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from precimap.hardware_profile import Device
+from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Layer
-from precimap.layers.quantized import QuantizedLayer, quantized
+from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.schemes import Scheme
 
 BASE = ""  # how a timer calls the module as it is; no scheme has this name

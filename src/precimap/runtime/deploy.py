@@ -15,7 +15,8 @@ from torch import nn
 
 from precimap.errors import DeployError, UncertifiedMapWarning
 from precimap.fingerprints import modules_of, of_weights
-from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.realign import realigned
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from precimap.errors import DeployError
-from precimap.layers.quantized import QuantizedLayer, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import QuantizedLayer
 from precimap.runtime.weights.emulated import EMULATED_KERNEL
 from precimap.runtime.weights.fp8 import FP8_KERNEL
 from precimap.runtime.weights.low_weight import LowWeight

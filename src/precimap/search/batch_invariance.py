@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from precimap.errors import TaskError
+from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, quantized
+from precimap.layers.quantized import QuantizedLayer
 from precimap.metrics.paired import Drop, drop_of
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.search.batches import cut

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from precimap.errors import TaskError
-from precimap.layers.quantized import quantized
+from precimap.layers.emulation import quantized
 from precimap.layers.views import plain_name
 from precimap.task import Task
 from precimap.user_code import called

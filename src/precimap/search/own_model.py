@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from precimap.errors import DeployError, TaskError
 from precimap.layers.copying import copied
-from precimap.layers.quantized import quantized
+from precimap.layers.emulation import quantized
 from precimap.layers.views import plain_name
 from precimap.task import Task
 

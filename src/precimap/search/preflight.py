@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from precimap.errors import ModelError, TaskError
+from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import quantized
 from precimap.layers.special import check_visible, is_exported, is_finite
 from precimap.layers.views import plain_name
 from precimap.metrics.click import NE, NE_MARGINS

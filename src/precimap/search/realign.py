@@ -17,7 +17,8 @@ from scipy.special import expit
 from torch import nn
 
 from precimap.journal import Journal
-from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
+from precimap.layers.emulation import quantized
+from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.views import parameter_names
 from precimap.metrics.click import platt
 from precimap.precision_map import PrecisionMap, Realignment

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from precimap.errors import TaskError
-from precimap.layers.quantized import quantized
+from precimap.layers.emulation import quantized
 from precimap.metrics.auc import AUC, GAUC
 from precimap.metrics.click import NE, LogLoss
 from precimap.per_unit import rows_said

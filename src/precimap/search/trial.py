@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from precimap.errors import FAILURES, first_line
+from precimap.layers.emulation import SharedInputs, emulate, operand
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, SharedInputs, emulate, operand
+from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import all_finite
 from precimap.numerics.schemes import Scheme

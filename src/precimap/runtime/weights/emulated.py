@@ -3,9 +3,9 @@
 For looking at a map where its hardware is not at hand, and as the oracle of every other kernel. It is slower than the model
 it emulates and says so; nothing here claims speed.
 
-Invariant: what is emulated is what `layers/quantized.py` emulates in a search: the same function, given the operators that
-torch makes of the model's calls instead of the calls themselves. So a call that is no product of matrices itself (einsum), and
-that torch makes one of, multiplies codes here and values there, with other last bits (`layers/code_products.py`).
+Invariant: what is emulated is what `layers/emulation.py` emulates in a search: the same function, given the operators that
+torch makes of the model's calls instead of the calls themselves. So a call that is no product of matrices itself (einsum),
+and that torch makes one of, multiplies codes here and values there, with other last bits (`layers/code_products.py`).
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from precimap.layers.emulation import SharedInputs, emulate, operand
 from precimap.layers.interception import WeightCall
 from precimap.layers.ops import OPS, Arguments
-from precimap.layers.quantized import SharedInputs, emulate, operand
 from precimap.layers.views import View
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.products import GATHERS, CodedKernel

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precimap.layers.emulation import input_affine
 from precimap.layers.interception import Interception, WeightCall
-from precimap.layers.quantized import QuantizedLayer, input_affine
+from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.quantize import Affine

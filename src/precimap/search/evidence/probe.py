@@ -14,8 +14,9 @@ import torch
 
 from precimap.errors import FAILURES, first_line
 from precimap.layers.code_products import Operand
+from precimap.layers.emulation import operand, quantized
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, operand, quantized
+from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.replay import Recording, Replay
 from precimap.layers.views import parameter_names
 from precimap.metrics.guard import Guard

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from precimap.layers.code_products import Operand
+from precimap.layers.emulation import operand
 from precimap.layers.first_order import FirstOrder, Layout, find_layout, routed_rows, row_weights
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import QuantizedLayer, operand
+from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import Scheme, scheme_key
 from precimap.search.calibrate import Calibration, codes
