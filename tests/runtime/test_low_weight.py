@@ -6,6 +6,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from precimap.numerics.schemes import SCHEMES, Scheme, scheme
 from precimap.runtime import emulated
 from precimap.runtime.compiled import compile_calls, no_compiler
 from precimap.runtime.cpu_int8 import has_bf16, int8_scheme
+from precimap.runtime.kernel_checks import check_weight
 from precimap.runtime.weights import int8 as int8_weights
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import low_weights, placed
@@ -59,6 +61,7 @@ SPELLINGS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]]
     "addmm, scaled": ((32, 48), lambda x, w: torch.addmm(torch.ones(24, 48), x.view(-1, 32), w, beta=0.5, alpha=2)),
     "einsum": ((32, 48), lambda x, w: torch.einsum("bsk,kn->bsn", x, w)),
     "einsum of heads": ((3, 16, 32), lambda x, w: torch.einsum("bsk,hdk->bhsd", x, w)),
+    "einsum of heads, inputs first": ((32, 3, 16), lambda x, w: torch.einsum("bsk,khd->bhsd", x, w)),
     "tensordot": ((32, 48), lambda x, w: torch.tensordot(x, w, dims=1)),
     "inner": ((48, 32), torch.inner),
     "experts in a bmm": ((6, 32, 48), torch.bmm),
@@ -128,6 +131,17 @@ def test_the_emulated_target_has_the_bits_of_the_search(how: str, name: str) -> 
     fast = emulated.deployed(model, layers)
     with torch.no_grad():
         assert torch.equal(fast(X), expected_of(model, layers, X))
+
+
+@pytest.mark.parametrize("how", SPELLINGS)
+def test_every_spelling_is_checked_against_its_emulation(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Spelled(*SPELLINGS[how]).eval()
+    layers = layers_of(model, int8_scheme())
+    check_weight(CPU_INT8.deployed(model, layers).w)
+    plain = int8_weights._packed
+    monkeypatch.setattr(int8_weights, "_packed", lambda weight: replace(plain(weight), scales=2 * plain(weight).scales))
+    with pytest.raises(DeployError, match="differs from its emulation"):
+        check_weight(CPU_INT8.deployed(model, layers).w)
 
 
 @pytest.mark.skipif(no_compiler() is not None, reason="no C++ compiler")
@@ -234,8 +248,6 @@ def library() -> Library:
 
 
 def library_layers(model: nn.Module, name: str | None = None) -> dict[str, QuantizedLayer]:
-    from dataclasses import replace
-
     layers = layers_of(model, name or int8_scheme(), IDS)
     kept = ("table.weight", "read.weight")
     return {name: replace(layer, keeps=name in kept) for name, layer in layers.items()}
