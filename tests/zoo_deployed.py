@@ -20,6 +20,7 @@ from precimap import CPU_INT8, Splits, Task, deploy, discover, load_deployed, sa
 from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer, quantize_map, quantized
 from precimap.layers.refusals import refusal
+from precimap.layers.storages import storages_of
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES
 from precimap.precision_map import PrecisionMap
@@ -30,7 +31,7 @@ from precimap.search.calibrate import calibrate
 from precimap.search.progress import silent
 from small_maps import map_over, premise_for
 from specimen import Specimen, run
-from zoo_outside import calls_of, count_calls, names, untouched
+from zoo_outside import calls_of, count_calls, names, tensors, untouched
 
 # What the kernels of a whole model may add to what quantising does to its outputs, rms: in half of the units, and in all
 # together. Their sums differ in the last bit, and so an input of a later layer goes to the next code now and then: in a
@@ -194,6 +195,7 @@ def lives_on(specimen: Specimen, fast: nn.Module) -> None:
     """Names, ties, hooks, state, copies: as of any other model."""
     expected = run(specimen, fast)
     assert names(fast) == names(specimen.model)
+    assert not set(storages_of(tensors(fast))) & set(storages_of(tensors(specimen.model)))
     assert not any(parameter.requires_grad for parameter in fast.parameters())
     assert [type(module) for module in fast.modules()] == [type(module) for module in specimen.model.modules()]
     given, own = calls_of(specimen, copy.deepcopy(specimen.model)), calls_of(specimen, fast)  # a copy may lose some

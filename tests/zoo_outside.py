@@ -46,6 +46,10 @@ def names(model: nn.Module) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]
     return [(all_names[0], tuple(all_names), shapes[key]) for key, all_names in known.items()]
 
 
+def tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """The model is bit for bit as it was after the block: values, gradients, hooks, attributes."""

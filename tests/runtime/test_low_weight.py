@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from precimap import CPU_INT8, Splits, Task, deploy, discover, load_deployed, save_deployed
 from precimap.errors import DeployError, MapError
 from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer, quantized
+from precimap.layers.storages import storages_of
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES, Scheme, scheme
 from precimap.runtime import emulated
@@ -315,6 +316,25 @@ def test_nothing_done_to_the_deployed_model_reaches_the_user_s() -> None:
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert torch.equal(model.positions, torch.arange(4.0))
+
+
+def test_a_kept_parameter_is_the_copy_s_own() -> None:
+    """Another model's state is loaded into the copy, and the user's model is trained on: neither sees the other."""
+    model, fast, _ = served()
+    assert not set(storages_of(fast.state_dict().values())) & set(storages_of(model.state_dict().values()))
+    retrained = library()
+    with torch.no_grad():
+        for parameter in retrained.parameters():
+            parameter.mul_(-0.7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fast.load_state_dict(CPU_INT8.deployed(retrained, library_layers(retrained), owned=True).state_dict())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    looked_up = fast.table(IDS)
+    assert torch.equal(looked_up, retrained.table(IDS))
+    with torch.no_grad():
+        model.table.weight.zero_()
+        retrained.table.weight.zero_()
+    assert torch.equal(fast.table(IDS), looked_up)
 
 
 def saved(model: nn.Module) -> nn.Module:
