@@ -7,9 +7,11 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -459,6 +461,48 @@ def test_unexpected_readers_get_the_values_of_the_codes() -> None:
         ):
             assert torch.equal(read(weight), read(values))
     assert weight.sum().dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["cpu", "emulated", "stored"])
+def test_a_model_is_shared_with_other_processes(name: str) -> None:
+    """By the memory of its parts: a server makes its workers so."""
+    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval()
+    layers = layers_of(model, {"cpu": int8_scheme(), "emulated": "fp8", "stored": "fp8-weight"}[name])
+    target = emulated.deployed if name == "emulated" else CPU_INT8.deployed
+    fast = target(model, layers, owned=True)
+    with torch.no_grad():
+        expected = fast(X)
+        assert not fast[0].weight.is_shared()
+        assert fast.share_memory() is fast
+        assert all(parameter.is_shared() for parameter in fast.parameters())
+        worker = pickle.loads(ForkingPickler.dumps(fast))
+        assert torch.equal(fast(X), expected)
+        assert torch.equal(worker(X), expected)
+        fast[0].weight.codes.zero_()
+    assert not worker[0].weight.dequantize().any(), "one memory for both"
+    assert not any(parameter.is_shared() for parameter in model.parameters())
+
+
+def test_other_libraries_read_the_values_of_the_codes() -> None:
+    model = nn.Sequential(nn.Linear(32, 48))
+    layers = layers_of(model, int8_scheme())
+    weight, values = CPU_INT8.deployed(model, layers)[0].weight, layers["0.weight"].weight()
+    for read in (lambda w: w.numpy(), lambda w: w.tolist(), np.asarray, lambda w: w.detach().t().numpy().copy()):
+        assert np.array_equal(read(weight), read(values))
+
+
+def test_other_data_is_a_write() -> None:
+    model = nn.Sequential(nn.Linear(32, 48))
+    fast = CPU_INT8.deployed(model, layers_of(model, int8_scheme()), owned=True)
+    with torch.no_grad():
+        model[0].weight.mul_(-0.7)
+        other = CPU_INT8.deployed(model, layers_of(model, int8_scheme()))
+        assert not torch.equal(fast(X), other(X))
+        with pytest.raises(DeployError, match=r"0\.weight: expected a weight in int8"):
+            fast[0].weight.data = torch.zeros(48, 32)
+        fast[0].weight.data = other[0].weight.data
+        fast[0].bias.data = other[0].bias.data
+        assert torch.equal(fast(X), other(X))
 
 
 def library_task(model: nn.Module) -> Task:
