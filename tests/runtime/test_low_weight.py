@@ -139,6 +139,18 @@ def test_the_emulated_target_has_the_bits_of_the_search(how: str, name: str) -> 
         assert torch.equal(fast(X), expected_of(model, layers, X))
 
 
+def test_a_stack_that_is_repeated_for_a_batch_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Spelled(*SPELLINGS["experts for every row of a batch"]).eval()
+    fast = CPU_INT8.deployed(model, layers_of(model, int8_scheme()))
+    packed: list[Any] = []
+    plain = int8_weights._packed
+    monkeypatch.setattr(int8_weights, "_packed", lambda weight: packed.append(1) or plain(weight))
+    with torch.no_grad():
+        assert fast(X).is_contiguous()
+        fast(2 * X)
+    assert len(packed) == 3
+
+
 @pytest.mark.parametrize("how", SPELLINGS)
 def test_every_spelling_is_checked_against_its_emulation(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Spelled(*SPELLINGS[how]).eval()
@@ -152,7 +164,11 @@ def test_every_spelling_is_checked_against_its_emulation(how: str, monkeypatch: 
 
 @pytest.mark.skipif(no_compiler() is not None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    "how", ["matmul on the right", "its transpose", "addmm of GPT-2", "einsum", "parts of one weight", "mm on the left"]
+    "how",
+    [
+        *("matmul on the right", "its transpose", "addmm of GPT-2", "einsum", "parts of one weight", "mm on the left"),
+        "experts for every row of a batch",
+    ],
 )
 def test_compiled_spellings_are_int8_products(how: str) -> None:
     torch._dynamo.reset()

@@ -41,7 +41,7 @@ def _view(func: Any, part: Tensor, *args: Any, **kwargs: Any) -> Any:
     """None where torch can make no such view of a tensor that lies so."""
     try:
         return func(part, *args, **kwargs)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the second in a compiler
         return None
 
 
