@@ -2,8 +2,12 @@
 
 from statistics import fmean, stdev
 
+from torch import nn
+
 from precimap import Task, discover
 from precimap.certificate import BOUND_FARTHEST, BlindSpot, Certificate, GuardAnswer, Rounding, Unrepaired
+from precimap.fingerprints import modules_of, of_weights
+from precimap.layers.inventory import Inventory
 from precimap.numerics.schemes import SCHEMES, Scheme
 from precimap.precision_map import Decision, Evidence, OfModel, PrecisionMap, Premise, Realignment, Verdict
 from precimap.runtime.cpu_int8 import int8_scheme
@@ -31,13 +35,15 @@ def decision(scheme: str | None = None, **changes: object) -> Decision:
     return Decision(**{**fields, **changes})
 
 
+PREMISE = Premise(
+    weights="w" * 16, task="t", metric="loss", calibration="c", search="s", certify="v", base_precision="float32",
+    device="cpu", precimap="0", torch="2",
+)  # fmt: skip
+
+
 def a_map(**layers: Decision) -> PrecisionMap:
-    premise = Premise(
-        weights="w" * 16, task="t", metric="loss", calibration="c", search="s", certify="v", base_precision="float32",
-        device="cpu", precimap="0", torch="2",
-    )  # fmt: skip
     return PrecisionMap(
-        target="emulated", schemes={n: s.row() for n, s in SCHEMES.items()}, layers=layers, premise=premise
+        target="emulated", schemes={n: s.row() for n, s in SCHEMES.items()}, layers=layers, premise=PREMISE
     )
 
 
@@ -75,10 +81,15 @@ def certified(example: PrecisionMap, realigned_at: str | None = None) -> Precisi
 
 def map_of(task: Task, choice: dict[str, str], target: str = "cpu-int8") -> PrecisionMap:
     """A map as a search writes it, of a choice made here."""
-    from precimap.fingerprints import of_weights
     from precimap.search.splits.three_splits import fingerprint_splits
 
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.calibration))
+    premise = premise_of(task, of_weights(task.model), fingerprint_splits(task), "test")
+    return map_over(inventory, choice, target, premise)
+
+
+def map_over(inventory: Inventory, choice: dict[str, str], target: str, premise: Premise) -> PrecisionMap:
+    """The same of an inventory and a premise that are there already."""
     chosen: dict[str, Scheme] = {name: SCHEMES[name] for name in choice.values()}
     return PrecisionMap(
         target=target,
@@ -98,5 +109,10 @@ def map_of(task: Task, choice: dict[str, str], target: str = "cpu-int8") -> Prec
             )
             for layer in inventory.layers
         },
-        premise=premise_of(task, of_weights(task.model), fingerprint_splits(task), "test"),
+        premise=premise,
     )
+
+
+def premise_for(model: nn.Module) -> Premise:
+    """Of a map that is bound to this model, and to no data."""
+    return PREMISE.model_copy(update={"weights": of_weights(model), "architecture": modules_of(model)})

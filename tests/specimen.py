@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ class Specimen:
         """The output for the batch, without autograd."""
         with torch.no_grad():
             return self.forward(self.model, self.batch)
+
+
+def run(specimen: Specimen, model: nn.Module) -> Tensor:
+    """The output for the batch of another model in the specimen's place."""
+    return replace(specimen, model=model)()
 
 
 Builder = Callable[[], Specimen]

@@ -3,6 +3,7 @@
 Two FLOPs per multiply-add, biases not counted. Attention (`_scaled_dot_product...`, some `bmm`) has no weight in it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +16,11 @@ def count(run: Callable[[], Any]) -> dict[str, int]:
     """FLOPs of one run by ATen op, such as `aten.addmm`.
 
     Fused paths hide their multiplications from the counter, so the encoder's and oneDNN's (LSTM) are off while it counts,
-    and two ops that it has no formula for are given one.
+    and ops that it has no formula for are given one.
     """
     with _nothing_fused(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as mode:
         run()
-    return {str(op): flops for op, flops in mode.get_flop_counts()["Global"].items()}
+    return {str(op): flops for op, flops in mode.get_flop_counts().get("Global", {}).items()}
 
 
 @contextmanager
@@ -43,7 +44,14 @@ def _attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[
     return sdpa_flop_count(query, key, value)
 
 
+def _vector_flops(matrix: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """A matrix or a vector against a vector."""
+    return 2 * math.prod(matrix)
+
+
 _FORMULAS = {
+    torch.ops.aten.mv: _vector_flops,
+    torch.ops.aten.dot: _vector_flops,
     torch.ops.aten._grouped_mm: _grouped_mm_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
 }

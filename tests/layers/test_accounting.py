@@ -140,6 +140,16 @@ COUNTED: dict[str, tuple[Build, Tensor, str]] = {  # name -> (model, batch, what
     "cells": (Cells, SEQUENCE, "lstm (LSTMCell): lstm_cell / aten.addmm"),
     "bags": (Bags, torch.randint(50, (8, 4)), ""),
     "einsum": (lambda: Given(lambda s, x: torch.einsum("bk,kn->bn", x, s.w)), X, ""),
+    "einsum over one position": (
+        lambda: Given(lambda s, x: torch.einsum("bkc,bnc->bkn", x[..., None], x[..., None]).sum(1) @ s.w),
+        X,
+        "",
+    ),
+    "einsum, one side broadcast": (
+        lambda: Given(lambda s, x: torch.einsum("bk,kn->bn", x[:, :1], s.w)),
+        X,
+        "",
+    ),
     "einsum of three": (
         lambda: Given(lambda s, x: torch.einsum("bk,kn,nm->bm", x, s.w, s.v[0])),
         X,

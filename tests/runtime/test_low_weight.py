@@ -6,9 +6,12 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,11 +21,13 @@ from precimap import CPU_INT8, Splits, Task, deploy, discover, load_deployed, sa
 from precimap.errors import DeployError, MapError
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
+from precimap.layers.storages import storages_of
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES, Scheme, scheme
 from precimap.runtime import emulated
 from precimap.runtime.compiled import compile_calls, no_compiler
 from precimap.runtime.cpu_int8 import has_bf16, int8_scheme
+from precimap.runtime.kernel_checks import check_weight
 from precimap.runtime.weights import int8 as int8_weights
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import low_weights, placed
@@ -60,11 +65,15 @@ SPELLINGS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]]
     "addmm, scaled": ((32, 48), lambda x, w: torch.addmm(torch.ones(24, 48), x.view(-1, 32), w, beta=0.5, alpha=2)),
     "einsum": ((32, 48), lambda x, w: torch.einsum("bsk,kn->bsn", x, w)),
     "einsum of heads": ((3, 16, 32), lambda x, w: torch.einsum("bsk,hdk->bhsd", x, w)),
+    "einsum of heads, inputs first": ((32, 3, 16), lambda x, w: torch.einsum("bsk,khd->bhsd", x, w)),
     "tensordot": ((32, 48), lambda x, w: torch.tensordot(x, w, dims=1)),
     "inner": ((48, 32), torch.inner),
     "experts in a bmm": ((6, 32, 48), torch.bmm),
     "experts, transposed": ((6, 48, 32), lambda x, w: torch.bmm(x, w.transpose(1, 2))),
     "baddbmm": ((6, 32, 48), lambda x, w: torch.baddbmm(torch.ones(6, 4, 48), x, w)),
+    "experts for every row of a batch": ((3, 32, 48), lambda x, w: x[:, None].expand(6, 3, 4, 32) @ w),
+    "experts, broadcast both ways": ((3, 48, 32), lambda x, w: torch.matmul(x[:, None], w.transpose(1, 2))),
+    "experts of one batch": ((1, 3, 32, 48), lambda x, w: torch.matmul(x[:, None], w)),
     "parts of one weight": ((96, 32), lambda x, w: torch.cat([F.linear(x, part) for part in w.chunk(3)[1:]], -1)),
     "rows of a weight": ((96, 32), lambda x, w: F.linear(x, w[torch.tensor([5, 3, 90, 3])])),
     "a slice": ((96, 32), lambda x, w: F.linear(x, w[10:40])),
@@ -130,15 +139,42 @@ def test_the_emulated_target_has_the_bits_of_the_search(how: str, name: str) -> 
     fast = emulated.deployed(model, layers)
     with torch.no_grad():
         found, expected = fast(X), expected_of(model, layers, X)
-    if how in ("einsum", "einsum of heads", "a view of heads", "tensordot", "inner"):
+    if "einsum" in how or how in ("a view of heads", "tensordot", "inner"):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(found, expected)
 
 
+def test_a_stack_that_is_repeated_for_a_batch_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Spelled(*SPELLINGS["experts for every row of a batch"]).eval()
+    fast = CPU_INT8.deployed(model, layers_of(model, int8_scheme()))
+    packed: list[Any] = []
+    plain = int8_weights._packed
+    monkeypatch.setattr(int8_weights, "_packed", lambda weight: packed.append(1) or plain(weight))
+    with torch.no_grad():
+        assert fast(X).is_contiguous()
+        fast(2 * X)
+    assert len(packed) == 3
+
+
+@pytest.mark.parametrize("how", SPELLINGS)
+def test_every_spelling_is_checked_against_its_emulation(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Spelled(*SPELLINGS[how]).eval()
+    layers = layers_of(model, int8_scheme())
+    check_weight(CPU_INT8.deployed(model, layers).w)
+    plain = int8_weights._packed
+    monkeypatch.setattr(int8_weights, "_packed", lambda weight: replace(plain(weight), scales=2 * plain(weight).scales))
+    with pytest.raises(DeployError, match="differs from its emulation"):
+        check_weight(CPU_INT8.deployed(model, layers).w)
+
+
 @pytest.mark.skipif(no_compiler() is not None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    "how", ["matmul on the right", "its transpose", "addmm of GPT-2", "einsum", "parts of one weight", "mm on the left"]
+    "how",
+    [
+        *("matmul on the right", "its transpose", "addmm of GPT-2", "einsum", "parts of one weight", "mm on the left"),
+        "experts for every row of a batch",
+    ],
 )
 def test_compiled_spellings_are_int8_products(how: str) -> None:
     torch._dynamo.reset()
@@ -240,8 +276,6 @@ def library() -> Library:
 
 
 def library_layers(model: nn.Module, name: str | None = None) -> dict[str, QuantizedLayer]:
-    from dataclasses import replace
-
     layers = layers_of(model, name or int8_scheme(), IDS)
     kept = ("table.weight", "read.weight")
     return {name: replace(layer, keeps=name in kept) for name, layer in layers.items()}
@@ -309,6 +343,25 @@ def test_nothing_done_to_the_deployed_model_reaches_the_user_s() -> None:
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert torch.equal(model.positions, torch.arange(4.0))
+
+
+def test_a_kept_parameter_is_the_copy_s_own() -> None:
+    """Another model's state is loaded into the copy, and the user's model is trained on: neither sees the other."""
+    model, fast, _ = served()
+    assert not set(storages_of(fast.state_dict().values())) & set(storages_of(model.state_dict().values()))
+    retrained = library()
+    with torch.no_grad():
+        for parameter in retrained.parameters():
+            parameter.mul_(-0.7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fast.load_state_dict(CPU_INT8.deployed(retrained, library_layers(retrained), owned=True).state_dict())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    looked_up = fast.table(IDS)
+    assert torch.equal(looked_up, retrained.table(IDS))
+    with torch.no_grad():
+        model.table.weight.zero_()
+        retrained.table.weight.zero_()
+    assert torch.equal(fast.table(IDS), looked_up)
 
 
 def saved(model: nn.Module) -> nn.Module:
@@ -441,6 +494,48 @@ def test_unexpected_readers_get_the_values_of_the_codes() -> None:
         ):
             assert torch.equal(read(weight), read(values))
     assert weight.sum().dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["cpu", "emulated", "stored"])
+def test_a_model_is_shared_with_other_processes(name: str) -> None:
+    """By the memory of its parts: a server makes its workers so."""
+    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval()
+    layers = layers_of(model, {"cpu": int8_scheme(), "emulated": "fp8", "stored": "fp8-weight"}[name])
+    target = emulated.deployed if name == "emulated" else CPU_INT8.deployed
+    fast = target(model, layers, owned=True)
+    with torch.no_grad():
+        expected = fast(X)
+        assert not fast[0].weight.is_shared()
+        assert fast.share_memory() is fast
+        assert all(parameter.is_shared() for parameter in fast.parameters())
+        worker = pickle.loads(ForkingPickler.dumps(fast))
+        assert torch.equal(fast(X), expected)
+        assert torch.equal(worker(X), expected)
+        fast[0].weight.codes.zero_()
+    assert not worker[0].weight.dequantize().any(), "one memory for both"
+    assert not any(parameter.is_shared() for parameter in model.parameters())
+
+
+def test_other_libraries_read_the_values_of_the_codes() -> None:
+    model = nn.Sequential(nn.Linear(32, 48))
+    layers = layers_of(model, int8_scheme())
+    weight, values = CPU_INT8.deployed(model, layers)[0].weight, layers["0.weight"].weight()
+    for read in (lambda w: w.numpy(), lambda w: w.tolist(), np.asarray, lambda w: w.detach().t().numpy().copy()):
+        assert np.array_equal(read(weight), read(values))
+
+
+def test_other_data_is_a_write() -> None:
+    model = nn.Sequential(nn.Linear(32, 48))
+    fast = CPU_INT8.deployed(model, layers_of(model, int8_scheme()), owned=True)
+    with torch.no_grad():
+        model[0].weight.mul_(-0.7)
+        other = CPU_INT8.deployed(model, layers_of(model, int8_scheme()))
+        assert not torch.equal(fast(X), other(X))
+        with pytest.raises(DeployError, match=r"0\.weight: expected a weight in int8"):
+            fast[0].weight.data = torch.zeros(48, 32)
+        fast[0].weight.data = other[0].weight.data
+        fast[0].bias.data = other[0].bias.data
+        assert torch.equal(fast(X), other(X))
 
 
 def library_task(model: nn.Module) -> Task:

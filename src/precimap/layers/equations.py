@@ -46,7 +46,7 @@ def einsum_op(arguments: Arguments) -> tuple[Op, Arguments] | None:
     """The Op of one `torch.einsum` call of two operands, and its arguments as (equation, left, right).
 
     None for one or more than two operands, the sublist form, a repeated index, a sum over one operand alone or none at
-    all: those are not one contraction.
+    all: those are not one contraction. Nor is a sum over a single position, which torch multiplies elementwise.
     """
     args = arguments.args
     if len(args) == 2 and isinstance(args[1], list | tuple):
@@ -63,6 +63,9 @@ def einsum_op(arguments: Arguments) -> tuple[Op, Arguments] | None:
     kept = _kept_indices(output, left, right) if "->" in args[0] else _implicit_output(left, right)
     summed = [index for index in left if index in right and index not in kept]
     if not summed or any(index not in kept and index not in summed for index in left + right):
+        return None
+    sizes = [tuple(t.shape[term.index(i)] for i in summed) for t, term in zip(args[1:], terms, strict=True)]
+    if sizes[0] != sizes[1] or set(sizes[0]) == {1}:  # the first: one of them is broadcast, and the other summed alone
         return None
     dims = Contraction(
         tuple(left.index(i) for i in summed),

@@ -40,20 +40,20 @@ def _checked(weight: LowWeight) -> None:
     elif kernel is FP8_KERNEL and weight.dim() == 3:
         _check_experts(weight)
     else:
-        for matrix in _matrices(weight):
-            _check_matrix(matrix)
+        _check_matrix(_matrix(weight))
 
 
-def _matrices(weight: LowWeight) -> list[LowWeight]:
-    """The weight as its products read it, [N, K] each; of a stack of experts the first few."""
-    if weight.dim() == 3 and weight.shape[2] > 1:
-        return [_with_outputs_first(each) for each in weight.unbind()[:CHECKED_EXPERTS]]
-    return [_with_outputs_first(weight if weight.dim() == 2 else weight.reshape(weight.shape[:2]))]
-
-
-def _with_outputs_first(matrix: Tensor) -> LowWeight:
+def _matrix(weight: LowWeight) -> LowWeight:
+    """The weight as products read it, [N, K], wherever the dims lie that share a scale; of a stack, the first few."""
+    if weight.dim() == 2:
+        return turned(weight) if scales_of(weight) is None else weight
+    sizes = weight.parts["scale"].shape
+    outputs = [dim for dim, size in enumerate(sizes) if size > 1]
+    summed = [dim for dim, size in enumerate(sizes) if size == 1]
+    some = weight.narrow(0, 0, min(len(weight), CHECKED_EXPERTS)) if len(outputs) > 1 and outputs[0] == 0 else weight
+    matrix = some.permute(*outputs, *summed).reshape(-1, math.prod(weight.shape[dim] for dim in summed))
     assert isinstance(matrix, LowWeight)
-    return turned(matrix) if scales_of(matrix) is None else matrix
+    return matrix
 
 
 def _check_matrix(matrix: LowWeight) -> None:

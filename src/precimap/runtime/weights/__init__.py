@@ -2,6 +2,7 @@
 
 low_weight   the tensor: what it answers, and who is asked for each call of it
 structure    its views, copies and moves
+memory       who wants its memory: other processes, NumPy, a parameter's `data`
 products     which calls multiply it or look its rows up, and what its kernel is asked for them
 int8         the kernel of x86 CPUs: INT8 codes through oneDNN
 fp8          the kernel of NVIDIA GPUs: E4M3 codes through `_scaled_mm` and `_scaled_grouped_mm`

@@ -15,6 +15,7 @@ Not taken: one wide product for layers that read one input. On the machine it wa
 import functools
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,10 @@ class Int8Kernel(CodedKernel):
 
     name = "INT8_KERNEL"
     needs_frozen = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcuts |= dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _of_stack)
 
     def derived(self, how: How, parts: Parts, dtype: torch.dtype) -> Parts:
         if how.input_range is None or how.scheme.input is None:
@@ -83,6 +88,18 @@ class Int8Kernel(CodedKernel):
         if spoiled:
             output[~x.isfinite().all(-1)] = torch.nan
         return output if given == dtype else output.to(dtype)
+
+
+def _of_stack(x: Tensor, weight: LowWeight, **more: Any) -> Any:
+    """`matmul` of inputs [.., E, M, K] with a stack [E, K, N]: all rows of each weight in one product.
+
+    torch would repeat the stack for the batch, and each of its copies would be packed in each call.
+    """
+    if more or weight.dim() != 3 or x.dim() < 4 or x.shape[-3] not in (1, weight.shape[0]):
+        return NotImplemented
+    rows = x.expand(*x.shape[:-3], weight.shape[0], *x.shape[-2:]).movedim(-3, 0)
+    product = torch.bmm(rows.reshape(len(rows), -1, rows.shape[-1]), weight)
+    return product.view(*rows.shape[:-1], product.shape[-1]).movedim(0, -3).contiguous()
 
 
 INT8_KERNEL = Int8Kernel()

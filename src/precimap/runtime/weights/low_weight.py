@@ -30,6 +30,7 @@ from precimap.layers.interception import unfolded_attention
 from precimap.layers.quantized import InputRange, QuantizedLayer
 from precimap.numerics.quantize import Affine
 from precimap.numerics.schemes import Scheme
+from precimap.runtime.weights.memory import MEMORY
 
 Parts = dict[str, Tensor]
 Made = TypeVar("Made")
@@ -167,6 +168,8 @@ class LowWeight(Tensor):
                     return found
         if func is F.multi_head_attention_forward:
             return unfolded_attention(*args, **kwargs)
+        if func in MEMORY and isinstance(args[0], LowWeight):
+            return MEMORY[func](*args, **kwargs)
         if compiling and _stays_out(func, args, kwargs):
             return _apart(func, args, kwargs)
         if getattr(func, "__name__", "") in _PRODUCTS and not compiling and torch.is_autocast_enabled(_device(args)):

@@ -34,8 +34,9 @@ def placed(model: nn.Module, layers: Mapping[str, QuantizedLayer], place: Place,
         raise DeployError(f"{unknown[0]}: the model has no such parameter")
     stands_in: dict[int, Any] = {}
     for name, parameter in parameters.items():
-        low = place(layers[name], parameter) if name in layers else None
-        stands_in[id(parameter)] = _own(parameter, owned, parameter=True) if low is None else low
+        layer = layers.get(name)
+        kept = _own(parameter, owned, parameter=True) if layer is None or layer.keeps else parameter
+        stands_in[id(parameter)] = kept if layer is None else place(layer, kept)
     for buffer in model.buffers():
         stands_in[id(buffer)] = _own(buffer, owned, parameter=False)
     made = copied(model, stands_in)

@@ -6,7 +6,8 @@ of the steps from the parameter, as discovery keeps it, to be repeated on decode
 its codes again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -23,16 +24,40 @@ def _viewed(func: Any, weight: LowWeight, *args: Any, **kwargs: Any) -> Any:
             return _viewed(func, weight, *args, **kwargs)
     if "codes" not in weight.parts:
         return func(weight.read(), *args, **kwargs)
-    shape, viewed = weight.codes.shape, {}
+    viewed = {}
     for name, part in weight.parts.items():
-        try:
-            viewed[name] = func(part.expand(shape) if name in AFFINE else part, *args, **kwargs)
-        except RuntimeError:  # a scale that is shared along one of two dims that become one
+        laid = _laid(part.expand(weight.codes.shape)) if name in AFFINE else (part,)
+        found = next((view for each in laid if (view := _view(func, each, *args, **kwargs)) is not None), None)
+        if found is None:
             return func(weight.read().contiguous(), *args, **kwargs)
+        viewed[name] = found
     if isinstance(viewed["codes"], Tensor):
         return LowWeight(viewed, weight.how, weight.outward, weight.cache, root=False)
     pieces = [dict(zip(viewed, parts, strict=True)) for parts in zip(*viewed.values(), strict=True)]
     return [LowWeight(piece, weight.how, weight.outward, weight.cache, root=False) for piece in pieces]
+
+
+def _view(func: Any, part: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """None where torch can make no such view of a tensor that lies so."""
+    try:
+        return func(part, *args, **kwargs)
+    except (RuntimeError, ValueError):  # the second in a compiler
+        return None
+
+
+def _laid(scale: Tensor) -> Iterator[Tensor]:
+    """The scale as it lies, and copied along ever more of the dims that share it.
+
+    Where one of two dims that become one shares a scale (a stack of weights that is repeated for a batch, [B, E, K, N] to
+    [B * E, K, N]), it has to be copied along that one, and is shared along the others as before.
+    """
+    yield scale
+    shared = [dim for dim in range(scale.dim()) if scale.stride(dim) == 0 and scale.size(dim) > 1]
+    for count in range(1, len(shared) + 1):
+        for copied in combinations(shared, count):
+            kept = [dim for dim in shared if dim not in copied]
+            once = scale[tuple(slice(0, 1) if dim in kept else slice(None) for dim in range(scale.dim()))]
+            yield once.contiguous().expand(scale.shape)
 
 
 def _same(func: Any, weight: LowWeight) -> LowWeight:
