@@ -165,9 +165,9 @@ def agrees_alone(specimen: Specimen, base: Tensor, layers: dict[str, QuantizedLa
     found = run(specimen, CPU_INT8.deployed(specimen.model, layers))
     emulation = under(specimen, layers)
     changed, added = rms(emulation, base), rms(found, emulation)
-    assert added <= ALONE * changed, (
-        f"{', '.join(layers)}: the kernel adds {added / changed:.2g} of what quantising does"
-    )
+    lost = 1e-6 * float(base.double().square().mean().sqrt())  # in float32 sums; some layers hardly change an output
+    said = f"{', '.join(layers)}: the kernel adds {added:.2g}, quantising changes {changed:.2g}"
+    assert added <= ALONE * changed + lost, said
 
 
 def rms(found: Tensor, expected: Tensor) -> float:
