@@ -389,6 +389,26 @@ def test_copies_compute_the_same_and_are_copies(how: Callable[[nn.Module], nn.Mo
         assert torch.equal(fast(X), expected)
 
 
+@pytest.mark.parametrize("name", [int8_scheme(), "fp8-weight", "int8-row"])
+def test_a_state_dict_is_read_without_trusting_code(name: str) -> None:
+    """By `torch.load` as it is, which takes texts, numbers and tensors alone."""
+    model: nn.Module = nn.Embedding(20, 16) if "row" in name else nn.Linear(32, 16)
+    given = torch.arange(5) if "row" in name else X
+    layer = quantize_layer("weight", model.weight, (1,), SCHEMES[name], InputRange(0.03, 120))
+    fast = CPU_INT8.deployed(model, {"weight": layer})
+    buffer = io.BytesIO()
+    torch.save(fast.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer)
+    assert state["weight"].how == fast.weight.how
+    other = CPU_INT8.deployed(model, {"weight": layer}, owned=True)
+    with torch.no_grad():
+        for part in other.weight.parts.values():
+            part.zero_()
+        other.load_state_dict(state)
+        assert torch.equal(other(given), fast(given))
+
+
 def test_casts_leave_codes_alone() -> None:
     _, fast, layers = served()
     codes = {name: layer.codes.clone() for name, layer in layers.items()}

@@ -18,6 +18,7 @@ lose hooks, methods, `.weight` and whatever else reads them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -29,11 +30,13 @@ from precimap.errors import DeployError
 from precimap.layers.interception import unfolded_attention
 from precimap.layers.quantized import InputRange, QuantizedLayer
 from precimap.numerics.quantize import Affine
-from precimap.numerics.schemes import Scheme
+from precimap.numerics.schemes import Scheme, scheme_from_row
 from precimap.runtime.weights.memory import MEMORY
 
 Parts = dict[str, Tensor]
 Made = TypeVar("Made")
+Row = tuple[str, tuple[str, dict[str, object]], tuple[float, int] | None, float, str]
+_KERNELS = tuple(f"{__package__}.{name}" for name in ("int8", "fp8", "stored", "rows", "emulated"))
 # Canonical, in this order; a weight has some of them. `wide`: the parameter itself, for readers that are no products.
 PARTS = ("codes", "scale", "zero", "offset", "rows", "wide")
 AFFINE = ("scale", "zero", "offset")
@@ -41,6 +44,10 @@ AFFINE = ("scale", "zero", "offset")
 
 class Kernel(Protocol):
     """What computes with a low-precision weight on one target. One object each; equal to itself alone."""
+
+    @property
+    def name(self) -> str:
+        """Of the one object, in the module of its class."""
 
     @property
     def needs_frozen(self) -> bool:
@@ -77,10 +84,15 @@ class How:
     input_phase: float
     kernel: Kernel
 
+    def row(self) -> Row:
+        """In numbers and texts alone, as a file holds it."""
+        static = None if self.input_range is None else (self.input_range.scale, self.input_range.zero)
+        kernel, scheme = f"{type(self.kernel).__module__}:{self.kernel.name}", (self.scheme.name, self.scheme.row())
+        return self.name, scheme, static, self.input_phase, kernel
+
 
 class LowWeight(Tensor):
     """See the module. parts: by the names in `PARTS`, and what the kernel derives. root: no view of another one.
-
     outward: its dtype, for kernels: `.dtype` and `.shape` of a tensor that gets calls from torch take two microseconds each.
     """
 
@@ -140,8 +152,7 @@ class LowWeight(Tensor):
         return self.how.kernel.values(self)
 
     def read(self) -> Tensor:
-        """What a reader that is no product gets: the parameter's own values if they are kept, else `dequantize`, in its
-        dtype."""
+        """What a reader that is no product gets, in the weight's dtype: the parameter itself if it is kept."""
         wide = self.parts.get("wide")
         return self.dequantize().to(self.outward) if wide is None else wide
 
@@ -218,7 +229,7 @@ class LowWeight(Tensor):
             name: (part.detach().view(torch.uint8), part.dtype) if part.dtype.itemsize == 1 else (part.detach(), None)
             for name, part in self.canonical().items()
         }
-        return _unpickled, (raw, self.how, self.outward, isinstance(self, nn.Parameter))
+        return _unpickled, (raw, self.how.row(), self.outward, isinstance(self, nn.Parameter))
 
 
 def composite(func: Any) -> bool:
@@ -235,11 +246,17 @@ def low_weight(parts: Parts, how: How, dtype: torch.dtype, parameter: bool = Tru
     return made
 
 
-def _unpickled(
-    raw: dict[str, tuple[Tensor, torch.dtype | None]], how: How, dtype: torch.dtype, parameter: bool
-) -> LowWeight:
+def _unpickled(raw: dict[str, tuple[Tensor, torch.dtype | None]], row: Row, dtype: torch.dtype, parameter: bool) -> Any:
     parts = {name: part if kind is None else part.view(kind) for name, (part, kind) in raw.items()}
-    return low_weight(parts, how, dtype, parameter)
+    name, scheme, range_, phase, kernel = row
+    module, _, attribute = kernel.partition(":")
+    if module not in _KERNELS:
+        raise DeployError(f"{name}: expected a kernel in one of {', '.join(_KERNELS)}, got {kernel}")
+    given = (None if range_ is None else InputRange(*range_), phase, getattr(import_module(module), attribute))
+    return low_weight(parts, How(name, scheme_from_row(*scheme), *given), dtype, parameter)
+
+
+torch.serialization.add_safe_globals([_unpickled])  # of what it takes none is code
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
