@@ -57,6 +57,8 @@ def started(*arguments: str, cwd: Path, out: int) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", "from precimap.cli import main; main()", *arguments],
         cwd=cwd, env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "80"}, stdout=out, stderr=subprocess.PIPE, text=True,
+        # A job in the background of a shell ignores interrupts, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
 
 
