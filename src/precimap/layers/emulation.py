@@ -27,6 +27,7 @@ from precimap.layers.code_products import (
 from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.ops import Arguments
 from precimap.layers.quantized import QuantizedLayer
+from precimap.layers.same_bytes import same_bytes
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import code_values, fake_quantize
 from precimap.numerics.large import large_to_values
@@ -77,7 +78,7 @@ class SharedInputs:
     def _shared(self, call: WeightCall, layer: QuantizedLayer, form: object, made: Callable[[Tensor], Any]) -> Any:
         x = call.input
         how = (form, layer.scheme.input, layer.input_range, layer.input_phase, call.input_contracted)
-        if self._last is not None and self._last[0] is x and self._last[1] == how and _same_values(self._last[2], x):
+        if self._last is not None and self._last[0] is x and self._last[1] == how and same_bytes(self._last[2], x):
             return self._last[3]
         result = made(x.detach().float())
         self._last = (x, how, x.detach().clone(), result)
@@ -90,16 +91,6 @@ def _coded(x: Tensor, call: WeightCall, layer: QuantizedLayer) -> CodedInput | N
     if not in_range(affine.scale):
         return None
     return CodedInput(code_values(x, layer.scheme.input.format, affine), affine.scale)
-
-
-def _same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bits, compared in words of 8 bytes where they lie so:
-    torch compares one element at a time. Values of another layout are compared as values, so that a NaN is unlike itself.
-    """
-    flat = [each.detach().reshape(-1) for each in (one, other) if each.is_contiguous()]
-    if len(flat) == 2 and all((each.storage_offset() | each.numel()) * each.element_size() % 8 == 0 for each in flat):
-        return torch.equal(flat[0].view(torch.int64), flat[1].view(torch.int64))
-    return torch.equal(one, other)
 
 
 def emulate(call: WeightCall, layer: QuantizedLayer, weight: Operand, inputs: SharedInputs) -> Any:

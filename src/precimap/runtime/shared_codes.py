@@ -9,17 +9,15 @@ A copy costs something, too, and is made only of inputs that are read again: the
 whoever read it first is remembered, and from then on its inputs are kept until they go or `MOST_KEPT` others have come.
 """
 
-import ctypes
-import functools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from precimap.layers.same_bytes import same_bytes
 from precimap.numerics.fast import unsigned_codes
 from precimap.numerics.formats import IntegerFormat
 
@@ -48,20 +46,18 @@ class SharedCodes(threading.local):
 
     def codes(self, x: Tensor, format: IntegerFormat, scale: float, zero: int, reader: int) -> Codes:
         """As `unsigned_codes`. reader: a number that tells the layer from others."""
-        compare = _compare()
-        if compare is None or not x.is_contiguous() or not x.numel():
+        if not x.is_contiguous() or not x.numel():
             return unsigned_codes(x, format, scale, zero)
         key = (format, scale, zero, x.dtype, x.numel())
-        size, address = x.numel() * x.element_size(), x.data_ptr()
         for one in self.kept:
-            if one.key == key and not compare(address, one.copy.data_ptr(), size):
+            if one.key == key and same_bytes(one.copy, x):
                 codes, spoiled = one.found
                 return (codes if codes.shape == x.shape else codes.view(x.shape)), spoiled
         found = unsigned_codes(x, format, scale, zero)
         if self._is_read_again(x, key, reader):
             # Copied after it was quantised: what another thread writes meanwhile is then in neither or found out.
             kept = x.detach().clone()
-            if not compare(address, kept.data_ptr(), size):
+            if same_bytes(kept, x):
                 newest = _Kept(weakref.ref(_owner(x), self._forget), key, kept, found)
                 self.kept = (newest, *self.kept[: MOST_KEPT - 1])
         return found
@@ -89,15 +85,3 @@ SHARED = SharedCodes()
 def _owner(x: Tensor) -> Tensor:
     """What lives as long as the values do."""
     return x if x._base is None else x._base
-
-
-@functools.cache
-def _compare() -> Callable[[int, int, int], int] | None:
-    """The C library's memcmp; None where there is none to be found, and nothing is shared then."""
-    try:
-        compare = ctypes.CDLL(None).memcmp
-    except (OSError, AttributeError, TypeError):
-        return None
-    compare.argtypes, compare.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
-    found: Callable[[int, int, int], int] = compare
-    return found
