@@ -83,7 +83,7 @@ class Stand:
                 continue
             with torch.no_grad():
                 try:
-                    scored = len(self.run.task.forward(self.run.task.model, self._batch(size)))
+                    scored = len(self.run.task.forward(self.run.task.model, *self._batches(size, 1)))
                 except _FAILURES as error:
                     raise InputError(f"{_no_batch(size)}: forward fails on one ({first_line(error)})") from error
             if scored != size:
@@ -182,7 +182,7 @@ class Stand:
 
     def _at(self, size: int, models: Mapping[Form, nn.Module], refused: dict[str, str]) -> SizeTimes:
         # Each begins with another unit: codes of equal inputs are found again, and what is served does not repeat itself.
-        copies = [_copied(self._batch(size, first)) for first in range(COPIES)]
+        copies = [_copied(batch) for batch in self._batches(size, COPIES)]
         cases: dict[Form, Call] = {}
         with torch.no_grad():
             rows = _rows_given(self.run.task, copies[0])
@@ -206,15 +206,15 @@ class Stand:
         forms = [_form(key, seconds[", ".join(key)], served, memory[key]) for key in cases]
         return SizeTimes(units=size, rows=rows, forms=tuple(forms))
 
-    def _batch(self, size: int, first: int = 0) -> Any:
-        """Raises InputError where no batch of this size can be made of the task's first search batch."""
+    def _batches(self, size: int, count: int) -> list[Any]:
+        """Of the task's first search batch, each from another one on. Raises InputError where none is of this size."""
         given, units = first_batch(self.run.task, self.run.task.splits.search), self.inventory.units
-        batch = resized(given, units, size, first % units if units > 1 else 0)
-        if batch is None and size == units:
-            return given
-        if batch is None:
+        made = [resized(given, units, size, first % units) for first in range(count)]
+        if size == units:
+            return [given if batch is None else batch for batch in made]
+        if made[0] is None:
             raise InputError(f"{_no_batch(size)}: nothing in it has one row per unit. {_NO_BATCH_HINT}")
-        return batch
+        return made
 
     def _foretold(self, precision_map: PrecisionMap, sizes: list[SizeTimes]) -> Times | None:
         """How many times as fast the sum of single layers says that the served map is; None where they were not timed."""
