@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from precimap.errors import ModelError
 from precimap.layers.storages import is_made_of_others
+from precimap.numerics.fast import all_finite
 
 _WEIGHTS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,7 +35,8 @@ def is_finite(weight: Tensor) -> bool:
     """Whether a weight of any kind holds neither NaN nor infinity."""
     with torch.no_grad():
         values = _values(weight)
-        return bool(torch.isfinite(values.float() if values.is_floating_point() else values).all())
+        # Of float8 nothing can be asked.
+        return all_finite(values.float() if values.is_floating_point() and values.itemsize == 1 else values)
 
 
 def is_exported(model: nn.Module) -> bool:

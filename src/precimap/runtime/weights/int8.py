@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from precimap.errors import DeployError
+from precimap.layers.quantized import InputRange
 from precimap.numerics.formats import INT8, IntegerFormat
 from precimap.runtime.shared_codes import SHARED
-from precimap.runtime.weights.low_weight import How, LowWeight, Parts
+from precimap.runtime.weights.low_weight import How, LowWeight, Parts, freezing
 from precimap.runtime.weights.products import CodedKernel, scales_of
 
 
@@ -62,12 +63,8 @@ class Int8Kernel(CodedKernel):
     def rows(self, x: Tensor, weight: LowWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if weight.traced:
             return _traced(x.reshape(-1, x.shape[-1]), weight, bias, dtype).reshape(*x.shape[:-1], weight.shape[0])
-        packed, static = weight.prepared("int8", _packed), weight.how.input_range
-        rounding = weight.how.scheme.input
-        assert static is not None
-        assert rounding is not None
-        assert isinstance(rounding.format, IntegerFormat)
-        codes, spoiled = SHARED.codes(x, rounding.format, static.scale, static.zero, id(weight.cache))
+        packed, (format, static) = weight.prepared("int8", _packed), _input_of(weight)
+        codes, spoiled = SHARED.codes(x, format, static.scale, static.zero, id(weight.cache))
         given = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
         output: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes.reshape(-1, codes.shape[-1]),
@@ -105,6 +102,15 @@ def _of_stack(x: Tensor, weight: LowWeight, **more: Any) -> Any:
 INT8_KERNEL = Int8Kernel()
 
 
+def _input_of(weight: LowWeight) -> tuple[IntegerFormat, InputRange]:
+    """What `derived` has seen to be there."""
+    static, rounding = weight.how.input_range, weight.how.scheme.input
+    assert static is not None
+    assert rounding is not None
+    assert isinstance(rounding.format, IntegerFormat)
+    return rounding.format, static
+
+
 def _packed(weight: LowWeight) -> _Packed:
     scales = scales_of(weight)
     if scales is None:
@@ -115,13 +121,10 @@ def _packed(weight: LowWeight) -> _Packed:
 
 def _traced(x: Tensor, weight: LowWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The same in operators that compilers know; the packed weight is made by them."""
-    quantised, static, rounding = torch.ops.quantized_decomposed, weight.how.input_range, weight.how.scheme.input
-    assert static is not None
-    assert rounding is not None
-    assert isinstance(rounding.format, IntegerFormat)
+    quantised, (format, static) = torch.ops.quantized_decomposed, _input_of(weight)
     if TRACED.names is not None:
         TRACED.names.add((weight.how.name, weight.codes.storage_offset(), tuple(weight.codes.shape)))
-    limits = (static.scale, static.zero, rounding.format.minimum, rounding.format.maximum, torch.uint8)
+    limits = (static.scale, static.zero, format.minimum, format.maximum, torch.uint8)
     codes = quantised.quantize_per_tensor(x, *limits)
     values = quantised.dequantize_per_tensor(codes, *limits)
     # As the product reads them: Inductor takes a transposed constant for the weight itself.
@@ -140,8 +143,6 @@ def _prepare_tracing() -> None:
     """What tracing needs, imported no sooner than there is a layer: it takes as long as the rest of precimap."""
     import torch._inductor.config
     import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
-
-    from precimap.runtime.weights.low_weight import freezing
 
     # Otherwise the setting is a guard of the code, and calls without it compile again.
     torch.compiler.assume_constant_result(freezing)  # type: ignore[no-untyped-call]

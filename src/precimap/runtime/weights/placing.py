@@ -41,7 +41,7 @@ def placed(model: nn.Module, layers: Mapping[str, QuantizedLayer], place: Place,
         stands_in[id(buffer)] = _own(buffer, owned, parameter=False)
     made = copied(model, stands_in)
     for module in made.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(p, LowWeight) for p in module.parameters()):
+        if isinstance(module, nn.TransformerEncoder) and low_weights(module):
             # Padded batches would become nested tensors, in which no kernel multiplies.
             module.use_nested_tensor = False
     return made
@@ -72,10 +72,6 @@ def weight_of(layer: QuantizedLayer, parameter: Tensor, kernel: Kernel, parts: P
 def low_weights(model: nn.Module) -> dict[str, LowWeight]:
     """The low-precision weights of a model, by the first name of each."""
     return {name: weight for name, weight in parameter_names(model).items() if isinstance(weight, LowWeight)}
-
-
-def holds_low(model: nn.Module) -> bool:
-    return any(isinstance(parameter, LowWeight) for parameter in model.parameters())
 
 
 def on_cpu(parameter: Tensor, name: str) -> Tensor:

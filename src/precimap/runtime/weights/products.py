@@ -48,9 +48,8 @@ class CodedKernel(ABC):
     """A kernel over codes that lie as the parameter did, beside scales that broadcast against them."""
 
     needs_frozen = False
-    accumulation_error = (
-        0.0  # of the sum of |input * weight|, what the kernel's own way to add may put to a float32 sum
-    )
+    # Of the sum of |input * weight|, what the kernel's own way to add may put to a float32 sum.
+    accumulation_error = 0.0
     name: str
 
     def __init__(self) -> None:
@@ -58,9 +57,6 @@ class CodedKernel(ABC):
 
     def __reduce__(self) -> str:
         return self.name  # one object, also after it was copied or read from a file
-
-    def __deepcopy__(self, memo: Any) -> "CodedKernel":
-        return self
 
     def shape(self, how: How, parts: Parts) -> tuple[torch.Size, tuple[int, ...], int]:
         codes = parts["codes"]
@@ -225,15 +221,20 @@ def _grouped(
     return kernel.grouped(x, weight, offs)
 
 
+def _rows_at(weight: LowWeight, ids: Tensor) -> Parts:
+    """Codes and scales of the rows of a weight [rows, ..] at ids [n]."""
+    return {
+        name: part if name in AFFINE and part.shape[0] == 1 else part.index_select(0, ids)
+        for name, part in weight.canonical().items()
+        if name != "wide"
+    }
+
+
 def _gathered(weight: LowWeight, ids: Tensor) -> Tensor:
     """The rows of a weight [rows, ..] at ids [n], float32 (of kept ones: in their own dtype)."""
     if weight.how.scheme.computes_low and "wide" in weight.parts:
         return weight.parts["wide"].index_select(0, ids)
-    parts = {
-        name: part if name in AFFINE and part.shape[0] == 1 else part.index_select(0, ids)
-        for name, part in weight.canonical().items()
-    }
-    return LowWeight(parts, weight.how, weight.outward).dequantize()
+    return LowWeight(_rows_at(weight, ids), weight.how, weight.outward).dequantize()
 
 
 def _embedding(kernel: CodedKernel, weight: Any, indices: Tensor, *_: Any, **__: Any) -> Any:
@@ -250,11 +251,9 @@ def _index_select(kernel: CodedKernel, weight: Any, dim: int, ids: Tensor) -> An
         return NotImplemented
     shape = weight.shape
     parts = {
-        name: part if name in AFFINE and part.shape[0] == 1 else part.index_select(0, ids)
-        for name, part in weight.canonical().items()
-        if name != "wide"
+        name: part.expand(len(ids), *shape[1:]) if name in AFFINE else part
+        for name, part in _rows_at(weight, ids).items()
     }
-    parts = {name: part.expand(len(ids), *shape[1:]) if name in AFFINE else part for name, part in parts.items()}
     return LowWeight(parts, weight.how, weight.outward, root=False)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from precimap.decisions import LOOKUPS
 from precimap.errors import DeployError
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
@@ -31,7 +32,6 @@ from precimap.runtime.weights.products import CALLS, CodedKernel
 _aten = torch.ops.aten
 _SUM, _MEAN = 0, 1
 _MODES = {"sum": _SUM, "mean": _MEAN}
-LOOKUPS = ("embedding", "embedding_bag")
 
 
 class RowsKernel(CodedKernel):
@@ -87,7 +87,7 @@ def scheme_refusal(scheme: Scheme) -> str | None:
 
 def table_refusal(layer: Layer, scheme: Scheme) -> str | None:
     """Why this CPU cannot look the table up in the scheme, or None."""
-    if not set(layer.ops) <= set(LOOKUPS):
+    if not LOOKUPS.issuperset(layer.ops):
         return f"read by {', '.join(layer.ops)}; packed rows are read by embedding and embedding_bag"
     if layer.also_read_by:
         return f"also read by {', '.join(layer.also_read_by)}, which would have to unpack it"
