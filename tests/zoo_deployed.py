@@ -5,8 +5,6 @@ measures, and what deployment made of them.
 """
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo_flops
+from going_round import through_pickle, through_torch
 from precimap import CPU_INT8, Splits, Task, deploy, discover, load_deployed, save_deployed
 from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
@@ -229,19 +228,6 @@ def can_be(how: Callable[[nn.Module], nn.Module], model: nn.Module) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def through_pickle(model: nn.Module) -> nn.Module:
-    found: nn.Module = pickle.loads(pickle.dumps(model))
-    return found
-
-
-def through_torch(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded: nn.Module = torch.load(buffer, weights_only=False)
-    return loaded
 
 
 def read_again(specimen: Specimen, fast: nn.Module, path: Path) -> None:

@@ -1,7 +1,6 @@
 """INT8 layers: inputs quantised to the bit, shared only while they are the same, and what compilers make of them."""
 
 import gc
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
+from going_round import wrong_in_threads
 from precimap import CPU_INT8
 from precimap.errors import DeployError, SchemeError
 from precimap.layers.emulation import quantized
@@ -255,22 +255,7 @@ def test_what_is_no_number_makes_no_score(value: float, dtype: torch.dtype) -> N
 def test_threads_share_a_model() -> None:
     fast_model = deployed(Projections().eval())
     inputs = [torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    with torch.no_grad():
-        expected = [fast_model(x) for x in inputs]
-    wrong: list[int] = []
-
-    def work(number: int) -> None:
-        with torch.no_grad():
-            for _ in range(50):
-                if not torch.equal(fast_model(inputs[number]), expected[number]):
-                    wrong.append(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not wrong_in_threads(fast_model, inputs, 50)
 
 
 @needs_compiler

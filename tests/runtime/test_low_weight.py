@@ -3,7 +3,6 @@
 import copy
 import io
 import pickle
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from going_round import through_pickle, through_torch, wrong_in_threads
 from precimap import CPU_INT8, Splits, Task, deploy, discover, load_deployed, save_deployed
 from precimap.errors import DeployError, MapError
 from precimap.layers.emulation import quantized
@@ -364,15 +364,7 @@ def test_a_kept_parameter_is_the_copy_s_own() -> None:
     assert torch.equal(fast.table(IDS), looked_up)
 
 
-def saved(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded: nn.Module = torch.load(buffer, weights_only=False)
-    return loaded
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, saved, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("how", [copy.deepcopy, through_torch, through_pickle])
 @pytest.mark.parametrize("name", ["cpu", "emulated", "stored"])
 def test_copies_compute_the_same_and_are_copies(how: Callable[[nn.Module], nn.Module], name: str) -> None:
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval()
@@ -629,22 +621,7 @@ def test_a_file_of_another_architecture_is_refused(tmp_path: Path) -> None:
 def test_threads_get_the_answers_of_one() -> None:
     _, fast, _ = served()
     inputs = [torch.randint(50, (6, 4), generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-    with torch.no_grad():
-        expected = [fast.encode(ids) for ids in inputs]
-    wrong: list[int] = []
-
-    def work(number: int) -> None:
-        with torch.no_grad():
-            for _ in range(250):
-                if not torch.equal(fast.encode(inputs[number]), expected[number]):
-                    wrong.append(number)
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not wrong_in_threads(fast.encode, inputs, 250)
 
 
 def test_a_copy_for_a_moment_holds_no_second_model() -> None:
