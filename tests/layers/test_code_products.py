@@ -1,8 +1,13 @@
 """Products of codes against float64, and where they must not be taken."""
 
+import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_sharer
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -283,6 +288,23 @@ def test_while_another_thread_could_multiply_the_setting_stays(monkeypatch: pyte
     with another_thread():
         assert not code_products._alone()
         emulated(model, layer_of(model.weight, (1,), SCHEMES["fp8"]), x)
+
+
+def test_threads_that_pass_messages_do_not_count_and_workers_do() -> None:
+    before = threading.active_count()
+    queue: multiprocessing.Queue[int] = multiprocessing.Queue()
+    queue.put(1)  # starts the feeder
+    handed = resource_sharer.DupFd(os.open(os.devnull, os.O_RDONLY))  # as torch hands over a tensor's file
+    assert threading.active_count() > before
+    assert code_products._alone()
+    with ThreadPool(1):
+        assert not code_products._alone()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(torch.ones, 1).result()
+        assert not code_products._alone()
+    os.close(handed.detach())
+    queue.close()
+    queue.join_thread()
 
 
 def test_a_bf16_result_is_the_float32_one_rounded_once() -> None:

@@ -48,7 +48,19 @@ _MATMULS = (
     "bmm",
     "addmm",
 )  # their result has the free dims of both operands where the operands have them
-_NEVER_MULTIPLY = ("rich", "tqdm")  # libraries whose threads draw bars
+_NEVER_MULTIPLY = (  # modules whose threads draw bars, pass messages or wait, and run nobody's code
+    "rich",
+    "tqdm",
+    "multiprocessing.queues",  # the feeder of a queue
+    "multiprocessing.resource_sharer",  # hands tensors' files to other processes
+    "torch.utils.data._utils.pin_memory",
+    "ipykernel.iostream",  # these five live in every notebook
+    "ipykernel.heartbeat",
+    "ipykernel.control",
+    "ipykernel.shellchannel",
+    "ipykernel.parentpoller",
+    "IPython.core.history",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,6 +206,12 @@ def _in_tiles() -> Iterator[None]:
 def _alone() -> bool:
     """Whether no other Python thread could multiply meanwhile. torch's own threads work for their caller."""
     return threading.active_count() == 1 or all(
-        thread is threading.current_thread() or type(thread).__module__.partition(".")[0] in _NEVER_MULTIPLY
-        for thread in threading.enumerate()
+        thread is threading.current_thread() or _never_multiplies(thread) for thread in threading.enumerate()
     )
+
+
+def _never_multiplies(thread: threading.Thread) -> bool:
+    """By the module of what it runs; a thread of a class that has a `run` of its own has no target."""
+    target = getattr(thread, "_target", None)
+    module = getattr(target, "__module__", None) or type(thread).__module__
+    return any(module == known or module.startswith(f"{known}.") for known in _NEVER_MULTIPLY)
