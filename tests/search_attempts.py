@@ -63,7 +63,7 @@ def searched(task: Task, folder: Path, **changes: Any) -> SearchResult:
     Its products of codes have the same bits in every process: whatever threads the tests' own has, no other multiplies.
     """
     asked: dict[str, Any] = {"schemes": ["fp8-tensor", "int8-static"], "margin": MARGIN, "effort": EFFORT}
-    with mock.patch.object(code_products, "_alone", lambda: True):
+    with mock.patch.object(code_products, "_alone", return_value=True):
         return search(task, **{**asked, "run": folder / "run", "ledger": folder / "ledger", **changes})
 
 

@@ -49,6 +49,7 @@ class Replay(Emulation):
     ) -> None:
         super().__init__(weights, layers, operands)
         self._recording = recording
+        self._changes = bool(layers)
         self._records = False
         self._depth = 0
         self._given: dict[Call, None] = {}
@@ -59,7 +60,7 @@ class Replay(Emulation):
         if self._depth == 0:
             if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
                 raise ModelError("replay expects torch.no_grad() around it: recorded results have no gradient")
-            self._records = not self._layers and not self._recording.complete
+            self._records = not self._changes and not self._recording.complete
             self._contents = self._recording.contents()
             self._random = _random_states() if self._records else []
         super().__enter__()
@@ -95,7 +96,7 @@ class Replay(Emulation):
             output = self._record(func, kind, args, kwargs)
         else:
             output = self._replay(func, kind, args, kwargs)
-        if self._layers:
+        if self._changes:
             self.views.follow(func, args, kwargs, output)
         return output
 

@@ -16,7 +16,7 @@ from precimap.errors import JournalError, MapError
 from precimap.journal import Journal, open_journal
 from precimap.precision_map import PrecisionMap
 
-STAGES = ("baseline", "floor", "screen", "probe", "joint", "certify", "draw")
+STAGES = ("baseline", "floor", "screen", "probe", "nudge", "joint", "certify", "draw")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,9 @@ nothing else. A *kind* of layer (its op and shape, under one scheme) of which an
 by the screen any more: all of its layers are probed. Trusting a screen that agrees on average, the alternative, would
 let one saturating kind of layer through.
 
+In a model of 16 bits a probe holds the model's own rounding beside the layer (`own_rounding.py`), which no screen
+foretells. A layer agrees, too, where that explains what the screen missed: a probe would tell less there, not more.
+
 Two questions, for one does not answer the other: does each layer's change agree unit by unit (`Audited`), and do the mean
 drops agree, which are what is budgeted (`means.py`)? A screen may follow every unit and miss their common shift.
 """
@@ -14,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy.stats import beta
+from scipy.stats import f as f_distribution
 
 from precimap.layers.inventory import Inventory
 from precimap.search.evidence.means import Kind, MeanAgreement, kind_of, means_of, said_of, wrong_kinds
@@ -25,11 +29,16 @@ LEAST_AUDITED = 8
 MOST_AUDITED = 16
 LEAST_CORRELATION = 0.9
 LARGEST_RATIO = 2.0
+NOISE_LEVEL = 0.95  # of the ratio of two mean squares, up to which the model's own rounding explains a difference
 
 
 @dataclass(frozen=True, slots=True)
 class Audited:
-    """One audited layer: how its predicted and its probed change of the units' losses agree."""
+    """One audited layer: how its predicted and its probed change of the units' losses agree.
+
+    missed, foretold, rounding: mean squares over units, of probed - predicted, of the prediction, and of what the model's
+    own 16 bits do when results are rounded anew from this layer on (0 where it has none).
+    """
 
     layer: str
     scheme: str
@@ -39,10 +48,17 @@ class Audited:
     probed: float
     error: float  # standard error of `predicted` over units
     n: int
+    missed: float = 0.0
+    foretold: float = 0.0
+    rounding: float = 0.0
 
     @property
     def agrees(self) -> bool:
-        return self.correlation >= LEAST_CORRELATION and 1 / LARGEST_RATIO <= self.ratio <= LARGEST_RATIO
+        if self.correlation >= LEAST_CORRELATION and 1 / LARGEST_RATIO <= self.ratio <= LARGEST_RATIO:
+            return True
+        explained = float(f_distribution.ppf(NOISE_LEVEL, self.n, self.n)) * self.rounding
+        # What a correlation of `LEAST_CORRELATION` would miss is allowed on top: 1 - r^2 of the prediction.
+        return self.rounding > 0 and self.missed <= explained + (1 - LEAST_CORRELATION**2) * self.foretold
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +87,8 @@ class Audit:
     def row(self) -> dict[str, object]:
         """For the journal."""
         share, lower = self.share
-        names = ("layer", "scheme", "correlation", "ratio", "predicted", "probed", "error", "n", "agrees")
         return {
-            "rows": [{name: getattr(row, name) for name in names} for row in self.rows],
+            "rows": [{**asdict(row), "agrees": row.agrees} for row in self.rows],
             "share": share,
             "share_at_least": lower,
             "means": [{**asdict(found), "agrees": found.agrees} for found in self.means],
@@ -98,20 +113,26 @@ def to_audit(inventory: Inventory, pairs: Sequence[Pair], seed: int) -> tuple[Pa
 
 
 def audit(
-    inventory: Inventory, predictor: Predictor, probes: Sequence[Probe], screened: Iterable[Key], margin: float
+    inventory: Inventory,
+    predictor: Predictor,
+    probes: Sequence[Probe],
+    screened: Iterable[Key],
+    margin: float,
+    rounding: Mapping[str, float],
 ) -> Audit:
     """Compare probes with the screen on the batches that both have seen: unit by unit, and in the mean.
 
-    screened: all pairs that the probed ones are a sample of. margin: of the gate.
+    screened: all pairs that the probed ones are a sample of. margin: of the gate. rounding: of the model's own, by layer.
     """
-    rows, pairs = tuple(_audited(predictor, probe) for probe in probes), list(screened)
+    rows = tuple(_audited(predictor, probe, rounding.get(probe.layer, 0.0)) for probe in probes)
+    pairs = list(screened)
     wrong = [kind_of(inventory, (row.layer, row.scheme)) for row in rows if not row.agrees]
     means = means_of(inventory, predictor, probes, pairs, wrong, margin)
     biased = wrong_kinds(means, [kind_of(inventory, key) for key in pairs])
     return Audit(rows, tuple(dict.fromkeys([*wrong, *biased])), means)
 
 
-def _audited(predictor: Predictor, probe: Probe) -> Audited:
+def _audited(predictor: Predictor, probe: Probe, rounding: float) -> Audited:
     on = predictor.on(probe.numbers)
     predicted = on.loss_changes([(probe.layer, probe.scheme)])
     probed = probe.scored.losses - on.reference.losses
@@ -124,6 +145,9 @@ def _audited(predictor: Predictor, probe: Probe) -> Audited:
         float(probed.mean()),
         float(predicted.std()) / len(predicted) ** 0.5,
         len(probed),
+        missed=float(np.mean((probed - predicted) ** 2)),
+        foretold=float(np.mean(predicted**2)),
+        rounding=rounding,
     )
 
 

@@ -20,6 +20,7 @@ from precimap.search.evidence.audit import Audit, ambiguous, audit, to_audit
 from precimap.search.evidence.input_rates import InputRates, input_rates
 from precimap.search.evidence.known import Known, costs_of, gain, price
 from precimap.search.evidence.means import kind_of
+from precimap.search.evidence.own_rounding import own_rounding
 from precimap.search.evidence.predict import Predictor
 from precimap.search.evidence.probe import Probe, probe
 from precimap.search.evidence.screen import Screen, screen
@@ -80,7 +81,7 @@ def gather(
     seen = [pair for pair in pairs if (pair[0], pair[1].name) in screened.pairs]
     few = baseline.scattered(effort.audit_units, among=numbers)
     audits = probing.on(to_audit(inventory, seen, AUDIT_SEED), few) if seen else ()
-    found = audit(inventory, predictor, audits, screened.pairs, limits.margin)
+    found = audit(inventory, predictor, audits, screened.pairs, limits.margin, probing.rounding(audits))
     direct = [pair for pair in pairs if pair not in seen or _distrusted(inventory, pair, found)]
     probes = {(p.layer, p.scheme): p for p in (*audits, *probing.on(direct, numbers))}
     known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), savings)
@@ -89,7 +90,7 @@ def gather(
     def suspects(keys: Iterable[Key]) -> frozenset[Key]:
         asked = set(keys) & set(believed.screen.pairs)
         more = probing.on([pair for pair in seen if (pair[0], pair[1].name) in asked], few)
-        rows = audit(inventory, predictor, more, asked, limits.margin).rows
+        rows = audit(inventory, predictor, more, asked, limits.margin, probing.rounding(more)).rows
         return frozenset((row.layer, row.scheme) for row in rows if not row.agrees)
 
     evidence = Evidence(known, believed, found, _rates(run, screened), suspects)
@@ -133,6 +134,12 @@ class _Probing:
             return ()
         memory = self.effort.replay_memory
         return probe(self.run, self.inventory, self.calibration, self.baseline, pairs, numbers, self.alpha, memory)
+
+    def rounding(self, probes: Sequence[Probe]) -> dict[str, float]:
+        """Of the model's own, on the batches that all these probes saw."""
+        numbers = probes[0].numbers if probes else ()
+        layers = [one.layer for one in probes]
+        return own_rounding(self.run, self.baseline, layers, numbers, self.effort.replay_memory)
 
 
 def _distrusted(inventory: Inventory, pair: Pair, found: Audit) -> bool:
