@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertConfig, BertModel
 
 from going_round import through_pickle, through_torch, wrong_in_threads
 from precimap import CPU_INT8, Splits, Task, deploy, discover, load_deployed, save_deployed
@@ -532,8 +534,34 @@ def test_other_libraries_read_the_values_of_the_codes() -> None:
     model = nn.Sequential(nn.Linear(32, 48))
     layers = layers_of(model, int8_scheme())
     weight, values = CPU_INT8.deployed(model, layers)[0].weight, layers["0.weight"].weight()
-    for read in (lambda w: w.numpy(), lambda w: w.tolist(), np.asarray, lambda w: w.detach().t().numpy().copy()):
+    reads = (
+        lambda w: w.numpy(),
+        lambda w: w.tolist(),
+        np.asarray,
+        lambda w: w.detach().t().numpy().copy(),
+        np.from_dlpack,
+    )
+    for read in (*reads, torch.from_dlpack):
         assert np.array_equal(read(weight), read(values))
+
+
+def test_what_takes_memory_or_a_trace_is_told_what_to_do_instead(tmp_path: Path) -> None:
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+    model = BertModel(config).eval()
+    name = "encoder.layer.0.intermediate.dense.weight"
+    weight = model.get_parameter(name)
+    layer = quantize_layer(name, weight, (1,), SCHEMES[int8_scheme()], InputRange(0.03, 120))
+    fast, ids = CPU_INT8.deployed(model, {name: layer}), torch.ones(2, 8, dtype=torch.long)
+    for writes in (
+        lambda: fast.save_pretrained(tmp_path),
+        lambda: save_file(fast.state_dict(), tmp_path / "weights.safetensors"),
+    ):
+        with pytest.raises(DeployError, match=rf"^{name}: a weight in .* take precimap\.save_deployed or torch\.save"):
+            writes()
+    with pytest.raises(DeployError, match=r"^a model with low-precision weights is not traced .* take torch\.export"):
+        torch.jit.trace(fast, (ids,), strict=False)
+    with torch.no_grad():
+        assert torch.isfinite(fast(ids).last_hidden_state).all()
 
 
 def test_other_data_is_a_write() -> None:

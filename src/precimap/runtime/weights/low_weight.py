@@ -136,7 +136,8 @@ class LowWeight(Tensor):
 
     def prepared(self, what: str, make: Callable[["LowWeight"], Made]) -> Made:
         """What a kernel makes of this view of the weight, once for as long as the codes are what they are."""
-        key = what if self.root else (what, *_place(next(iter(self.parts.values()))))
+        some = next(iter(self.parts.values()))
+        key = what if self.root else (what, some.storage_offset(), some.shape, some.stride())
         found = self.cache.get(key)
         if found is None:
             found = self.cache[key] = make(self)
@@ -170,6 +171,10 @@ class LowWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         compiling, kwargs = torch.compiler.is_compiling(), kwargs or {}
+        if torch._C._is_tracing():
+            raise DeployError(
+                "a model with low-precision weights is not traced by TorchScript; take torch.export or compile it"
+            )
         if not compiling or torch.compiler.is_exporting():
             # Written out, as it is for each call of each layer.
             short = args[1].shortcuts.get(func) if len(args) > 1 and type(args[1]) is LowWeight else None
@@ -204,15 +209,6 @@ class LowWeight(Tensor):
         args, kwargs = tree_map_only(LowWeight, LowWeight.read, (args, kwargs))
         return func(*args, **kwargs)
 
-    # As compilers and exporters ask for the parts, by the names that `__tensor_flatten__` gives.
-    _codes = property(lambda self: self.parts["codes"])
-    _scale = property(lambda self: self.parts["scale"])
-    _zero = property(lambda self: self.parts["zero"])
-    _offset = property(lambda self: self.parts["offset"])
-    _rows = property(lambda self: self.parts["rows"])
-    _wide = property(lambda self: self.parts["wide"])
-    _decoded = property(lambda self: self.parts["decoded"])
-
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LowWeight({self.how.name}, {self.how.scheme.name}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
@@ -230,6 +226,11 @@ class LowWeight(Tensor):
             for name, part in self.canonical().items()
         }
         return _unpickled, (raw, self.how.row(), self.outward, isinstance(self, nn.Parameter))
+
+
+# As compilers and exporters ask for the parts, by the names that `__tensor_flatten__` gives.
+for _part in (*PARTS, "decoded"):
+    setattr(LowWeight, f"_{_part}", property(lambda weight, name=_part: weight.parts[name]))  # type: ignore[misc]
 
 
 def composite(func: Any) -> bool:
@@ -257,10 +258,6 @@ def _unpickled(raw: dict[str, tuple[Tensor, torch.dtype | None]], row: Row, dtyp
 
 
 torch.serialization.add_safe_globals([_unpickled])  # of what it takes none is code
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _device(args: Any) -> str:

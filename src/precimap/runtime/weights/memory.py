@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from precimap.errors import DeployError
+
 
 def _shared(weight: Any) -> Any:
     for part in weight.parts.values():
@@ -26,14 +28,23 @@ def _set(weight: Any, value: Tensor) -> None:
     weight.detach().copy_(value)
 
 
+def _no_storage(weight: Any) -> Any:
+    raise DeployError(
+        f"{weight.how.name}: a weight in {weight.how.scheme.name} has no memory of its own, only its codes and scales have; "
+        "to write the model to a file take precimap.save_deployed or torch.save, to hand on the values "
+        "weight.dequantize()"
+    )
+
+
 def _read_by(call: Callable[..., Any]) -> Callable[..., Any]:
     return lambda weight, *args, **kwargs: call(weight.read(), *args, **kwargs)
 
 
-_READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+_READS = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__)
 MEMORY: dict[Any, Callable[..., Any]] = {
     Tensor.share_memory_: _shared,
     Tensor.is_shared: _is_shared,
+    Tensor.storage: _no_storage,  # safetensors asks for it in the end; exporters need `untyped_storage`
     Tensor.data.__set__: _set,  # type: ignore[attr-defined]
     **{call: _read_by(call) for call in _READS},
 }
