@@ -34,11 +34,11 @@ def _in_parts(change: Callable[..., Tensor], given: Tensor, affine: Affine, dtyp
     result = torch.empty_like(given, dtype=dtype)
     for start in range(0, len(given), rows):
         piece = slice(start, start + rows)
-        result[piece] = change(given[piece], affine=_rows(affine, piece, given.dim()))
+        result[piece] = change(given[piece], affine=rows_of(affine, piece, given.dim()))
     return result
 
 
-def _rows(affine: Affine, piece: slice, dims: int) -> Affine:
+def rows_of(affine: Affine, piece: slice, dims: int) -> Affine:
     """Of these rows; what all rows share, these share."""
 
     def of(part: Tensor | None) -> Tensor | None:

@@ -74,8 +74,10 @@ def pack_rows(codes: Tensor, affine: Affine, format: Format, layout: FusedRows) 
         codes = codes[:, ::2] | codes[:, 1::2] << 4
     if affine.offset is None:
         raise SchemeError("packed rows hold an offset for each row, got an affine without one")
-    parameters = torch.cat([affine.scale, affine.offset], dim=1).to(getattr(torch, layout.parameters))
-    return torch.cat([codes, parameters.view(torch.uint8)], dim=1)
+    scale, offset = (
+        part.to(getattr(torch, layout.parameters)).view(torch.uint8) for part in (affine.scale, affine.offset)
+    )
+    return torch.cat([codes, scale, offset], dim=1)
 
 
 def unpack_rows(rows: Tensor, format: Format, layout: FusedRows) -> tuple[Tensor, Affine]:

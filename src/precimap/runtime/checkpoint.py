@@ -25,7 +25,9 @@ from precimap.layers.copying import copied
 from precimap.layers.quantized import QuantizedLayer, shipped_range
 from precimap.layers.realign import realigned
 from precimap.layers.views import parameter_names, plain_name
+from precimap.numerics.fast import parts as cut_in_parts
 from precimap.numerics.formats import Format, IntegerFormat
+from precimap.numerics.large import LARGEST_PART
 from precimap.numerics.quantize import Affine, storage_dtype
 from precimap.numerics.schemes import Granularity, Scheme
 from precimap.precision_map import Decision, PrecisionMap
@@ -198,10 +200,18 @@ def _check_values(layer: QuantizedLayer, path: str) -> None:
 def _are_codes(codes: Tensor, format: Format) -> bool:
     """Whether each is a code of a finite value. NaN is one of E4M3's codes, -128 is none of INT8's."""
     if isinstance(format, IntegerFormat):
-        return bool(((codes >= format.minimum) & (codes <= format.maximum)).all())
+        return _within(codes, format.minimum, format.maximum)
     if format.torch_dtype is None:
-        return bool((codes < 2**format.bits).all())
-    return bool(torch.isfinite(codes.float()).all())
+        return _within(codes, 0, 2**format.bits - 1)
+    return all(bool(torch.isfinite(part.float()).all()) for (part,) in cut_in_parts([codes], LARGEST_PART))
+
+
+def _within(codes: Tensor, low: int, high: int) -> bool:
+    """Whether all of some whole numbers are."""
+    if not codes.numel():
+        return True
+    least, most = torch.aminmax(codes)
+    return low <= int(least) and int(most) <= high
 
 
 def _with_base_tensors(

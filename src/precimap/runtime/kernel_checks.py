@@ -5,6 +5,7 @@ machine is found whatever the data. What is allowed is rounding, and sums in ano
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,16 +14,18 @@ from torch import Tensor, nn
 from precimap.errors import DeployError
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import QuantizedLayer
+from precimap.numerics.large import rows_of
 from precimap.runtime.weights.emulated import EMULATED_KERNEL
 from precimap.runtime.weights.fp8 import FP8_KERNEL
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.products import CodedKernel, scales_of, turned
-from precimap.runtime.weights.rows import ROWS_KERNEL
+from precimap.runtime.weights.rows import ROWS_KERNEL, decoded
 from precimap.runtime.weights.stored import STORED_KERNEL
 
 # Float32 sums of products of codes differ in their order only; a shorter result is rounded once more.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 CHECKED_ROWS, CHECKED_EXPERTS = 4096, 4  # of each packed table, of each stack
+CHECKED_AT_A_TIME = 1 << 20  # codes of a matrix, which are decoded
 
 
 def check_weight(weight: LowWeight) -> None:
@@ -61,19 +64,29 @@ def _check_matrix(matrix: LowWeight) -> None:
     outputs, inputs = layer.codes.shape
     device, kernel = layer.codes.device, matrix.how.kernel
     assert isinstance(kernel, CodedKernel)
-    plain = nn.Linear(inputs, outputs, dtype=torch.float32, device=device)  # of it only the bias is read
     x = _spread_inputs(layer, inputs)
     error = kernel.accumulation_error
     if kernel is STORED_KERNEL:
         x = x.to(matrix.dtype)  # it multiplies in its own dtype, a decoded weight that is rounded to it
         error = 0.0 if matrix.dtype == torch.float32 else TOLERANCE[matrix.dtype]
+    bias = torch.linspace(-1, 1, outputs, dtype=torch.float32, device=device).to(matrix.dtype)
     with torch.no_grad():
-        plain.bias.copy_(torch.linspace(-1, 1, outputs, dtype=torch.float32).to(matrix.dtype))
-        with quantized(plain, {"weight": layer}):
-            expected = plain(x.float())
-        magnitudes = nn.functional.linear(x.float().abs(), layer.weight().abs(), plain.bias.abs())
-        found = kernel.rows(x, matrix, plain.bias.to(matrix.dtype), matrix.dtype)
-        _compare(matrix.how.name, layer, found, expected, magnitudes, error)
+        found = kernel.rows(x, matrix, bias, matrix.dtype)
+        for piece in _pieces(layer.codes):  # decoded, the whole weight would be four times its codes
+            part = replace(layer, codes=layer.codes[piece], weight_affine=rows_of(layer.weight_affine, piece, 2))
+            added = bias[piece].float()
+            plain = nn.Linear(inputs, len(added), dtype=torch.float32, device="meta")
+            plain.bias = nn.Parameter(added)
+            with quantized(plain, {"weight": part}):
+                expected = plain(x.float())
+            magnitudes = nn.functional.linear(x.float().abs(), part.weight().abs(), added.abs())
+            _compare(matrix.how.name, layer, found[:, piece], expected, magnitudes, error)
+
+
+def _pieces(codes: Tensor) -> Iterator[slice]:
+    """Of the rows of codes [N, K], so that each holds few enough to be decoded."""
+    count = max(1, CHECKED_AT_A_TIME // max(1, codes.shape[1]))
+    yield from (slice(start, start + count) for start in range(0, len(codes), count))
 
 
 def _check_experts(experts: LowWeight) -> None:
@@ -144,9 +157,8 @@ def _spread_inputs(layer: QuantizedLayer, inputs: int) -> Tensor:
 
 def _check_table(weight: LowWeight) -> None:
     """Compare rows, spread over the table, as the operator reads them with what their codes stand for."""
-    expected = weight.layer().weight()
-    rows = torch.linspace(0, len(expected) - 1, min(len(expected), CHECKED_ROWS), dtype=torch.float64).long()
-    expected = expected[rows]
+    rows = torch.linspace(0, len(weight) - 1, min(len(weight), CHECKED_ROWS), dtype=torch.float64).long()
+    expected = decoded(weight.how, weight.parts["rows"][rows])
     found = nn.functional.embedding_bag(rows, weight, torch.arange(len(rows)), mode="sum").float()
     allowed = TOLERANCE[weight.dtype] * float(expected.abs().max())
     difference = float((found - expected).abs().max())

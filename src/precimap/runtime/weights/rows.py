@@ -49,7 +49,7 @@ class RowsKernel(CodedKernel):
         return torch.Size((count, width)), (width, 1), 0
 
     def values(self, weight: LowWeight) -> Tensor:
-        return _decoded(weight.how, weight.parts["rows"])
+        return decoded(weight.how, weight.parts["rows"])
 
     def layer(self, weight: LowWeight) -> QuantizedLayer:
         how = weight.how
@@ -109,7 +109,8 @@ def lookup(how: How, rows: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor
     return summed
 
 
-def _decoded(how: How, rows: Tensor) -> Tensor:
+def decoded(how: How, rows: Tensor) -> Tensor:
+    """The float32 values of packed rows."""
     format = how.scheme.weight.format
     codes, affine = unpack_rows(rows, format, _layout(how))
     return dequantize(codes, format, affine)
@@ -160,7 +161,7 @@ def _embedding(weight: LowWeight, indices: Tensor, *_: Any, **__: Any) -> Tensor
 def _selected(weight: LowWeight, dim: int, ids: Tensor) -> Any:
     if dim % 2:
         return NotImplemented
-    return _decoded(weight.how, weight.parts["rows"].index_select(0, ids)).to(weight.outward)
+    return decoded(weight.how, weight.parts["rows"].index_select(0, ids)).to(weight.outward)
 
 
 def _bags(
