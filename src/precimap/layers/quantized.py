@@ -89,7 +89,7 @@ def quantize_layer(
         scale = float(torch.tensor(input_range.scale, dtype=torch.float32) * phase)
         own_range, own_phase = InputRange(scale, input_range.zero), 1.0
     layer = QuantizedLayer(name, scheme, codes, affine, own_range, own_phase)
-    if kept is not None:
+    if kept is not None and codes.element_size() == 1:  # not the noise floor's, two bytes each and used once
         kept[key] = (weight, layer)  # with the weight, so that its id stays its own
     return layer
 
