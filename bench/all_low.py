@@ -8,8 +8,8 @@ from precimap.layers.refusals import refusal
 from precimap.layers.target import Target
 from precimap.metrics import Loss
 from precimap.numerics.schemes import Scheme
-from precimap.search.calibrate import calibrate, codes
-from precimap.search.progress import silent
+from precimap.searching.calibrate import calibrate, codes
+from precimap.searching.progress import silent
 
 
 def task_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Task:

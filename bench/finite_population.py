@@ -23,17 +23,17 @@ from precimap.metrics.units import Floats, Units
 from precimap.numerics.formats import FORMATS, INT8, IntegerFormat
 from precimap.numerics.schemes import Granularity, Rounding, Scheme, scheme
 from precimap.precision_map import PrecisionMap, Premise
-from precimap.search.allocation.knapsack import Step
-from precimap.search.calibrate import calibrated
-from precimap.search.eligibility import eligibility
-from precimap.search.evidence.predict import Predictor
-from precimap.search.evidence.probe import prepare
-from precimap.search.evidence.screen import screen
-from precimap.search.evidence.screen_plan import Key
-from precimap.search.progress import silent
-from precimap.search.run import Run, scored
-from precimap.search.whole.assemble import Findings, assemble
-from precimap.search.whole.rescore import contributions
+from precimap.searching.allocation.knapsack import Step
+from precimap.searching.calibrate import calibrated
+from precimap.searching.eligibility import eligibility
+from precimap.searching.evidence.predict import Predictor
+from precimap.searching.evidence.probe import prepare
+from precimap.searching.evidence.screen import screen
+from precimap.searching.evidence.screen_plan import Key
+from precimap.searching.progress import silent
+from precimap.searching.run import Run, scored
+from precimap.searching.whole.assemble import Findings, assemble
+from precimap.searching.whole.rescore import contributions
 from precimap.task import Scored, first_batch, score
 
 

@@ -17,9 +17,9 @@ from search_work import Pass, Subject, plain_pass
 from torch import Tensor
 
 from precimap.numerics.schemes import Scheme
-from precimap.search.evidence.predict import Predictor
-from precimap.search.evidence.screen_plan import Pair
-from precimap.search.run import scattered
+from precimap.searching.evidence.predict import Predictor
+from precimap.searching.evidence.screen_plan import Pair
+from precimap.searching.run import scattered
 from precimap.task import Batches
 
 KEPT = (2, 6, 12)

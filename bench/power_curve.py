@@ -25,19 +25,19 @@ from real_tasks import ncf
 from precimap.layers.target import EMULATED
 from precimap.metrics.units import Floats
 from precimap.precision_map import PrecisionMap
-from precimap.search.allocation.knapsack import Step
-from precimap.search.allocation.rules import KNAPSACK
-from precimap.search.certificate import certify
-from precimap.search.evidence.gather import Evidence
-from precimap.search.evidence.known import Known
-from precimap.search.evidence.predict import Predictor
-from precimap.search.evidence.probe import Comparison, compare
-from precimap.search.evidence.screen_plan import Key
-from precimap.search.limits import Limits
-from precimap.search.run import Parts, Run
-from precimap.search.whole import choosing
-from precimap.search.whole.assemble import Findings
-from precimap.search.whole.whole_maps import Chosen, Joint, sequence
+from precimap.searching.allocation.knapsack import Step
+from precimap.searching.allocation.rules import KNAPSACK
+from precimap.searching.certificate import certify
+from precimap.searching.evidence.gather import Evidence
+from precimap.searching.evidence.known import Known
+from precimap.searching.evidence.predict import Predictor
+from precimap.searching.evidence.probe import Comparison, compare
+from precimap.searching.evidence.screen_plan import Key
+from precimap.searching.limits import Limits
+from precimap.searching.run import Parts, Run
+from precimap.searching.whole import choosing
+from precimap.searching.whole.assemble import Findings
+from precimap.searching.whole.whole_maps import Chosen, Joint, sequence
 from precimap.task import Scored
 
 SEARCH_UNITS = 1000

@@ -29,13 +29,13 @@ from synthetic_task import deep_task
 from precimap.journal import run_journal
 from precimap.layers.emulation import quantized
 from precimap.numerics.schemes import scheme as scheme_by_name
-from precimap.search.evidence.predict import Predictor
-from precimap.search.evidence.probe import Comparison, compare, prepare, probe
-from precimap.search.evidence.screen import screen
-from precimap.search.evidence.screen_plan import Key, Pair
-from precimap.search.limits import USUAL_EFFORT
-from precimap.search.progress import silent
-from precimap.search.run import Run
+from precimap.searching.evidence.predict import Predictor
+from precimap.searching.evidence.probe import Comparison, compare, prepare, probe
+from precimap.searching.evidence.screen import screen
+from precimap.searching.evidence.screen_plan import Key, Pair
+from precimap.searching.limits import USUAL_EFFORT
+from precimap.searching.progress import silent
+from precimap.searching.run import Run
 from precimap.task import Batches, Scored, Task, score
 
 SCHEMES = tuple(map(scheme_by_name, ("fp8", "fp8-tensor", "int8")))

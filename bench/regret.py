@@ -37,8 +37,8 @@ from precimap.metrics import LogLoss
 from precimap.metrics.paired import upper_bound
 from precimap.metrics.units import Units
 from precimap.numerics.formats import FORMATS
-from precimap.search.calibrate import Calibration
-from precimap.search.evidence.probe import prepare
+from precimap.searching.calibrate import Calibration
+from precimap.searching.evidence.probe import prepare
 from precimap.task import score
 
 ALPHA = 0.05

@@ -25,8 +25,8 @@ from precimap.layers.refusals import refusal
 from precimap.layers.views import parameter_names
 from precimap.metrics.paired import paired_drop
 from precimap.numerics.schemes import Scheme
-from precimap.search.calibrate import Calibration
-from precimap.search.evidence.probe import prepare
+from precimap.searching.calibrate import Calibration
+from precimap.searching.evidence.probe import prepare
 from precimap.task import Batches, Task, score, to_device
 
 # (layer, its output, what quantising this call changes of it) -> the output that the model goes on with.

@@ -25,9 +25,9 @@ from search_work import (
 )
 
 from precimap.numerics.schemes import Scheme
-from precimap.search.evidence.probe import Probe
-from precimap.search.evidence.screen_plan import Pair
-from precimap.search.limits import Effort
+from precimap.searching.evidence.probe import Probe
+from precimap.searching.evidence.screen_plan import Pair
+from precimap.searching.limits import Effort
 from precimap.task import Task
 
 SEED = 3

@@ -28,15 +28,15 @@ from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
 from precimap.layers.target import EMULATED
 from precimap.numerics.schemes import Scheme
-from precimap.search.calibrate import Calibration, calibrate
-from precimap.search.eligibility import eligibility
-from precimap.search.evidence.probe import Probe, prepare, probe
-from precimap.search.evidence.screen_plan import Pair
-from precimap.search.limits import USUAL_EFFORT, Effort
-from precimap.search.pipeline import search
-from precimap.search.progress import silent
-from precimap.search.result import SearchResult
-from precimap.search.run import Parts, Run, scored
+from precimap.searching.calibrate import Calibration, calibrate
+from precimap.searching.eligibility import eligibility
+from precimap.searching.evidence.probe import Probe, prepare, probe
+from precimap.searching.evidence.screen_plan import Pair
+from precimap.searching.limits import USUAL_EFFORT, Effort
+from precimap.searching.pipeline import search
+from precimap.searching.progress import silent
+from precimap.searching.result import SearchResult
+from precimap.searching.run import Parts, Run, scored
 from precimap.task import Batches, Task, first_batch, score
 
 ALPHA = 0.05

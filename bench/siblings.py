@@ -26,7 +26,7 @@ from precimap.demos.minilm import load_encoder
 from precimap.numerics.schemes import scheme
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.runtime.timing import Spread, interleaved, ratio, spread
-from precimap.search.latency.planned import planned
+from precimap.searching.latency.planned import planned
 
 HEADS = 12
 

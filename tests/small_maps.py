@@ -11,7 +11,7 @@ from precimap.layers.inventory import Inventory
 from precimap.numerics.schemes import SCHEMES, Scheme
 from precimap.precision_map import Decision, Evidence, OfModel, PrecisionMap, Premise, Realignment, Verdict
 from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.search.whole.assemble import premise_of
+from precimap.searching.whole.assemble import premise_of
 from precimap.task import first_batch
 
 
@@ -81,7 +81,7 @@ def certified(example: PrecisionMap, realigned_at: str | None = None) -> Precisi
 
 def map_of(task: Task, choice: dict[str, str], target: str = "cpu-int8") -> PrecisionMap:
     """A map as a search writes it, of a choice made here."""
-    from precimap.search.splits.three_splits import fingerprint_splits
+    from precimap.searching.splits.three_splits import fingerprint_splits
 
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.calibration))
     premise = premise_of(task, of_weights(task.model), fingerprint_splits(task), "test")

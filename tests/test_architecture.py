@@ -21,13 +21,13 @@ ORDER = (
     {"per_unit"},
     {"task", "task_file"},
     {"data"},
-    {"search", "runtime"},
+    {"searching", "runtime"},
     {"report"},
     {"demos"},
     {"cli_options", "cli_ending"},
     {"cli", "__init__", "__main__"},
 )
-STRANGERS = {("search", "runtime"), ("runtime", "search")}
+STRANGERS = {("searching", "runtime"), ("runtime", "searching")}
 TORCH_FREE = (
     *(
         "errors",
@@ -46,10 +46,10 @@ TORCH_FREE = (
     *(
         "layers/inventory",
         "layers/groups",
-        "search/allocation/threshold",
-        "search/allocation/ladders",
-        "search/allocation/knapsack",
-        "search/allocation/repair",
+        "searching/allocation/threshold",
+        "searching/allocation/ladders",
+        "searching/allocation/knapsack",
+        "searching/allocation/repair",
     ),
 )
 # Each part may also use the library of its own extra.
@@ -142,6 +142,6 @@ def test_every_module_says_what_it_is() -> None:
 
 def test_the_rule_finds_a_wrong_import(tmp_path: Path) -> None:
     planted = tmp_path / "planted.py"
-    planted.write_text("def late():\n    from precimap.search.pipeline import search\n")
-    assert "precimap.search.pipeline" in imported(planted)
-    assert rank("search") > rank("layers")
+    planted.write_text("def late():\n    from precimap.searching.pipeline import search\n")
+    assert "precimap.searching.pipeline" in imported(planted)
+    assert rank("searching") > rank("layers")

@@ -18,7 +18,7 @@ from precimap.errors import InputError
 from precimap.layers.inventory import Inventory
 from precimap.metrics import Loss
 from precimap.numerics.schemes import scheme
-from precimap.search.calibrate import Calibration
+from precimap.searching.calibrate import Calibration
 from precimap.task import first_batch, score
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))

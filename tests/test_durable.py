@@ -19,7 +19,7 @@ import precimap.durable
 from precimap.durable import write_bytes, write_text
 from precimap.errors import JournalError, SaveError
 from precimap.journal import LOCK_NAME, run_journal
-from precimap.search.certificate.ledger import AskedSplit, Ledger
+from precimap.searching.certificate.ledger import AskedSplit, Ledger
 
 # The package without what imports torch: a process then starts in a moment, not in seconds.
 ALONE = f"""

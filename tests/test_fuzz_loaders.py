@@ -27,7 +27,7 @@ from precimap.numerics.schemes import SCHEMES, range_rule_from_row
 from precimap.report.run_record import read_run
 from precimap.runtime.checkpoint import DIGEST_KEY, METADATA_KEY, _digest
 from precimap.runtime.deploy import deployed_layers, deployment_of
-from precimap.search.certificate.ledger import AskedSplit, Ledger
+from precimap.searching.certificate.ledger import AskedSplit, Ledger
 from precimap.task_file import load_task
 from small_maps import a_map, certified, decision
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from precimap.numerics.schemes import scheme
-from precimap.search.evidence.screen_plan import Pair
+from precimap.searching.evidence.screen_plan import Pair
 from small_tasks import planted_task
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))

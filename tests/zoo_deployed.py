@@ -27,8 +27,8 @@ from precimap.precision_map import PrecisionMap
 from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.runtime.deploy import deployment_of
 from precimap.runtime.weights.placing import low_weights
-from precimap.search.calibrate import calibrate
-from precimap.search.progress import silent
+from precimap.searching.calibrate import calibrate
+from precimap.searching.progress import silent
 from small_maps import map_over, premise_for
 from specimen import Specimen, run
 from zoo_outside import calls_of, count_calls, names, tensors, untouched

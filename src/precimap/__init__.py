@@ -16,14 +16,14 @@ from precimap.runtime.cuda_fp8 import CUDA_FP8
 from precimap.runtime.cuda_graphs import graphed
 from precimap.runtime.deploy import deploy
 from precimap.runtime.torchrec_tables import TORCHREC
-from precimap.search.allocation.knapsack import Constraints
-from precimap.search.allocation.rules import Knapsack, Threshold
-from precimap.search.latency.serving import Serving
-from precimap.search.latency.timed import bench_device
-from precimap.search.limits import Effort
-from precimap.search.pipeline import search
-from precimap.search.planning import Plan, plan
-from precimap.search.result import SearchResult
+from precimap.searching.allocation.knapsack import Constraints
+from precimap.searching.allocation.rules import Knapsack, Threshold
+from precimap.searching.latency.serving import Serving
+from precimap.searching.latency.timed import bench_device
+from precimap.searching.limits import Effort
+from precimap.searching.pipeline import search
+from precimap.searching.planning import Plan, plan
+from precimap.searching.result import SearchResult
 from precimap.task import Splits, Task
 
 __all__ = [

@@ -65,16 +65,16 @@ from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cuda_fp8 import EXPERIMENTAL, marked
 from precimap.runtime.deploy import deploy as deploy_map
 from precimap.runtime.deploy import deployment_of
-from precimap.search.allocation.knapsack import Constraints
-from precimap.search.allocation.rules import Knapsack
-from precimap.search.certificate.recertify import recertify
-from precimap.search.evidence.known import BYTES_WORTH
-from precimap.search.inventories import inventory_of
-from precimap.search.latency.timed import bench_device as time_layers
-from precimap.search.limits import USUAL_EFFORT
-from precimap.search.pipeline import search as search_task
-from precimap.search.planning import plan as plan_task
-from precimap.search.preflight import check_weights
+from precimap.searching.allocation.knapsack import Constraints
+from precimap.searching.allocation.rules import Knapsack
+from precimap.searching.certificate.recertify import recertify
+from precimap.searching.evidence.known import BYTES_WORTH
+from precimap.searching.inventories import inventory_of
+from precimap.searching.latency.timed import bench_device as time_layers
+from precimap.searching.limits import USUAL_EFFORT
+from precimap.searching.pipeline import search as search_task
+from precimap.searching.planning import plan as plan_task
+from precimap.searching.preflight import check_weights
 from precimap.task_file import load_task
 
 app = typer.Typer(

@@ -20,7 +20,7 @@ from rich.console import RenderableType
 from precimap.durable import write_text
 from precimap.errors import PrecimapError
 from precimap.report.terminal import Terminal, shown
-from precimap.search.limits import state_directory
+from precimap.searching.limits import state_directory
 
 DONE, NO, WRONG_INPUT, INTERNAL, NOT_WRITTEN, INTERRUPTED = 0, 1, 2, 70, 74, 130  # 70 and 74 as in sysexits.h
 WIDTH = 80

@@ -20,9 +20,9 @@ from precimap.runtime.compiled_target import CPU_INT8_COMPILED, CUDA_FP8_COMPILE
 from precimap.runtime.cpu_int8 import CPU_INT8
 from precimap.runtime.cuda_fp8 import CUDA_FP8, EXPERIMENTAL
 from precimap.runtime.torchrec_tables import TORCHREC
-from precimap.search.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
-from precimap.search.latency.serving import Serving
-from precimap.search.limits import Effort
+from precimap.searching.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
+from precimap.searching.latency.serving import Serving
+from precimap.searching.limits import Effort
 
 
 class TargetName(StrEnum):

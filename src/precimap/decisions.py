@@ -132,7 +132,7 @@ class Premise(Record):
 class UnitSketch(Record):
     """By which the units that chose a map are known again: how many there are, and the smallest of their prints.
 
-    prints: base64 of uint64, ascending, see `precimap.search.certificate.known_units`.
+    prints: base64 of uint64, ascending, see `precimap.searching.certificate.known_units`.
     """
 
     n: int = Field(ge=0)

@@ -19,8 +19,8 @@ from precimap.demos.semantic_search import Sizes, document_task, query_task
 from precimap.end_to_end import EndToEnd, FormTimes, SizeTimes
 from precimap.errors import InputError
 from precimap.hardware_profile import Device, Times
-from precimap.search.preflight import check_task
-from precimap.search.progress import silent
+from precimap.searching.preflight import check_task
+from precimap.searching.progress import silent
 from precimap.task import score
 from small_tasks import COUNTED_INT8
 

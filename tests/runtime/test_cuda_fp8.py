@@ -46,7 +46,7 @@ from precimap.runtime.deploy import deployment_of
 from precimap.runtime.weights.fp8 import Fp8Kernel
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import low_weights
-from precimap.search.result import SearchResult
+from precimap.searching.result import SearchResult
 from precimap.task import Task
 from small_tasks import planted_task
 

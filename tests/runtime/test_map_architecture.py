@@ -12,7 +12,7 @@ from precimap import EMULATED, Effort, PrecisionMap, Splits, Task, deploy, load_
 from precimap.errors import MapError, PremiseMismatch
 from precimap.fingerprints import modules_of, of_architecture
 from precimap.metrics import Loss
-from precimap.search.certificate.recertify import recertify
+from precimap.searching.certificate.recertify import recertify
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself
 QUICK = Effort(screen_units=32, audit_units=16, check_units=32, rounding_draws=0)

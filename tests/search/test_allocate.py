@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from precimap.search.allocation.threshold import LONGEST_CHAIN, Candidate, Step, default_cutoff, threshold
+from precimap.searching.allocation.threshold import LONGEST_CHAIN, Candidate, Step, default_cutoff, threshold
 
 SCHEMES = ("first", "second")
 

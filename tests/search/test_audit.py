@@ -15,8 +15,8 @@ from scipy.stats import binomtest
 from precimap import search
 from precimap.layers.inventory import Inventory, Layer
 from precimap.numerics.schemes import SCHEMES
-from precimap.search.evidence import gather as evidence_module
-from precimap.search.evidence.audit import (
+from precimap.searching.evidence import gather as evidence_module
+from precimap.searching.evidence.audit import (
     LEAST_AUDITED,
     MOST_AUDITED,
     Audit,
@@ -24,10 +24,10 @@ from precimap.search.evidence.audit import (
     ambiguous,
     to_audit,
 )
-from precimap.search.evidence.gather import Evidence
-from precimap.search.evidence.means import kind_of
-from precimap.search.evidence.screen import Screen, screen
-from precimap.search.limits import Effort
+from precimap.searching.evidence.gather import Evidence
+from precimap.searching.evidence.means import kind_of
+from precimap.searching.evidence.screen import Screen, screen
+from precimap.searching.limits import Effort
 from small_tasks import planted_task
 
 Changed = Callable[[NDArray[np.float32]], NDArray[np.float32]]

@@ -17,11 +17,11 @@ from precimap.metrics.metric import PairedDrops
 from precimap.metrics.units import Units
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
-from precimap.search.evidence import gather as evidence_module
-from precimap.search.evidence.means import FALSE_ALARMS, GATE, MATERIAL, MeanAgreement, mean_agreement
-from precimap.search.evidence.probe import Differences
-from precimap.search.evidence.screen import Screen, screen
-from precimap.search.limits import Effort
+from precimap.searching.evidence import gather as evidence_module
+from precimap.searching.evidence.means import FALSE_ALARMS, GATE, MATERIAL, MeanAgreement, mean_agreement
+from precimap.searching.evidence.probe import Differences
+from precimap.searching.evidence.screen import Screen, screen
+from precimap.searching.limits import Effort
 from small_tasks import planted_task
 
 QUICK = Effort(rounding_draws=0)

@@ -18,10 +18,10 @@ from precimap.metrics import Loss
 from precimap.numerics.schemes import scheme
 from precimap.report.run_record import read_run
 from precimap.report.tables import preflight_text
-from precimap.search.batch_invariance import BatchDependence, batch_dependence
-from precimap.search.batches import along_units, cut
-from precimap.search.calibrate import Calibration
-from precimap.search.evidence.probe import prepare
+from precimap.searching.batch_invariance import BatchDependence, batch_dependence
+from precimap.searching.batches import along_units, cut
+from precimap.searching.calibrate import Calibration
+from precimap.searching.evidence.probe import prepare
 from precimap.task import first_batch
 from small_tasks import planted_task
 

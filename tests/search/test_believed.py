@@ -12,13 +12,13 @@ from precimap import search
 from precimap.metrics.metric import PairedDrops
 from precimap.metrics.paired import paired_drop
 from precimap.metrics.units import Units
-from precimap.search.evidence import gather as evidence_module
-from precimap.search.evidence.gather import Evidence
-from precimap.search.evidence.known import Currency, Price, cost
-from precimap.search.evidence.probe import Differences
-from precimap.search.evidence.screen import Screen, screen
-from precimap.search.limits import Effort
-from precimap.search.whole.whole_maps import bound
+from precimap.searching.evidence import gather as evidence_module
+from precimap.searching.evidence.gather import Evidence
+from precimap.searching.evidence.known import Currency, Price, cost
+from precimap.searching.evidence.probe import Differences
+from precimap.searching.evidence.screen import Screen, screen
+from precimap.searching.limits import Effort
+from precimap.searching.whole.whole_maps import bound
 from small_tasks import planted_task
 
 MARGIN = 0.2

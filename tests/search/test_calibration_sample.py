@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from precimap import Splits, Task
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES, Percentile
-from precimap.search.calibrate import SAMPLE_OF_A_CALL, calibrate, spread_sample
-from precimap.search.progress import silent
+from precimap.searching.calibrate import SAMPLE_OF_A_CALL, calibrate, spread_sample
+from precimap.searching.progress import silent
 
 
 @given(

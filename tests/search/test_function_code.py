@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from precimap import Effort, SearchResult, Splits, Task, search
 from precimap.errors import AlphaSpent, JournalError
 from precimap.metrics import NE, LogLoss, Loss, Perplexity
-from precimap.search.function_code import code_of
-from precimap.search.preflight import check_task
-from precimap.search.same_task import question_terms
-from precimap.search.splits.three_splits import fingerprint_splits
+from precimap.searching.function_code import code_of
+from precimap.searching.preflight import check_task
+from precimap.searching.same_task import question_terms
+from precimap.searching.splits.three_splits import fingerprint_splits
 
 QUICK = Effort(screen_units=32, audit_units=16, check_units=32, rounding_draws=0)
 
@@ -143,7 +143,7 @@ def test_nothing_that_is_closed_over_can_fail() -> None:
 def test_a_function_has_one_code_in_every_process(tmp_path: Path) -> None:
     """Sets of texts lie in another order in each."""
     (tmp_path / "mine.py").write_text(
-        "from precimap.search.function_code import code_of\n"
+        "from precimap.searching.function_code import code_of\n"
         "kinds = lambda names: lambda s, b: s if b in {'a', 'bc', 'd', 'ef'} and b in names else -s\n"
         "print(code_of(kinds({'u', 'vw', 'x'})))\n"
     )

@@ -19,15 +19,15 @@ from precimap.layers.inventory import Inventory, Layer
 from precimap.metrics import LogLoss
 from precimap.metrics.paired import Drop
 from precimap.numerics.schemes import scheme
-from precimap.search.allocation.knapsack import Constraints, Step
-from precimap.search.allocation.rules import KNAPSACK, Knapsack, Threshold
-from precimap.search.evidence import gather
-from precimap.search.evidence.gather import Evidence
-from precimap.search.evidence.known import Currency, Known, Price, options
-from precimap.search.evidence.probe import Comparison
-from precimap.search.whole import choosing, growing
-from precimap.search.whole.growing import MOST_CONFIRMED, MOST_GROWTH, eager, grown
-from precimap.search.whole.whole_maps import CERTIFIED_BELOW, MOST_LOOKS, Chosen, Joint, choose, sequence
+from precimap.searching.allocation.knapsack import Constraints, Step
+from precimap.searching.allocation.rules import KNAPSACK, Knapsack, Threshold
+from precimap.searching.evidence import gather
+from precimap.searching.evidence.gather import Evidence
+from precimap.searching.evidence.known import Currency, Known, Price, options
+from precimap.searching.evidence.probe import Comparison
+from precimap.searching.whole import choosing, growing
+from precimap.searching.whole.growing import MOST_CONFIRMED, MOST_GROWTH, eager, grown
+from precimap.searching.whole.whole_maps import CERTIFIED_BELOW, MOST_LOOKS, Chosen, Joint, choose, sequence
 from small_tasks import planted_task
 
 MARGIN = 1.0

@@ -18,8 +18,8 @@ from precimap.layers.target import EMULATED
 from precimap.metrics import AUC, GAUC, NE, Calibration, Custom, Head, LogLoss, Loss
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
-from precimap.search.certificate.recertify import recertify
-from precimap.search.limits import Effort
+from precimap.searching.certificate.recertify import recertify
+from precimap.searching.limits import Effort
 from precimap.task import score
 
 INPUTS, HIDDEN = 16, 32

@@ -19,16 +19,16 @@ from precimap.layers.emulation import quantized
 from precimap.layers.target import EMULATED
 from precimap.metrics import Head, LogLoss
 from precimap.numerics.schemes import SCHEMES
-from precimap.search.allocation.knapsack import Step
-from precimap.search.calibrate import Calibration
-from precimap.search.eligibility import eligibility
-from precimap.search.evidence.predict import Predictor
-from precimap.search.evidence.probe import compare, prepare
-from precimap.search.evidence.screen import Screen, screen
-from precimap.search.evidence.screen_plan import MOST_HEADS, Differentiated, located
-from precimap.search.progress import silent
-from precimap.search.run import Run, scored
-from precimap.search.whole.rescore import contributions
+from precimap.searching.allocation.knapsack import Step
+from precimap.searching.calibrate import Calibration
+from precimap.searching.eligibility import eligibility
+from precimap.searching.evidence.predict import Predictor
+from precimap.searching.evidence.probe import compare, prepare
+from precimap.searching.evidence.screen import Screen, screen
+from precimap.searching.evidence.screen_plan import MOST_HEADS, Differentiated, located
+from precimap.searching.progress import silent
+from precimap.searching.run import Run, scored
+from precimap.searching.whole.rescore import contributions
 from precimap.task import Scored, score
 from zoo_ranking_models import MultiGateExperts
 

@@ -12,9 +12,9 @@ from precimap.fingerprints import of_weights
 from precimap.journal import open_journal
 from precimap.metrics import Loss
 from precimap.precision_map import OfModel, PrecisionMap
-from precimap.search.inventories import inventory_of
-from precimap.search.limits import Effort
-from precimap.search.pipeline import search
+from precimap.searching.inventories import inventory_of
+from precimap.searching.limits import Effort
+from precimap.searching.pipeline import search
 from precimap.task import Splits, Task
 
 

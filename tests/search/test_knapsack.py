@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from precimap.errors import InputError
-from precimap.search.allocation.knapsack import Constraints, Step, bytes_at, chain
-from precimap.search.allocation.ladders import Option, settled, total_gain
+from precimap.searching.allocation.knapsack import Constraints, Step, bytes_at, chain
+from precimap.searching.allocation.ladders import Option, settled, total_gain
 
 SCHEMES = ("a", "b", "c")
 BASE = 8

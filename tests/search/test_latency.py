@@ -24,10 +24,10 @@ from precimap.numerics.schemes import SCHEMES, Percentile, scheme
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
 from precimap.runtime.cpu_timer import CpuTimer
-from precimap.search.evidence.known import gain
-from precimap.search.latency.planned import planned
-from precimap.search.latency.serving import foreseen
-from precimap.search.limits import Effort
+from precimap.searching.evidence.known import gain
+from precimap.searching.latency.planned import planned
+from precimap.searching.latency.serving import foreseen
+from precimap.searching.limits import Effort
 from small_tasks import planted_task
 
 HERE = Device(name="a", capability="b", threads=1, allocator="default", clock="processor time", torch="2", precimap="0")

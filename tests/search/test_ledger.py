@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precimap.errors import AlphaSpent, JournalError, SaveError, TaskError
-from precimap.search.certificate import ledger as ledger_module
-from precimap.search.certificate.account import Answer
-from precimap.search.certificate.known_units import Sketch
-from precimap.search.certificate.ledger import AskedSplit, Ledger
-from precimap.search.certificate.older_prints import older_print
-from precimap.search.splits.rows import finished
+from precimap.searching.certificate import ledger as ledger_module
+from precimap.searching.certificate.account import Answer
+from precimap.searching.certificate.known_units import Sketch
+from precimap.searching.certificate.ledger import AskedSplit, Ledger
+from precimap.searching.certificate.older_prints import older_print
+from precimap.searching.splits.rows import finished
 
 
 def split(name: str, units: range = range(100), *, old: str = "") -> AskedSplit:
@@ -286,7 +286,7 @@ def test_many_at_once_spend_no_more_than_the_budget(tmp_path: Path, monkeypatch:
 def test_another_process_waits_for_the_lock(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib\n"
-        "from precimap.search.certificate.ledger import AskedSplit, Ledger\n"
+        "from precimap.searching.certificate.ledger import AskedSplit, Ledger\n"
         "import numpy as np\n"
         "split = AskedSplit('s', (np.arange(100, dtype=np.uint64),), lambda: '')\n"
         "ledger = Ledger.open(pathlib.Path(sys.argv[1]), split, 0.05)\n"

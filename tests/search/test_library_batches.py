@@ -12,10 +12,10 @@ from precimap import Splits, Task
 from precimap.errors import TaskError
 from precimap.fingerprints import of_value
 from precimap.metrics import LogLoss
-from precimap.search.preflight import check_task
-from precimap.search.splits.reads import Reads
-from precimap.search.splits.split_print import SplitPrint, split_print
-from precimap.search.splits.three_splits import fingerprint_splits
+from precimap.searching.preflight import check_task
+from precimap.searching.splits.reads import Reads
+from precimap.searching.splits.split_print import SplitPrint, split_print
+from precimap.searching.splits.three_splits import fingerprint_splits
 
 N = 40
 Columns = dict[str, Any]

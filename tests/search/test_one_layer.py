@@ -18,9 +18,9 @@ from precimap.errors import SchemeError, TaskError
 from precimap.layers.discover import discover
 from precimap.layers.quantized import QuantizedLayer
 from precimap.metrics import Loss
-from precimap.search.limits import Effort
+from precimap.searching.limits import Effort
 
-calibrating = import_module("precimap.search.calibrate")  # precimap.search is a function for its users
+calibrating = import_module("precimap.searching.calibrate")
 EFFORT = Effort(rounding_draws=0, screen_units=100, audit_units=50, check_units=100)
 
 

@@ -19,11 +19,11 @@ from precimap.layers.recording import Recording
 from precimap.layers.replay import Replay
 from precimap.layers.views import parameter_names
 from precimap.metrics import Loss
-from precimap.search.evidence import gather as evidence_module
-from precimap.search.evidence.audit import LEAST_CORRELATION, Audited
-from precimap.search.evidence.gather import Evidence
-from precimap.search.evidence.screen import Screen, screen
-from precimap.search.limits import Effort
+from precimap.searching.evidence import gather as evidence_module
+from precimap.searching.evidence.audit import LEAST_CORRELATION, Audited
+from precimap.searching.evidence.gather import Evidence
+from precimap.searching.evidence.screen import Screen, screen
+from precimap.searching.limits import Effort
 from small_tasks import INPUTS, Planted, batches, loss, planted_task
 
 QUICK = Effort(rounding_draws=0)

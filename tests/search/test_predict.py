@@ -19,16 +19,16 @@ from precimap.layers.target import EMULATED
 from precimap.metrics import NDCG, LogLoss, Loss
 from precimap.metrics.paired import Drop
 from precimap.numerics.schemes import SCHEMES
-from precimap.search.allocation.knapsack import Step
-from precimap.search.calibrate import Calibration
-from precimap.search.eligibility import eligibility
-from precimap.search.evidence.predict import Predictor
-from precimap.search.evidence.probe import Comparison, compare, prepare
-from precimap.search.evidence.screen import screen
-from precimap.search.evidence.screen_plan import MOST_HEADS
-from precimap.search.progress import silent
-from precimap.search.run import Run, scored
-from precimap.search.whole.rescore import contributions, halved, reverted
+from precimap.searching.allocation.knapsack import Step
+from precimap.searching.calibrate import Calibration
+from precimap.searching.eligibility import eligibility
+from precimap.searching.evidence.predict import Predictor
+from precimap.searching.evidence.probe import Comparison, compare, prepare
+from precimap.searching.evidence.screen import screen
+from precimap.searching.evidence.screen_plan import MOST_HEADS
+from precimap.searching.progress import silent
+from precimap.searching.run import Run, scored
+from precimap.searching.whole.rescore import contributions, halved, reverted
 from precimap.task import Scored, judge_scores, score
 from small_tasks import planted_task
 

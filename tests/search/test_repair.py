@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from precimap.errors import InputError
-from precimap.search.allocation.knapsack import Step, chain
-from precimap.search.allocation.ladders import Option, settled
-from precimap.search.allocation.repair import repair
+from precimap.searching.allocation.knapsack import Step, chain
+from precimap.searching.allocation.ladders import Option, settled
+from precimap.searching.allocation.repair import repair
 
 BASE = 8
 Predicted = Callable[[Mapping[str, str]], float]

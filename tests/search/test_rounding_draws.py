@@ -18,7 +18,7 @@ from precimap.metrics.paired import Drop
 from precimap.metrics.units import Units
 from precimap.numerics.schemes import BF16_FLOOR, Scheme, scheme
 from precimap.precision_map import Decision, PrecisionMap, Premise, Verdict
-from precimap.search.certificate.rounding_draws import draw_layers, rounding_spread
+from precimap.searching.certificate.rounding_draws import draw_layers, rounding_spread
 
 SHIPPED = Drop(estimate=0.25, error=0.5, n=40, clusters=10, changed=7)
 NOWHERE = Premise(

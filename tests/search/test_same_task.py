@@ -16,11 +16,11 @@ from precimap.errors import AlphaSpent, JournalError, TaskError
 from precimap.journal import open_journal, run_journal
 from precimap.metrics import NDCG, NE, Custom, LogLoss, Loss
 from precimap.metrics.metric import UnitMean
-from precimap.search.certificate.recertify import recertify
-from precimap.search.preflight import check_task
-from precimap.search.result import SearchResult
-from precimap.search.same_task import check_first_batch, terms
-from precimap.search.splits.three_splits import fingerprint_splits
+from precimap.searching.certificate.recertify import recertify
+from precimap.searching.preflight import check_task
+from precimap.searching.result import SearchResult
+from precimap.searching.same_task import check_first_batch, terms
+from precimap.searching.splits.three_splits import fingerprint_splits
 
 QUICK = Effort(screen_units=32, audit_units=16, check_units=32, rounding_draws=0)
 UNITS = 320

@@ -20,12 +20,12 @@ from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.views import parameter_names
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES
-from precimap.search.calibrate import Calibration
-from precimap.search.evidence.probe import prepare
-from precimap.search.evidence.screen import Screen, screen
-from precimap.search.evidence.screen_plan import plan_screen
-from precimap.search.progress import silent
-from precimap.search.run import Run, scattered
+from precimap.searching.calibrate import Calibration
+from precimap.searching.evidence.probe import prepare
+from precimap.searching.evidence.screen import Screen, screen
+from precimap.searching.evidence.screen_plan import plan_screen
+from precimap.searching.progress import silent
+from precimap.searching.run import Run, scattered
 from precimap.task import score
 from small_tasks import planted_task
 

@@ -19,9 +19,9 @@ from precimap.metrics.metric import Metric
 from precimap.precision_map import Verdict
 from precimap.report.run_record import STAGES, read_run
 from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.search.certificate.recertify import recertify
-from precimap.search.limits import Effort
-from precimap.search.preflight import Preflight
+from precimap.searching.certificate.recertify import recertify
+from precimap.searching.limits import Effort
+from precimap.searching.preflight import Preflight
 from precimap.task import score
 from small_tasks import COUNTED_INT8, batches, planted_task
 

@@ -24,15 +24,15 @@ from precimap.numerics.formats import IntegerFormat
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.runtime import shared_codes
 from precimap.runtime.cpu_int8 import CpuInt8, int8_scheme
-from precimap.search import pipeline
-from precimap.search.allocation.ladders import Option, total_gain
-from precimap.search.allocation.rules import KNAPSACK
-from precimap.search.latency.planned import planned
-from precimap.search.latency.savings import Quantising, Saved, Savings
-from precimap.search.latency.slower import too_slow
-from precimap.search.limits import Effort
-from precimap.search.whole import choosing
-from precimap.search.whole.assemble import Findings
+from precimap.searching import pipeline
+from precimap.searching.allocation.ladders import Option, total_gain
+from precimap.searching.allocation.rules import KNAPSACK
+from precimap.searching.latency.planned import planned
+from precimap.searching.latency.savings import Quantising, Saved, Savings
+from precimap.searching.latency.slower import too_slow
+from precimap.searching.limits import Effort
+from precimap.searching.whole import choosing
+from precimap.searching.whole.assemble import Findings
 
 HERE = Device(name="a", capability="b", threads=1, allocator="default", clock="processor time", torch="2", precimap="0")
 FP8 = scheme("fp8")

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from precimap import Guard, Splits, Task, search
 from precimap.errors import TaskError
 from precimap.metrics import AUC, NDCG, NE, Loss
-from precimap.search.certificate.recertify import recertify
-from precimap.search.in_place import check_tables, written_by
-from precimap.search.limits import Effort
-from precimap.search.preflight import check_task
-from precimap.search.split_checks import check_splits
+from precimap.searching.certificate.recertify import recertify
+from precimap.searching.in_place import check_tables, written_by
+from precimap.searching.limits import Effort
+from precimap.searching.preflight import check_task
+from precimap.searching.split_checks import check_splits
 from precimap.task import score
 from small_tasks import batches, forward, loss, planted_task
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from precimap import Guard, Splits, Task
 from precimap.errors import TaskError
 from precimap.metrics import NE, LogLoss, Loss
-from precimap.search.preflight import check_task
-from precimap.search.splits.reads import Reads, WatchedDict
-from precimap.search.splits.rows import of_rows, of_segments
-from precimap.search.splits.split_print import SplitPrint, counted_once, split_print
-from precimap.search.splits.three_splits import fingerprint_splits, unchanging
+from precimap.searching.preflight import check_task
+from precimap.searching.splits.reads import Reads, WatchedDict
+from precimap.searching.splits.rows import of_rows, of_segments
+from precimap.searching.splits.split_print import SplitPrint, counted_once, split_print
+from precimap.searching.splits.three_splits import fingerprint_splits, unchanging
 
 N = 40
 

@@ -19,15 +19,15 @@ from precimap.layers.target import EMULATED, Emulated
 from precimap.metrics.paired import upper_bound
 from precimap.numerics.schemes import MinimumError, Percentile, scheme
 from precimap.precision_map import PrecisionMap
-from precimap.search.calibrate import Calibration, calibrate
-from precimap.search.certificate.certify import Question, certify
-from precimap.search.eligibility import eligibility
-from precimap.search.evidence.floor import rounding_floor
-from precimap.search.evidence.probe import compare, probe
-from precimap.search.progress import silent
-from precimap.search.run import Parts, Run, scored
-from precimap.search.splits.three_splits import fingerprint_splits
-from precimap.search.whole.assemble import Findings, assemble, premise_of
+from precimap.searching.calibrate import Calibration, calibrate
+from precimap.searching.certificate.certify import Question, certify
+from precimap.searching.eligibility import eligibility
+from precimap.searching.evidence.floor import rounding_floor
+from precimap.searching.evidence.probe import compare, probe
+from precimap.searching.progress import silent
+from precimap.searching.run import Parts, Run, scored
+from precimap.searching.splits.three_splits import fingerprint_splits
+from precimap.searching.whole.assemble import Findings, assemble, premise_of
 from precimap.task import Task, score
 from small_tasks import planted_task
 

@@ -19,12 +19,12 @@ from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.report.inventory_table import inventory_table
 from precimap.report.tables import run_page
 from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.search.allocation.knapsack import Constraints
-from precimap.search.allocation.rules import Knapsack, Rule, Threshold
-from precimap.search.eligibility import eligibility
-from precimap.search.evidence.known import gain, options
-from precimap.search.limits import Effort
-from precimap.search.whole import choosing
+from precimap.searching.allocation.knapsack import Constraints
+from precimap.searching.allocation.rules import Knapsack, Rule, Threshold
+from precimap.searching.eligibility import eligibility
+from precimap.searching.evidence.known import gain, options
+from precimap.searching.limits import Effort
+from precimap.searching.whole import choosing
 from small_tasks import COUNTED_INT8
 
 EFFORT = Effort(rounding_draws=2)

@@ -16,7 +16,7 @@ from precimap.cli import app
 from precimap.errors import AlphaSpent
 from precimap.layers.target import Emulated
 from precimap.metrics import NE, Loss
-from precimap.search.certificate.recertify import recertify
+from precimap.searching.certificate.recertify import recertify
 
 QUICK = Effort(screen_units=32, audit_units=16, check_units=32, rounding_draws=0)
 MARGIN = 5.0

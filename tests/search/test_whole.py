@@ -24,9 +24,9 @@ from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
 from precimap.runtime.compiled import no_compiler
 from precimap.runtime.cpu_int8 import CPU_INT8, has_qlinear, int8_scheme
-from precimap.search.allocation.knapsack import Constraints
-from precimap.search.allocation.rules import Knapsack
-from precimap.search.batches import resized
+from precimap.searching.allocation.knapsack import Constraints
+from precimap.searching.allocation.rules import Knapsack
+from precimap.searching.batches import resized
 from precimap.task import score
 from small_tasks import planted_task
 

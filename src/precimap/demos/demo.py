@@ -25,9 +25,9 @@ from precimap.report.terminal import lines_of
 from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.cpu_int8 import CPU_INT8, int8_scheme
 from precimap.runtime.deploy import Agreement, deploy, deployment_of
-from precimap.search.limits import Effort
-from precimap.search.pipeline import search
-from precimap.search.progress import Progress
+from precimap.searching.limits import Effort
+from precimap.searching.pipeline import search
+from precimap.searching.progress import Progress
 from precimap.task import Task
 
 # Nats of log-loss, of a baseline of about 3.2 over 1,536 documents: the right one loses 1 % of its probability.

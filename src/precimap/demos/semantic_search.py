@@ -18,7 +18,7 @@ from precimap.demos.docstrings import Pair, PairSplits, docstring_pairs, split_b
 from precimap.demos.minilm import Encoder, batches_by_length, embed, load_encoder, load_tokenizer
 from precimap.fingerprints import of_value
 from precimap.metrics import MRR, NDCG, Loss
-from precimap.search.progress import Progress, silent
+from precimap.searching.progress import Progress, silent
 from precimap.task import Splits, Task
 
 # The temperature with which sentence-transformers trains and scores cosine similarities (scale 20).

@@ -3,8 +3,8 @@
 from rich.console import Group, RenderableType
 
 from precimap.report.terminal import Rows, lines_of
-from precimap.search.planning import Plan
-from precimap.search.sample_size import Outlook
+from precimap.searching.planning import Plan
+from precimap.searching.sample_size import Outlook
 
 
 def plan_page(plan: Plan) -> RenderableType:

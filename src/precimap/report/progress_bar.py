@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 from precimap.report.terminal import Terminal, lines_of
-from precimap.search.progress import Progress
+from precimap.searching.progress import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 

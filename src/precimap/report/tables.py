@@ -16,8 +16,8 @@ from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.proof import certificate_text, rounding_text
 from precimap.report.run_record import RunRecord
 from precimap.report.terminal import Rows, lines_of, shown
-from precimap.search.evidence.means import said_of
-from precimap.search.latency.savings import Savings
+from precimap.searching.evidence.means import said_of
+from precimap.searching.latency.savings import Savings
 
 SELECTED = "Proved is the margin: drop and bound are those of the map that passed, and a little too good."
 NAME_WIDTH = 36

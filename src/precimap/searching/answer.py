@@ -1,0 +1,78 @@
+"""What a search says in the end, in a sentence: the certified map, or why the baseline stays.
+
+Invariant: a "no" is an answer with its number: the bound that was too wide, or the time that low precision does not save.
+"""
+
+from collections.abc import Sequence
+
+from precimap.certificate import Certificate
+from precimap.end_to_end import BLANKET, EndToEnd
+from precimap.precision_map import PrecisionMap
+from precimap.searching.latency.planned import Latency
+from precimap.searching.whole.assemble import Findings, assemble
+from precimap.searching.whole.whole_maps import Chosen
+
+
+def answer_of(
+    findings: Findings,
+    chosen: Chosen,
+    certificates: Sequence[Certificate],
+    margin: float,
+    latency: Latency | None,
+) -> tuple[PrecisionMap, Certificate | None, str]:
+    """The final map, the certificate that decided, if any, and the sentence. margin: of the gate."""
+    passed = [certificate for certificate in certificates if certificate.certified]
+    if passed:
+        final = next(j.map for j in chosen.joints if j.map is not None and j.map.fingerprint == passed[-1].map)
+        answer = (
+            f"certified: {len(final.low)} of {len(final.layers)} layers in low precision, {_saving(final, latency)}"
+        )
+        return final.model_copy(update={"certificate": passed[-1]}), passed[-1], answer
+    certificate = certificates[0] if certificates else None
+    why = _why_not(findings, chosen, certificate, margin, latency)
+    return assemble(findings, {}), certificate, f"keep the baseline: {why}"
+
+
+def gain_said(times: EndToEnd) -> str:
+    """The measured gain of a map that pays, with what is faster still."""
+    said = (
+        f"end to end {times.gain} times as fast as the base model ({times.served}, {times.batches}, n = {times.gain.n})"
+    )
+    # Not everything low: that it is faster is why one searches, and that it is not good enough.
+    other = next(((name, speed) for name, speed in times.faster() if not name.startswith(BLANKET)), None)
+    return said if other is None else f"{said}; {other[0]} is faster still, {1 / other[1].median:.2f} times"
+
+
+def no_gain(times: EndToEnd) -> str:
+    """Why a map that may well be tolerable is none."""
+    foretold = "" if times.foretold is None else f", where the sum of single layers foretold {times.foretold}"
+    return (
+        f"keep the baseline: not worth it on this hardware ({times.device}): deployed as a whole ({times.served}, "
+        f"{times.batches}), the fastest map is {times.gain} times as fast as the base model, no gain beyond its spread "
+        f"(n = {times.gain.n} turns){foretold}"
+    )
+
+
+def _saving(final: PrecisionMap, latency: Latency | None) -> str:
+    bytes_said = f"{final.bytes_share:.1%} of the bytes"
+    if latency is None:
+        return f"{final.flops_said}, {bytes_said}"
+    share, lower, upper = latency.savings.total((name, final.layers[name].scheme or "") for name in final.low)
+    return f"{share:.1%} [{lower:.1%}, {upper:.1%}] of the layers' time saved, {bytes_said}"
+
+
+def _why_not(
+    findings: Findings, chosen: Chosen, certificate: Certificate | None, margin: float, latency: Latency | None
+) -> str:
+    if certificate is not None:
+        return f"the safest map was not certified ({certificate.verdict})"
+    measured = [joint.measured for joint in chosen.joints if joint.measured is not None]
+    if measured:
+        best = min(measured, key=lambda found: found.strictest(margin))
+        filled, whose = best.strictest(margin) / margin, best.tightest(margin)
+        return f"already on the search split the best bound of a map is {filled:.2g} times the margin of {whose}"
+    if chosen.joints:
+        return "time ran out before a map was measured as a whole"
+    if latency is not None and latency.slower and not findings.eligibility.open_pairs():
+        return latency.verdict()
+    return "no layer is both eligible and not sensitive"

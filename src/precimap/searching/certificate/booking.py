@@ -1,0 +1,151 @@
+"""Asking a certify split: what it has given away is booked first, then it is looked at, then its answer is written down.
+
+Invariant: every look at a certify split goes through `judged`, so that none is free that was not paid for: not a map's own
+certificate, which anyone may have written, but the ledger says what was asked.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from precimap.certificate import Certificate, Earlier
+from precimap.decisions import UnitSketch
+from precimap.layers.target import Target
+from precimap.precision_map import PrecisionMap
+from precimap.searching.batch_invariance import shares_a_scale
+from precimap.searching.certificate.account import Answer, Judged
+from precimap.searching.certificate.certify import Question, baseline_to_certify, certify, check_still, too_small
+from precimap.searching.certificate.known_units import IN_MAP, Sketch, shared_units
+from precimap.searching.certificate.ledger import FRESH, AskedSplit, Ledger
+from precimap.searching.certificate.older_prints import older_print
+from precimap.searching.evidence.probe import Comparison
+from precimap.searching.limits import Limits, chain_fingerprint
+from precimap.searching.preflight import check_baseline
+from precimap.searching.run import Run
+from precimap.searching.same_task import question_terms
+from precimap.searching.splits.split_print import SplitPrint
+from precimap.searching.splits.three_splits import SplitPrints
+from precimap.task import Scored, Task
+
+_SAID = re.compile(r".*: (?:(\d+) maps|one map) for (.+), margin (\S+)", re.DOTALL)  # what ledgers call a question
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Booking:
+    """The splits of a task, and the directory of the ledgers. first: the first search batch, by the base model."""
+
+    task: Task
+    prints: SplitPrints
+    first: Scored
+    directory: Path
+
+    @property
+    def split(self) -> SplitPrint:
+        """The certify split."""
+        return self.prints.certify
+
+    def ledger(self, budget: float) -> Ledger:
+        """The split's account. Raises what `Ledger.open` raises."""
+        asked = AskedSplit(self.split.whole, self.split.judged_views, lambda: older_print(self.task.splits.certify))
+        return Ledger.open(self.directory, asked, budget)
+
+    def notes(self, limits: Limits) -> tuple[str, ...]:
+        """Said before the long work: whether the split can still answer new questions, and where it is known from."""
+        if not self.directory.is_dir():
+            return ()
+        ledger = self.ledger(limits.budget)
+        spent, notes = ledger.spent(), ledger.notes()
+        if spent + limits.alpha <= limits.budget * (1 + 1e-9):
+            return notes
+        return (
+            *notes,
+            f"the certify split has given away alpha {spent:g}: other questions than those answered need fresh data "
+            f"or an alpha budget of {spent + limits.alpha:g} (--alpha-budget); {FRESH}",
+        )
+
+    def check_left(self, target: Target, limits: Limits) -> None:
+        """Raises AlphaSpent where the split can answer nothing that a search may still ask, so that none need be made.
+
+        What a search will ask is known but for its maps: margin, target, metric, guards and data. A booked question of
+        another margin or target is another one; so is one whose maps are all known, and which is not what these maps would
+        be with the metric, guards and data of now. Every other one may be asked again, which is free: only once no such is
+        left, and a new one would cost too much, is there nothing to search for. Maps of other schemes at the same margin
+        are therefore refused in the end only: until then they may turn out to be the maps that were judged.
+        """
+        if not self.directory.is_dir():
+            return
+        margin = f"{limits.margin:g}"
+        terms = [question_terms(self.task, self.first, self.prints, coupled) for coupled in (False, True)]
+
+        def may_be(entry: Judged, maps: Sequence[str]) -> bool:
+            said = _SAID.fullmatch(entry.description)
+            if said is None:
+                return True
+            if said.group(2, 3) != (target.name, margin):
+                return False
+            all_known = len(maps) == int(said.group(1) or 1)
+            return not all_known or entry.chain in {chain_fingerprint(maps, limits.margin, one) for one in terms}
+
+        said = f"{self.task.name}: any maps for {target.name}, margin {margin}"
+        self.ledger(limits.budget).check_left(may_be, limits.alpha, said)
+
+    def _spent(self, limits: Limits) -> float:
+        """What the split has given away so far; no directory is made to find out."""
+        return self.ledger(limits.budget).spent() if self.directory.is_dir() else 0.0
+
+    def judged(
+        self,
+        run: Run,
+        target: Target,
+        chain: Sequence[PrecisionMap],
+        elsewhere: Sequence[Comparison | None],
+        limits: Limits,
+        said: str,
+    ) -> tuple[Certificate, ...]:
+        """Book the question, then ask it: one certificate for each map that was tested.
+
+        elsewhere: as `certify` takes it. said: what the ledger calls the question. Alpha is booked only when a comparison
+        can be made: the baseline is scored first, which no map depends on; where the split is too small to certify any
+        map, the one certificate says so, no map is scored there, and nothing is booked.
+
+        Raises AlphaSpent where the split has given away too much, and what `check_baseline` and `certify` raise.
+        """
+        question = Question(limits.margin, limits.alpha, limits.alpha, self.split.whole, self.split)
+        baseline = baseline_to_certify(run, target, question)
+        check_baseline(self.task, baseline, "certify")
+        check_still(run, target, question)
+        unbooked = replace(question, spent_alpha=self._spent(limits))
+        if (short := too_small(self.task, target, baseline, unbooked, chain[0].fingerprint)) is not None:
+            return (short,)
+        ledger = self.ledger(limits.budget)
+        asked = chain_fingerprint([one.fingerprint for one in chain], limits.margin, self._terms(chain))
+        spent = ledger.spend(asked, limits.alpha, f"{said}, margin {limits.margin:g}")
+        certificates = certify(run, target, chain, replace(question, spent_alpha=spent), elsewhere)
+        before = ledger.answers_before(asked)
+        ledger.answer([Answer(asked, c.map, c.margin, c.alpha, c.upper, c.certified) for c in certificates])
+        return tuple(c.model_copy(update={"earlier": _earlier(before, c.map)}) for c in certificates)
+
+    def _terms(self, chain: Sequence[PrecisionMap]) -> dict[str, str]:
+        schemes = {one.scheme_of(name) for one in chain for name in one.low}
+        coupled = any(scheme is not None and shares_a_scale(scheme) for scheme in schemes)
+        return question_terms(self.task, self.first, self.prints, coupled)
+
+
+def chosen_on(split: SplitPrint) -> tuple[UnitSketch, ...]:
+    """What a map keeps of the split that chose it."""
+    sketches = [Sketch.of(view, IN_MAP) for view in split.views]
+    return tuple(UnitSketch(n=sketch.n, prints=sketch.text()) for sketch in sketches)
+
+
+def share_that_chose(precision_map: PrecisionMap, split: SplitPrint) -> float:
+    """The share of a split's units that chose the map, as far as its sketch tells. Raises ValueError for a broken one."""
+    return shared_units([Sketch.parse(known.prints, known.n) for known in precision_map.chosen_on], split.views)
+
+
+def _earlier(before: Sequence[tuple[str, Answer]], fingerprint: str) -> tuple[Earlier, ...]:
+    return tuple(
+        Earlier(split=split, margin=row.margin, alpha=row.alpha, upper=row.upper, certified=row.certified)
+        for split, row in before
+        if row.map == fingerprint
+    )

@@ -1,0 +1,206 @@
+"""Time the layers of a model on the target, each distinct (module, dtype, rows) once.
+
+Invariant: a time is in the journal before it is used, so that a run that is taken up again times nothing again and decides
+the same; and all times of one run are from one machine.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from precimap.errors import FAILURES, InputError, JournalError, first_line
+from precimap.hardware_profile import Device, HardwareProfile, LowTimes, Row, Times
+from precimap.journal import Measurement, run_journal
+from precimap.layers.inventory import Inventory
+from precimap.layers.quantized import QuantizedLayer
+from precimap.layers.stand_in import timed_codes, timed_module
+from precimap.layers.target import BASE, Target, Timer
+from precimap.numerics.schemes import SCHEMES, Amax, Scheme
+from precimap.searching.calibrate import Calibration, calibrated, codes
+from precimap.searching.eligibility import eligibility, open_pairs, refusing
+from precimap.searching.inventories import inventory_of
+from precimap.searching.latency.planned import Work, works
+from precimap.searching.preflight import check_weights
+from precimap.searching.progress import Progress, silent
+from precimap.searching.run import Run
+from precimap.searching.trial import tried
+from precimap.task import Task
+
+FAILED = "latency failed"  # the kind of what could not be timed, in the journal
+
+
+def bench_device(
+    task: Task,
+    *,
+    target: Target,
+    batch_sizes: Sequence[int] = (),
+    schemes: Sequence[Scheme] = tuple(SCHEMES.values()),
+    progress: Progress = silent,
+) -> HardwareProfile:
+    """Time the layers of a task's model on this machine, under the schemes that the target takes there.
+
+    Raises InputError for a target without time, and when it can run no layer in any of the schemes.
+    """
+    timer, sizes = target.timer, checked_sizes(batch_sizes)
+    if timer is None:
+        raise InputError(f"expected a target with times of its own, such as cpu-int8; {target.name} has none")
+    check_weights(task)
+    inventory = inventory_of(task)
+    allowed = eligibility(inventory, schemes, target, ())
+    pairs = open_pairs(allowed, schemes)
+    if not pairs:
+        raise InputError("; ".join(("nothing to time", *allowed.idle())))
+    with run_journal(None, {}) as journal:
+        run = Run(task, journal, progress)
+        calibration = calibrated(run, inventory, schemes)
+        allowed = refusing(allowed, tried(task, inventory, calibration, pairs), inventory, schemes)
+        pairs = open_pairs(allowed, schemes)
+        if not pairs:
+            raise InputError("; ".join(("nothing to time", *allowed.idle())))
+        return timed(run, inventory, calibration, pairs, target.name, timer, sizes or (inventory.units,))
+
+
+def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Raises InputError for a batch size that is not at least 1, or stands twice."""
+    if any(size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
+        raise InputError(f"expected batch sizes of at least 1, each once, got {', '.join(map(str, sizes))}")
+    return tuple(sizes)
+
+
+def timed(
+    run: Run,
+    inventory: Inventory,
+    calibration: Calibration,
+    pairs: Sequence[tuple[str, Scheme]],
+    target: str,
+    timer: Timer,
+    sizes: tuple[int, ...],
+) -> HardwareProfile:
+    """Each work once, from the journal where it holds it. What cannot be timed is not in it: `untimed` says why."""
+    schemes: dict[str, list[Scheme]] = defaultdict(list)
+    for name, scheme in pairs:
+        schemes[name].append(scheme)
+    asked: dict[Work, dict[str, tuple[str, Scheme | None]]] = defaultdict(dict)
+    for layer in inventory.layers:
+        for work in (work for size in sizes for work in works(inventory, layer, size)):
+            asked[work].setdefault(BASE, (layer.name, None))
+            for scheme in schemes[layer.name]:
+                asked[work].setdefault(scheme.name, (layer.name, scheme))
+    missing = {work: forms for work, forms in asked.items() if not _known(run, work, forms)}
+    device = _device(run, timer, bool(missing))
+    for done, (work, forms) in enumerate(missing.items()):
+        run.progress("time layers", done, len(missing))
+        _time(run, inventory, calibration, timer, work, forms)
+    run.progress("time layers", len(missing), len(missing))
+    used = {scheme.name: form_of(scheme) for _, scheme in pairs}
+    rows = tuple(_row(run, work, forms) for work, forms in asked.items())
+    return HardwareProfile(target=target, device=device, batch_sizes=sizes, schemes=used, rows=rows)
+
+
+def _known(run: Run, work: Work, forms: Iterable[str]) -> bool:
+    return all(_row_of(run, work, name) is not None for name in forms)
+
+
+def _row_of(run: Run, work: Work, name: str) -> Measurement | None:
+    """The times of a form, or why it has none."""
+    return run.journal.find("latency", str(work), name) or run.journal.find(FAILED, str(work), name)
+
+
+def _device(run: Run, timer: Timer, needed: bool) -> Device:
+    """Where this run's times are from. Raises JournalError when more are `needed` and they would be from elsewhere."""
+    here, found = timer.device(), run.journal.find("device", "latency")
+    if found is None:
+        run.journal.record("device", "latency", here.model_dump())
+        return here
+    there = Device(**found.value)
+    if needed and there != here:
+        raise JournalError(
+            f"the layers of this run were timed in part elsewhere: {'; '.join(there.differences(here))}. Take it up "
+            "there, or choose another run directory"
+        )
+    return there
+
+
+def _time(
+    run: Run,
+    inventory: Inventory,
+    calibration: Calibration,
+    timer: Timer,
+    work: Work,
+    forms: Mapping[str, tuple[str, Scheme | None]],
+) -> None:
+    """Time the forms that the journal lacks, in turns with the module as it is; the last row ends the work."""
+    lacking = [
+        (layer, scheme)
+        for name, (layer, scheme) in forms.items()
+        if scheme is not None and _row_of(run, work, name) is None
+    ]
+    made = codes(run.task, inventory, calibration, lacking)
+    module = timed_module(run.task.model, inventory.layer(forms[BASE][0]))
+    named = {layer.scheme.name: timed_codes(layer, inventory.layer(layer.name)) for layer in made}
+    try:
+        found = timer.seconds(module, named, work.rows, work.each)
+    except FAILURES:
+        fine = _timeable(run, timer, work, module, named)
+        found = timer.seconds(module, fine, work.rows, work.each)  # what the module as it is raises ends the run
+    for name, seconds in found.alone.items():
+        if run.journal.find("latency", str(work), name) is None:
+            value = {"seconds": seconds, "base": found.alone[BASE], "shared": found.shared.get(name)}
+            run.journal.record("latency", str(work), value, name)
+
+
+def _timeable(
+    run: Run, timer: Timer, work: Work, module: nn.Module, forms: Mapping[str, QuantizedLayer]
+) -> dict[str, QuantizedLayer]:
+    """The forms that can be timed, each tried by itself; why the others cannot is written down."""
+    fine = {}
+    for name, layer in forms.items():
+        try:
+            timer.seconds(module, {name: layer}, work.rows, work.each)
+        except FAILURES as error:
+            why = f"its kernel fails on {work.rows:,} rows ({first_line(error)})"
+            run.journal.record(FAILED, str(work), {"reason": why}, name)
+        else:
+            fine[name] = layer
+    return fine
+
+
+def untimed(
+    run: Run, inventory: Inventory, pairs: Sequence[tuple[str, Scheme]], sizes: tuple[int, ...]
+) -> dict[tuple[str, str], str]:
+    """Why pairs have no time on this machine."""
+    failed = {}
+    for name, scheme in pairs:
+        for work in (work for size in sizes for work in works(inventory, inventory.layer(name), size)):
+            found = run.journal.find(FAILED, str(work), scheme.name)
+            if found is not None:
+                failed[name, scheme.name] = str(found.value["reason"])
+    return failed
+
+
+def _row(run: Run, work: Work, forms: Iterable[str]) -> Row:
+    low, base = {}, None
+    for name in forms:
+        found = _row_of(run, work, name)
+        assert found is not None
+        if found.kind == FAILED:
+            continue
+        seconds, beside, shared = (found.value[key] for key in ("seconds", "base", "shared"))
+        if name == BASE:
+            base = Times.of(seconds)
+        else:
+            after = None if shared is None else _ratio(shared, beside)
+            low[name] = LowTimes(seconds=Times.of(seconds), ratio=_ratio(seconds, beside), shared=after)
+    assert base is not None
+    return Row(module=work.module, dtype=work.dtype, each=work.each, rows=work.rows, base=base, low=low)
+
+
+def _ratio(seconds: Sequence[float], beside: Sequence[float]) -> Times:
+    return Times.of([a / b for a, b in zip(seconds, beside, strict=True)])
+
+
+def form_of(scheme: Scheme) -> dict[str, Any]:
+    """The scheme without what no kernel knows of: how its static input ranges were chosen."""
+    return (scheme.with_range(Amax()) if scheme.needs_calibration else scheme).row()

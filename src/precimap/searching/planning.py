@@ -1,0 +1,94 @@
+"""plan(): how many rows do I need? What the splits can tell, as a table over margins, without a search.
+
+Invariant: the same numbers that end a search early (`sample_size`); nothing is searched, certified or booked.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from precimap.journal import run_journal
+from precimap.layers.target import EMULATED, Target
+from precimap.numerics.schemes import Scheme
+from precimap.searching import preflight
+from precimap.searching.asked import schemes_of
+from precimap.searching.calibrate import calibrated
+from precimap.searching.eligibility import eligibility, open_pairs, refusing
+from precimap.searching.inventories import inventory_of
+from precimap.searching.limits import Limits
+from precimap.searching.progress import Progress, silent
+from precimap.searching.run import Run, scored
+from precimap.searching.sample_size import Outlook, outlook, pilots
+from precimap.searching.splits.three_splits import fingerprint_splits, unchanging
+from precimap.searching.trial import tried
+from precimap.task import Task
+
+MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the margin that was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a task's splits can tell: of the gate at several margins, then of each guard at its own.
+
+    notes: what is worth knowing of the task. `possible` says whether a map could be certified at the margin asked for.
+    """
+
+    margin: float
+    confidence: float
+    rows: tuple[Outlook, ...]
+    notes: tuple[str, ...]
+
+    def as_row(self) -> dict[str, Any]:
+        """For machines; what no number of units reaches is None."""
+        rows = [
+            {name: None if value == math.inf else value for name, value in asdict(row).items()} for row in self.rows
+        ]
+        told = {"margin": self.margin, "confidence": self.confidence, "possible": self.possible}
+        return {**told, "rows": rows, "notes": list(self.notes)}
+
+    @property
+    def possible(self) -> bool:
+        return not any(row.impossible for row in self.asked)
+
+    @property
+    def asked(self) -> tuple[Outlook, ...]:
+        """The rows that decide: the gate at the margin asked for, and every guard."""
+        gate = self.rows[0].label
+        return tuple(row for row in self.rows if row.label != gate or row.margin == self.margin)
+
+
+def plan(
+    task: Task,
+    margin: float,
+    *,
+    schemes: Sequence[str | Scheme] = ("fp8",),
+    confidence: float = 0.95,
+    target: Target = EMULATED,
+    progress: Progress = silent,
+) -> Plan:
+    """How many units the search and the certify split each need, at `margin` and around it.
+
+    One pass over calibration and search split and, for each scheme, one over a few batches with every layer low. Of two
+    splits the smaller one decides. Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the
+    input. The model stays as it was.
+    """
+    limits, chosen = Limits(margin, confidence, None, None), schemes_of(schemes, target)
+    first = preflight.check_task(task)
+    prints = fingerprint_splits(task, first.reads)
+    task = unchanging(task, prints)
+    inventory = inventory_of(task)
+    eligible = eligibility(inventory, chosen, target, ())
+    with run_journal(None, {}) as journal:
+        run = Run(task, journal, progress)
+        calibration = calibrated(run, inventory, chosen)
+        failed = tried(task, inventory, calibration, open_pairs(eligible, chosen))
+        eligible = refusing(eligible, failed, inventory, chosen)
+        baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
+        preflight.check_baseline(task, baseline.whole)
+        gate, *guards = pilots(run, inventory, calibration, baseline, open_pairs(eligible, chosen))
+    share = len(prints.certify.distinct) / len(prints.search.distinct)
+    rows = [outlook(gate, margin * multiple, share, limits.alpha) for multiple in MULTIPLES]
+    rows += [outlook(guard, guard.margin or margin, share, limits.alpha) for guard in guards]
+    notes = (*first.notes, *prints.notes, *preflight.doubts(task, baseline.whole, margin), *eligible.idle())
+    return Plan(margin, confidence, tuple(rows), notes)
