@@ -19,13 +19,13 @@ ORDER = (
     {"layers", "fingerprints", "content", "jagged"},
     {"metrics"},
     {"per_unit"},
-    {"task", "task_file"},
+    {"defaults", "loaders", "targets", "task", "task_file"},
     {"data"},
     {"searching", "runtime"},
     {"report"},
     {"demos"},
-    {"cli_options", "cli_ending"},
-    {"cli", "__init__", "__main__"},
+    {"cli_options", "cli_values", "cli_ending"},
+    {"cli", "api", "__init__", "__main__"},
 )
 STRANGERS = {("searching", "runtime"), ("runtime", "searching")}
 TORCH_FREE = (

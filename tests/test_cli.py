@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from precimap.cli import main
-from precimap.cli_options import check_margin, margin_of
 from precimap.errors import InputError
 from precimap.metrics import NE, NE_MARGINS, Calibration, LogLoss
+from precimap.searching.limits import margin_of
 
 TASK = """
 from small_tasks import planted_task
@@ -229,9 +229,8 @@ def test_the_shell_can_complete(precimap: Callable[..., Ran], monkeypatch: pytes
 
 
 def test_a_percentage_is_a_share_of_the_baseline_s_metric() -> None:
-    assert {name: margin_of(name) for name in NE_MARGINS} == pytest.approx(NE_MARGINS)
-    check_margin(margin_of("0.05%"), NE())
-    check_margin(margin_of("0.05%"), Calibration())
-    check_margin(margin_of("0.0005"), LogLoss())
+    assert {name: margin_of(name, NE()) for name in NE_MARGINS} == pytest.approx(NE_MARGINS)
+    assert margin_of("0.05%", Calibration()) == pytest.approx(0.0005)
+    assert margin_of("0.0005", LogLoss()) == 0.0005
     with pytest.raises(InputError, match=r"expected a margin in nats, got 0\.05%"):
-        check_margin(margin_of("0.05%"), LogLoss())
+        margin_of("0.05%", LogLoss())

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from rich.text import Text
 
 from precimap.cli import app
 from precimap.cli_ending import Result, ended
-from precimap.errors import AlphaSpent, TaskError
+from precimap.errors import AlphaSpent, JournalError, TaskError
+from precimap.report.run_record import RunRecord, read_run
 from precimap.report.terminal import Rows, Terminal, lines_of, shown
 
 TASK = """
@@ -37,6 +39,13 @@ def leaving():
 def waiting():
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
+def slow():
+    def forward(model, batch):
+        until = time.monotonic() + 5
+        while os.path.exists("run/measurements.sqlite") and not os.path.exists("go") and time.monotonic() < until:
+            time.sleep(0.01)
+        return plain(model, batch)
+    return planted_task(forward=forward)
 def broken():
     task = planted_task()
     def forward(model, batch):
@@ -97,8 +106,42 @@ def test_an_interrupt_is_told(folder: Path) -> None:
         out, err = process.communicate()
     assert process.returncode == 130
     assert out == ""
-    assert "interrupted" in err
+    assert err.splitlines()[-1] == "Interrupted."
     assert "Traceback" not in err
+
+
+def test_an_interrupted_search_says_that_nothing_is_lost_and_goes_on(folder: Path) -> None:
+    """Interrupted after its first measurement, when every further one takes five seconds."""
+    asked = ("search", "mine.py:slow", "--scheme", "fp8", "--margin", "0.2", "--rounding-draws", "0", "--run", "run")
+    with started(*asked, cwd=folder, out=subprocess.PIPE) as process:
+        measured = first_measured(folder / "run", process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == (
+        "Interrupted. Nothing that was measured is lost: it is kept in run, and the same command goes on where it stopped."
+    )
+    (folder / "go").touch()
+    with started(*asked, "--json", cwd=folder, out=subprocess.PIPE) as process:
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert json.loads(out)["certified"]
+    after = read_run(folder / "run").batches
+    assert all(after[stage] >= batches for stage, batches in measured.batches.items())
+
+
+def first_measured(run: Path, process: "subprocess.Popen[str]") -> RunRecord:
+    """The run as soon as it holds a measurement."""
+    while process.poll() is None:
+        try:
+            found = read_run(run)
+            if any(found.batches.values()):
+                return found
+        except JournalError:
+            pass  # there is none yet
+        time.sleep(0.05)
+    raise AssertionError(f"the search ended: {process.communicate()[1]}")
 
 
 def failing(error: BaseException) -> Callable[[], Result]:

@@ -20,7 +20,8 @@ from safetensors.torch import save
 from torch import nn
 
 from precimap import HardwareProfile, PrecisionMap, load_deployed
-from precimap.cli_options import allowed_of, margin_of, sizes_of
+from precimap.cli_options import margin_text
+from precimap.cli_values import allowed_of, sizes_of
 from precimap.errors import InputError, JournalError, MapError, PrecimapError, ProfileError
 from precimap.journal import open_journal, run_journal
 from precimap.numerics.schemes import SCHEMES, range_rule_from_row
@@ -322,7 +323,7 @@ def test_what_is_typed_on_the_command_line(folder: Path) -> None:
         for parse in (range_rule_from_row, sizes_of, lambda given: allowed_of([given])):
             refused(lambda parse=parse, text=text: parse(text), number)
         with contextlib.suppress(typer.BadParameter):
-            margin_of(text)
+            margin_text(text)
         if number % 10 == 0 and not text.partition(":")[0].replace(".", "").isidentifier():
             refused(lambda text=text: load_task(str(folder / text) if text.endswith(".py") else text), number)
     with pytest.raises(InputError):

@@ -23,7 +23,8 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "map.json").is_file()
     result, fast = names["result"], names["fast"]
     assert result.certified  # type: ignore[attr-defined]
-    assert fast(next(iter(names["task"].splits.search))["x"]).shape == (1000, 32)  # type: ignore[operator, attr-defined]
+    assert fast(next(iter(names["task"].splits.search))[0]).shape == (200, 32)  # type: ignore[operator, attr-defined]
+    assert names["second"].certified  # type: ignore[attr-defined]
 
 
 def test_the_commands_exist_with_the_options_named() -> None:

@@ -1,60 +1,33 @@
-"""precimap: the fastest per-layer precision map that your own task metric cannot tell from the original."""
+"""precimap: the fastest per-layer precision map that your own task metric cannot tell from the original.
 
-from precimap import metrics
-from precimap.certificate import Certificate
-from precimap.end_to_end import EndToEnd
-from precimap.hardware_profile import HardwareProfile
-from precimap.layers.discover import discover
-from precimap.layers.target import EMULATED
-from precimap.metrics.guard import Guard
-from precimap.precision_map import PrecisionMap
-from precimap.runtime.checkpoint import load_deployed, save_deployed
-from precimap.runtime.compiled import compiled
-from precimap.runtime.compiled_target import CPU_INT8_COMPILED, CUDA_FP8_COMPILED
-from precimap.runtime.cpu_int8 import CPU_INT8
-from precimap.runtime.cuda_fp8 import CUDA_FP8
-from precimap.runtime.cuda_graphs import graphed
-from precimap.runtime.deploy import deploy
-from precimap.runtime.torchrec_tables import TORCHREC
-from precimap.searching.allocation.knapsack import Constraints
-from precimap.searching.allocation.rules import Knapsack, Threshold
-from precimap.searching.latency.serving import Serving
-from precimap.searching.latency.timed import bench_device
-from precimap.searching.limits import Effort
-from precimap.searching.pipeline import search
-from precimap.searching.planning import Plan, plan
-from precimap.searching.result import SearchResult
-from precimap.task import Splits, Task
+The names are those of `precimap/api.py`. Invariant: importing this package imports no other library; a name is looked up
+when it is asked for, so that `precimap --help` need not wait seconds for torch. Not taken: a table of names and modules
+here, beside the imports that type checkers read: a new name would have to be written twice.
+"""
 
-__all__ = [
-    "CPU_INT8",
-    "CPU_INT8_COMPILED",
-    "CUDA_FP8",
-    "CUDA_FP8_COMPILED",
-    "EMULATED",
-    "TORCHREC",
-    "Certificate",
-    "Constraints",
-    "Effort",
-    "EndToEnd",
-    "Guard",
-    "HardwareProfile",
-    "Knapsack",
-    "Plan",
-    "PrecisionMap",
-    "SearchResult",
-    "Serving",
-    "Splits",
-    "Task",
-    "Threshold",
-    "bench_device",
-    "compiled",
-    "deploy",
-    "discover",
-    "graphed",
-    "load_deployed",
-    "metrics",
-    "plan",
-    "save_deployed",
-    "search",
-]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from precimap.api import *  # noqa: F403 - the whole API, for type checkers
+
+__version__: str
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that is found here
+
+    def __getattr__(name: str) -> object:
+        """The version, the names of the API, and modules that the API has imported, such as `precimap.errors`."""
+        from importlib import import_module, metadata  # here, so that they are no names of the package
+
+        if name == "__version__":
+            return metadata.version("precimap")
+        if name == "__all__" or not name.startswith("__"):
+            api = vars(import_module("precimap.api"))
+            if name == "__all__":
+                return sorted(one for one in api if not one.startswith("_"))
+            for names in (api, globals()):
+                if name in names:
+                    return names[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__"), "__all__", "__version__"} - {"TYPE_CHECKING"})

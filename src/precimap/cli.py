@@ -2,6 +2,9 @@
 
 stdout is the result (`--json` for machines), stderr is progress and errors. Exit codes: 0 done, 1 the answer is no (not
 certified), 2 the input is wrong, 70 an error that precimap did not expect, 74 the result cannot be printed, 130 interrupted.
+
+Invariant: what takes long to import (torch) is imported by the verb that needs it, inside the verb, so that help, version
+and completion answer at once. Not taken: a module for each verb, which would part a verb's options from its work.
 """
 
 import functools
@@ -11,71 +14,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import ParamSpec
 
 import typer
 
-from precimap.cli_ending import DONE, NO, Result, ended, unexpected
-from precimap.cli_options import (
-    TARGETS,
-    AllowOption,
-    BatchSizesOption,
-    BitsOption,
-    BudgetOption,
-    BytesOption,
-    ConfidenceOption,
-    GainOption,
-    JsonOption,
-    MapArgument,
-    MarginOption,
-    PeakOption,
-    Probes,
-    ProfileOption,
-    RangeOption,
-    RealignOption,
-    RuleName,
-    RuleOption,
-    RunOption,
-    SchemeOption,
-    TargetName,
-    TargetOption,
-    TaskArgument,
-    TimingOption,
-    allowed_of,
-    check_margin,
-    effort_of,
-    rule_of,
-    serving_of,
-    sizes_of,
-)
-from precimap.demos.demo import run_demo, unused_directory
+import precimap.cli_options as options
+from precimap.cli_ending import DONE, NO, Result, ended, taken_up_again, unexpected
 from precimap.errors import MapError, UncertifiedMapWarning
-from precimap.numerics.schemes import SCHEMES, range_rule_from_row
-from precimap.numerics.schemes import scheme as scheme_by_name
-from precimap.precision_map import PrecisionMap
-from precimap.report.inventory_table import inventory_table
-from precimap.report.plan_table import plan_page
-from precimap.report.profile_table import profile_page
+from precimap.numerics.schemes import SCHEMES
 from precimap.report.progress_bar import progress_bar
-from precimap.report.proof import certificate_text
-from precimap.report.run_record import read_run
-from precimap.report.tables import preflight_text, run_page
 from precimap.report.terminal import Terminal, lines_of
-from precimap.runtime.checkpoint import save_deployed
-from precimap.runtime.cuda_fp8 import EXPERIMENTAL, marked
-from precimap.runtime.deploy import deploy as deploy_map
-from precimap.runtime.deploy import deployment_of
-from precimap.searching.allocation.knapsack import Constraints
-from precimap.searching.allocation.rules import Knapsack
-from precimap.searching.certificate.recertify import recertify
-from precimap.searching.evidence.known import BYTES_WORTH
-from precimap.searching.inventories import inventory_of
-from precimap.searching.latency.timed import bench_device as time_layers
-from precimap.searching.limits import USUAL_EFFORT
-from precimap.searching.pipeline import search as search_task
-from precimap.searching.planning import plan as plan_task
-from precimap.searching.preflight import check_weights
-from precimap.task_file import load_task
 
 app = typer.Typer(
     help="Find, prove and deploy the precision map that your own metric cannot tell from the original.",
@@ -97,9 +45,19 @@ def command(function: Callable[Asked, Result]) -> Callable[Asked, None]:
     return verb
 
 
+@app.callback()
+def before_the_verb(versions: options.VersionOption = False) -> None:
+    """What may stand before the verb; each option there ends the program by itself."""
+
+
 @command
-def layers(task: TaskArgument, as_json: JsonOption = False) -> Result:
+def layers(task: options.TaskArgument, as_json: options.JsonOption = False) -> Result:
     """List every layer of the model, and why the other parameters are none."""
+    from precimap.report.inventory_table import inventory_table
+    from precimap.searching.inventories import inventory_of
+    from precimap.searching.preflight import check_weights
+    from precimap.task_file import load_task
+
     loaded = load_task(task)
     check_weights(loaded)
     inventory = inventory_of(loaded)
@@ -107,51 +65,54 @@ def layers(task: TaskArgument, as_json: JsonOption = False) -> Result:
 
 
 @command
+@taken_up_again
 def search(
-    task: TaskArgument,
-    margin: MarginOption,
-    scheme: SchemeOption,
-    run: RunOption,
-    confidence: ConfidenceOption = 0.95,
-    rule: RuleOption = RuleName.KNAPSACK,
-    cutoff: Annotated[float | None, typer.Option(help="Per layer; default margin / number of candidates.")] = None,
-    target: TargetOption = TargetName.EMULATED,
-    pin: Annotated[
-        list[str] | None, typer.Option(help="Keep the layer of this name, or those that match this shell pattern.")
-    ] = None,
-    allow: AllowOption = None,
-    input_range: RangeOption = "amax",
-    probe: Annotated[Probes, typer.Option(help="Which layers are measured one at a time.")] = Probes.AMBIGUOUS,
-    minimum_gain: GainOption = 0.0,
-    maximum_bytes: Annotated[int | None, typer.Option(help="Of all layers together, under the map.")] = None,
-    bytes_worth: BytesOption = BYTES_WORTH,
-    effective_bits: BitsOption = None,
-    rounding_draws: Annotated[int, typer.Option(help="Shifted rounding grids for the final map; 0: none.")] = 8,
-    screen_memory: Annotated[int, typer.Option(help="MB that the screen may hold for a batch.")] = 4096,
-    replay_memory: Annotated[int, typer.Option(help="MB of recorded results that probes may hold.")] = 4096,
-    max_minutes: Annotated[float | None, typer.Option(help="Then certify the best answer so far.")] = None,
-    alpha_budget: BudgetOption = None,
-    realign: RealignOption = False,
-    profile: ProfileOption = None,
-    batch_sizes: BatchSizesOption = "",
-    timing_seconds: TimingOption = USUAL_EFFORT.timing_seconds,
-    peak_tflops: PeakOption = None,
-    as_json: JsonOption = False,
+    task: options.TaskArgument,
+    *,
+    margin: options.MarginOption,
+    confidence: options.ConfidenceOption = 0.95,
+    cutoff: options.CutoffOption = None,
+    alpha_budget: options.BudgetOption = None,
+    realign: options.RealignOption = False,
+    scheme: options.SchemeOption,
+    rule: options.RuleOption = options.RuleName.KNAPSACK,
+    target: options.TargetOption = options.TargetName.EMULATED,
+    pin: options.PinOption = None,
+    allow: options.AllowOption = None,
+    input_range: options.RangeOption = "amax",
+    minimum_gain: options.GainOption = 0.0,
+    maximum_bytes: options.MaximumBytesOption = None,
+    bytes_worth: options.BytesWorthOption = options.BYTES_WORTH,
+    effective_bits: options.BitsOption = None,
+    profile: options.ProfileOption = None,
+    batch_sizes: options.BatchSizesOption = "",
+    timing_seconds: options.TimingOption = options.TIMING_SECONDS,
+    peak_tflops: options.PeakOption = None,
+    probe: options.ProbeOption = options.Probes.AMBIGUOUS,
+    rounding_draws: options.DrawsOption = options.ROUNDING_DRAWS,
+    screen_memory: options.ScreenMemoryOption = options.MEMORY_MB,
+    replay_memory: options.ReplayMemoryOption = options.MEMORY_MB,
+    max_minutes: options.MinutesOption = None,
+    run: options.RunOption,
+    as_json: options.JsonOption = False,
 ) -> Result:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""
-    asked = range_rule_from_row(input_range)
-    schemes = [found.with_range(asked) if found.needs_calibration else found for found in map(scheme_by_name, scheme)]
+    from precimap.cli_values import allowed_of, effort_of, ranged_schemes, rule_of, serving_of
+    from precimap.report.tables import preflight_text
+    from precimap.searching.pipeline import search as search_task
+    from precimap.task_file import load_task
+
+    schemes = ranged_schemes(scheme, input_range)
     loaded = load_task(task)
-    check_margin(margin, loaded.metric)
     with progress_bar(_errors) as progress:
         result = search_task(
             loaded,
             schemes=schemes,
             margin=margin,
             confidence=confidence,
-            rule=rule_of(rule, Knapsack(Constraints(minimum_gain, maximum_bytes), effective_bits, bytes_worth)),
+            rule=rule_of(rule, minimum_gain, maximum_bytes, effective_bits, bytes_worth),
             cutoff=cutoff,
-            target=TARGETS[target],
+            target=target.value,
             pinned=pin or (),
             allowed=allowed_of(allow or ()),
             alpha_budget=alpha_budget,
@@ -162,55 +123,61 @@ def search(
             progress=progress,
             on_preflight=lambda found: _errors.print(preflight_text(asdict(found))),
         )
+    return _recorded(run, as_json, DONE if result.certified else NO)
+
+
+def _recorded(run: Path, as_json: bool, code: int = DONE) -> Result:
+    from precimap.report.run_record import read_run
+    from precimap.report.tables import run_page
+
     record = read_run(run)
-    return Result(record.as_row(), run_page(record), as_json, DONE if result.certified else NO)
+    return Result(record.as_row(), run_page(record), as_json, code)
 
 
 @command
 def plan(
-    task: TaskArgument,
-    margin: MarginOption,
-    scheme: Annotated[list[str] | None, typer.Option(help="Several, if need be; default fp8.")] = None,
-    confidence: ConfidenceOption = 0.95,
-    target: TargetOption = TargetName.EMULATED,
-    as_json: JsonOption = False,
+    task: options.TaskArgument,
+    *,
+    margin: options.MarginOption,
+    confidence: options.ConfidenceOption = 0.95,
+    scheme: options.PlannedSchemeOption = None,
+    target: options.TargetOption = options.TargetName.EMULATED,
+    as_json: options.JsonOption = False,
 ) -> Result:
     """How many rows do I need? What the splits can tell at this margin and around it. Exit code 1 when no map can pass."""
+    from precimap.report.plan_table import plan_page
+    from precimap.searching.planning import plan as plan_task
+    from precimap.task_file import load_task
+
     loaded = load_task(task)
-    check_margin(margin, loaded.metric)
     with progress_bar(_errors) as progress:
         found = plan_task(
-            loaded,
-            margin,
-            schemes=scheme or ["fp8"],
-            confidence=confidence,
-            target=TARGETS[target],
-            progress=progress,
+            loaded, margin, schemes=scheme or "fp8", confidence=confidence, target=target.value, progress=progress
         )
     return Result(found.as_row(), plan_page(found), as_json, DONE if found.possible else NO)
 
 
 @command
 def certify(
-    task: TaskArgument,
-    precision_map: MapArgument,
-    margin: MarginOption,
-    confidence: ConfidenceOption = 0.95,
-    alpha_budget: BudgetOption = None,
-    output: Annotated[Path | None, typer.Option(help="Write the map with its new certificate here.")] = None,
-    as_json: JsonOption = False,
+    task: options.TaskArgument,
+    precision_map: options.MapArgument,
+    *,
+    margin: options.MarginOption,
+    confidence: options.ConfidenceOption = 0.95,
+    alpha_budget: options.BudgetOption = None,
+    output: options.CertifiedOption = None,
+    as_json: options.JsonOption = False,
 ) -> Result:
     """Judge one map on the certify split. Exit code 1 when it is not certified."""
-    loaded, given = load_task(task), PrecisionMap.load(precision_map)
-    check_margin(margin, loaded.metric)
-    if given.target not in set(TargetName):
-        raise MapError(f"{precision_map}: expected a target out of {', '.join(TargetName)}, got {given.target!r}")
-    target = TARGETS[TargetName(given.target)]
+    from precimap.report.proof import certificate_text
+    from precimap.searching.certificate.one_map import certify as certify_map
+    from precimap.task_file import load_task
+
+    loaded = load_task(task)
     with progress_bar(_errors) as progress:
-        certified = recertify(
+        certified = certify_map(
             loaded,
-            given,
-            target=target,
+            precision_map,
             margin=margin,
             confidence=confidence,
             alpha_budget=alpha_budget,
@@ -226,15 +193,21 @@ def certify(
 
 @command
 def deploy(
-    task: TaskArgument,
-    precision_map: MapArgument,
-    output: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    target: Annotated[
-        TargetName | None, typer.Option(help=f"Default: the map's own; cuda-fp8 is {EXPERIMENTAL}.")
-    ] = None,
-    as_json: JsonOption = False,
+    task: options.TaskArgument,
+    precision_map: options.MapArgument,
+    *,
+    target: options.DeployTargetOption = None,
+    output: options.DeployedOption,
+    as_json: options.JsonOption = False,
 ) -> Result:
     """Deploy a map, compare it with its emulation on one batch, and save it."""
+    from precimap.precision_map import PrecisionMap
+    from precimap.runtime.checkpoint import save_deployed
+    from precimap.runtime.cuda_fp8 import marked
+    from precimap.runtime.deploy import deploy as deploy_map
+    from precimap.runtime.deploy import deployment_of
+    from precimap.task_file import load_task
+
     loaded, given = load_task(task), PrecisionMap.load(precision_map)
     if not given.low:
         raise MapError(f"{precision_map}: the map keeps every layer at base precision; there is nothing to deploy")
@@ -263,30 +236,35 @@ def deploy(
 
 
 @command
-def report(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
-    as_json: JsonOption = False,
-) -> Result:
+def report(run: options.RunArgument, as_json: options.JsonOption = False) -> Result:
     """Print a run's tables again."""
-    record = read_run(run)
-    return Result(record.as_row(), run_page(record), as_json)
+    return _recorded(run, as_json)
 
 
 @command
 def bench_device(
-    task: TaskArgument,
-    output: Annotated[Path, typer.Option(help="The profile to write, JSON.")],
-    target: TargetOption = TargetName.CPU_INT8,
-    batch_sizes: BatchSizesOption = "",
-    scheme: Annotated[list[str] | None, typer.Option(help="Several, if need be; default all that run here.")] = None,
-    as_json: JsonOption = False,
+    task: options.TaskArgument,
+    *,
+    scheme: options.TimedSchemeOption = None,
+    target: options.TargetOption = options.TargetName.CPU_INT8,
+    batch_sizes: options.BatchSizesOption = "",
+    output: options.TimesOption,
+    as_json: options.JsonOption = False,
 ) -> Result:
     """Time the layers of a task's model on this machine, for `search --profile` here or elsewhere."""
+    from precimap.cli_values import sizes_of
+    from precimap.report.profile_table import profile_page
+    from precimap.searching.latency.timed import bench_device as time_layers
+    from precimap.task_file import load_task
+
     loaded = load_task(task)
-    schemes = [scheme_by_name(name) for name in scheme or SCHEMES]
     with progress_bar(_errors) as progress:
         found = time_layers(
-            loaded, target=TARGETS[target], batch_sizes=sizes_of(batch_sizes), schemes=schemes, progress=progress
+            loaded,
+            target=target.value,
+            batch_sizes=sizes_of(batch_sizes),
+            schemes=scheme or list(SCHEMES),
+            progress=progress,
         )
     found.save(output)
     return Result(found.model_dump(mode="json"), profile_page(found, output), as_json)
@@ -294,15 +272,11 @@ def bench_device(
 
 @command
 def demo(
-    out: Annotated[
-        Path | None, typer.Option(help="A new directory; default precimap-runs/demo, demo-2, ...", show_default=False)
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A local folder or Hugging Face id instead of the packaged model.")
-    ] = None,
-    as_json: JsonOption = False,
+    out: options.OutOption = None, model: options.ModelOption = None, as_json: options.JsonOption = False
 ) -> Result:
     """Semantic search over the Python documentation on this machine: two maps, certified, one deployed and timed."""
+    from precimap.demos.demo import run_demo, unused_directory
+
     with progress_bar(_errors) as progress:
         result = run_demo(out or unused_directory(Path("precimap-runs/demo")), model, progress)
     return Result(result.as_row(), result.page(), as_json)

@@ -6,6 +6,7 @@ a task that prints does not break the JSON; only what a command returns is writt
 """
 
 import ctypes
+import functools
 import json
 import os
 import sys
@@ -13,17 +14,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec
 
 from rich.console import RenderableType
 
 from precimap.durable import write_text
 from precimap.errors import PrecimapError
 from precimap.report.terminal import Terminal, shown
-from precimap.searching.limits import state_directory
 
 DONE, NO, WRONG_INPUT, INTERNAL, NOT_WRITTEN, INTERRUPTED = 0, 1, 2, 70, 74, 130  # 70 and 74 as in sysexits.h
 WIDTH = 80
+Asked = ParamSpec("Asked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ def ended(command: Callable[[], Result]) -> int:
             result = command()
     except PrecimapError as error:
         return told(f"{type(error).__name__}: {error}", WRONG_INPUT)
-    except KeyboardInterrupt:
-        return told("interrupted; a run directory keeps what was measured, and the same command goes on", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return told(str(interrupt) or "Interrupted.", INTERRUPTED)
     except SystemExit as error:
         return told(
             f"the task's code ended the program (exit {error.code}); let it raise an error instead", WRONG_INPUT
@@ -60,6 +61,22 @@ def ended(command: Callable[[], Result]) -> int:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return told(f"cannot print the result: {why}", NOT_WRITTEN)
     return result.code
+
+
+def taken_up_again(command: Callable[Asked, Result]) -> Callable[Asked, Result]:
+    """A command with a run directory, `run`: an interrupt says that it holds what was measured, and how to go on."""
+
+    @functools.wraps(command)
+    def kept(*args: Asked.args, **kwargs: Asked.kwargs) -> Result:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"Interrupted. Nothing that was measured is lost: it is kept in {kwargs['run']}, and the same command goes "
+                "on where it stopped."
+            ) from None
+
+    return kept
 
 
 def unexpected(error: BaseException) -> int:
@@ -78,11 +95,14 @@ def told(message: str, code: int) -> int:
 
 def _kept(error: BaseException) -> str:
     """Write the traceback down and say where."""
-    text, path = "".join(traceback.format_exception(error)), state_directory() / "last-error.txt"
+    text = "".join(traceback.format_exception(error))
     try:
+        from precimap.searching.limits import state_directory  # imports torch, which may be what failed
+
+        path = state_directory() / "last-error.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-    except (OSError, PrecimapError):
+    except Exception:  # noqa: BLE001 - then it is shown, whatever kept it from being written
         return f"its traceback:\n{text}"
     return f"its traceback is in {path}"
 

@@ -1,32 +1,33 @@
 """What may follow a command: the arguments and options, each written once, with the names that a user types.
 
 Invariant: no option is defined that no command reads. A value that a user can mistype is a StrEnum or has a parser here.
+Every help text is whole sentences, and options that belong together stand in one panel. Nothing here imports torch,
+because `--help` would wait for it; so the few defaults and words that stand in modules with torch are repeated here, and
+tests hold them equal. What makes values of what was typed is in `cli_values`.
 """
 
-from collections.abc import Sequence
+import platform
 from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from precimap.errors import InputError
-from precimap.hardware_profile import HardwareProfile
-from precimap.layers.target import EMULATED, Target
-from precimap.metrics.click import NE_MARGINS
-from precimap.metrics.metric import RELATIVE, Metric
+from precimap.cli_ending import Result, ended
 from precimap.numerics.schemes import SCHEMES
-from precimap.runtime.compiled_target import CPU_INT8_COMPILED, CUDA_FP8_COMPILED
-from precimap.runtime.cpu_int8 import CPU_INT8
-from precimap.runtime.cuda_fp8 import CUDA_FP8, EXPERIMENTAL
-from precimap.runtime.torchrec_tables import TORCHREC
-from precimap.searching.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
-from precimap.searching.latency.serving import Serving
-from precimap.searching.limits import Effort
+from precimap.report.terminal import lines_of
+
+# Repeated from metrics.click, runtime.cuda_fp8, searching.evidence.known and searching.limits.
+NE_MARGINS = ("0.02%", "0.05%", "0.1%")
+EXPERIMENTAL = "experimental: not yet measured on a GPU"
+BYTES_WORTH, TIMING_SECONDS, ROUNDING_DRAWS, MEMORY_MB = 1e-3, 10.0, 8, 4096
+
+PANELS = QUESTION, CHOICE, SERVING, EFFORT, OUTPUT = "Question", "Choice", "Serving", "Effort", "Output"
 
 
 class TargetName(StrEnum):
-    """What a map can be made for here."""
+    """What a map can be made for here: the names of `precimap.targets`."""
 
     EMULATED = "emulated"
     CPU_INT8 = "cpu-int8"
@@ -50,143 +51,259 @@ class RuleName(StrEnum):
     THRESHOLD = "threshold"
 
 
-TARGETS: dict[TargetName, Target] = {
-    TargetName.EMULATED: EMULATED,
-    TargetName.CPU_INT8: CPU_INT8,
-    TargetName.CPU_INT8_COMPILED: CPU_INT8_COMPILED,
-    TargetName.CUDA_FP8: CUDA_FP8,
-    TargetName.CUDA_FP8_COMPILED: CUDA_FP8_COMPILED,
-    TargetName.TORCHREC: TORCHREC,
-}
-
-TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="file.py, file.py:function or package.module:function")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="A map.json that a search wrote.")]
-TargetOption = Annotated[TargetName, typer.Option(help=f"What the map is for; cuda-fp8 is {EXPERIMENTAL}.")]
+def option(panel: str, said: str, *names: str, **how: Any) -> Any:
+    """A typer option in a panel of the help."""
+    return typer.Option(*names, help=said, rich_help_panel=panel, **how)
 
 
-class Percentage(float):
-    """A margin that was given in per cent: 0.0005 for "0.05%"."""
-
-
-def margin_of(text: str) -> float:
-    """A number, or a percentage of the baseline's metric."""
+def margin_text(text: str) -> str:
+    """The text, if it is a number or a percentage; of what, the task's metric says later."""
     try:
-        return Percentage(float(text.removesuffix("%")) / 100) if text.endswith("%") else float(text)
+        float(text.strip().removesuffix("%"))
     except ValueError:
         raise typer.BadParameter(
             f"expected a number such as 0.002, or a percentage such as 0.05%, got {text!r}"
         ) from None
+    return text
 
 
-def check_margin(margin: float, metric: Metric) -> None:
-    """Raises InputError for a percentage of a metric whose drop is not relative: nobody could tell of what."""
-    if isinstance(margin, Percentage) and metric.unit != RELATIVE:
-        raise InputError(
-            f"expected a margin in {metric.unit or f'units of {metric.name}'}, got {100 * margin:g}%; per cent are for "
-            "metrics whose drop is relative, such as NE"
-        )
+def _version(package: str) -> str:
+    """As installed; the package is not imported."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
-MarginOption = Annotated[
-    float,
+def _print_versions(asked: bool) -> None:
+    if asked:
+        said = f"precimap {_version('precimap')} (torch {_version('torch')}, Python {platform.python_version()})"
+        raise typer.Exit(ended(lambda: Result({}, lines_of([said]), as_json=False)))
+
+
+VersionOption = Annotated[
+    bool,
     typer.Option(
-        help=f"The largest drop you accept, in the metric's units; of NE for instance {', '.join(NE_MARGINS)}.",
-        parser=margin_of,
+        "--version",
+        callback=_print_versions,
+        is_eager=True,
+        help="Print the versions of precimap, torch and Python, and end.",
     ),
 ]
-ConfidenceOption = Annotated[float, typer.Option(help="One-sided confidence of the certificate.")]
-RunOption = Annotated[
-    Path, typer.Option(help="Directory of the measurements and the map; taken up again if it exists.")
+TaskArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK",
+        help="The task is what a Python function returns: give file.py:function or package.module:function, or file.py "
+        "alone if its function is called task.",
+    ),
 ]
-RuleOption = Annotated[RuleName, typer.Option(help="Most time saved for the margin, or each layer by itself.")]
-RangeOption = Annotated[str, typer.Option(help="How static input ranges are chosen: amax, percentile:99.9 or mse.")]
+MapArgument = Annotated[Path, typer.Argument(metavar="MAP", help="Give the file map.json that a search wrote.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Give the run directory of a search.")]
+
+MarginOption = Annotated[
+    str,
+    option(
+        QUESTION,
+        "The metric may drop by at most this much, in its own units. For a metric whose drop is relative to the original "
+        f"model's value, such as normalised entropy (NE), it can be given in per cent: {', '.join(NE_MARGINS)} are usual.",
+        parser=margin_text,
+        metavar="NUMBER",
+    ),
+]
+ConfidenceOption = Annotated[
+    float,
+    option(
+        QUESTION,
+        "The certificate has to be this sure: with 0.95, a map that drops by more than the margin is certified in at most "
+        "5% of cases.",
+    ),
+]
+CutoffOption = Annotated[
+    float | None,
+    option(
+        QUESTION,
+        "A layer is called tolerant when its own drop is surely below this number. The default is the margin divided by the "
+        "number of layers that could take low precision.",
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    option(
+        QUESTION,
+        "Every question that the certify split answers uses up some of its permitted probability of error; this is how much "
+        "all questions together may use. The default is 1 - confidence, which is enough for one question.",
+    ),
+]
+RealignOption = Annotated[
+    bool,
+    option(
+        QUESTION,
+        "Correct the scale and the bias of the model's last logit for what low precision shifts; this needs no labels and "
+        "costs no time when the model runs.",
+        "--realign",
+    ),
+]
+
+SchemeOption = Annotated[
+    list[str],
+    option(
+        CHOICE,
+        "Layers may take this low-precision scheme; give the option several times, and each layer takes one of them. The "
+        f"schemes are {', '.join(SCHEMES)}.",
+    ),
+]
+PlannedSchemeOption = Annotated[
+    list[str] | None,
+    option(CHOICE, "Plan for this low-precision scheme; it can be given several times, and the default is fp8."),
+]
+TimedSchemeOption = Annotated[
+    list[str] | None,
+    option(CHOICE, "Time this scheme; it can be given several times, and the default is every scheme that runs here."),
+]
+RuleOption = Annotated[
+    RuleName,
+    option(
+        CHOICE,
+        "The rule knapsack looks for the layers that save the most time within the margin; threshold takes or leaves each "
+        "layer by its own drop.",
+    ),
+]
+TargetOption = Annotated[
+    TargetName,
+    option(CHOICE, f"The map is made for this hardware, or for an emulation of any; cuda-fp8 is {EXPERIMENTAL}."),
+]
+DeployTargetOption = Annotated[
+    TargetName | None,
+    option(CHOICE, f"Deploy for this target instead of the one that the map names; cuda-fp8 is {EXPERIMENTAL}."),
+]
+PinOption = Annotated[
+    list[str] | None,
+    option(
+        CHOICE,
+        "Keep the layer of this name in its original precision, or all layers whose names match this shell pattern; the "
+        "option can be given several times.",
+    ),
+]
 AllowOption = Annotated[
     list[str] | None,
-    typer.Option(help="PATTERN=SCHEME,...: the only schemes for the layer of this name, or of this shell pattern."),
+    option(
+        CHOICE,
+        "With PATTERN=SCHEME,SCHEME the layer of that name, or all layers that match that shell pattern, may take these "
+        "schemes only. The option can be given several times.",
+    ),
 ]
-SchemeOption = Annotated[
-    list[str], typer.Option(help=f"Give several to let each layer take one; out of {', '.join(SCHEMES)}.")
+RangeOption = Annotated[
+    str,
+    option(
+        CHOICE,
+        "Schemes with a fixed range for a layer's input choose the range in this way: amax covers every value seen, "
+        "percentile:99.9 leaves out the largest 0.1%, and mse makes the mean squared error smallest.",
+    ),
 ]
 GainOption = Annotated[
     float,
-    typer.Option(help="Least gain of a map: the share of the layers' time that it saves, and its bytes' worth."),
+    option(
+        CHOICE,
+        "A map has to gain at least this much: the share of the layers' time that it saves, and what its saved bytes are "
+        "worth.",
+    ),
 ]
-BitsOption = Annotated[float | None, typer.Option(help="Limit of the average bits of a weight, scales included.")]
-RealignOption = Annotated[
-    bool, typer.Option("--realign", help="Fold a label-free scale and bias of the logit into the last layer.")
+MaximumBytesOption = Annotated[
+    int | None, option(CHOICE, "All layers together may take at most this many bytes under the map.")
 ]
-BytesOption = Annotated[
-    float, typer.Option(help="What saving all bytes is worth, where saving all of the layers' time is worth 1.")
+BytesWorthOption = Annotated[
+    float,
+    option(CHOICE, "Saving all bytes is worth this much, where saving all of the layers' time is worth 1."),
+]
+BitsOption = Annotated[
+    float | None,
+    option(CHOICE, "The weights may take at most this many bits each on average, their scales included."),
+]
+ModelOption = Annotated[
+    str | None,
+    option(CHOICE, "Use the model in this local folder, or of this Hugging Face id, instead of the packaged one."),
 ]
 
-
-def allowed_of(rules: Sequence[str]) -> dict[str, list[str]]:
-    """Pattern -> names of schemes, of rules such as "tower.*=fp8,int8-static". Raises InputError for another form."""
-    found = {}
-    for text in rules:
-        pattern, equals, names = text.rpartition("=")
-        if not equals:
-            raise InputError(f"expected --allow PATTERN=SCHEME,SCHEME (or PATTERN= for none), got {text!r}")
-        found[pattern] = [name for name in names.split(",") if name]
-    return found
-
-
-def sizes_of(text: str) -> tuple[int, ...]:
-    """Whole numbers between commas: "64,1024"."""
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise InputError(f"expected batch sizes such as 64,1024, got {text!r}") from None
-
-
+ProfileOption = Annotated[
+    Path | None,
+    option(SERVING, "Plan with the times in this file, which bench-device wrote, instead of timing layers here."),
+]
 BatchSizesOption = Annotated[
     str,
-    typer.Option(help="Units of a batch when it is served, such as 64,1024; default the profile's, or as in the data."),
+    option(
+        SERVING,
+        "The model is served in batches of these sizes, for instance 64,1024. The default is the sizes of the profile, or "
+        "the batches of the task's data.",
+        show_default=False,
+    ),
 ]
 TimingOption = Annotated[
-    float, typer.Option(help="Of timing a map end to end, at each batch size, about; 0: none is timed as a whole.")
+    float,
+    option(
+        SERVING,
+        "The whole model is timed with its map for about this many seconds at each batch size; with 0 it is not timed.",
+    ),
 ]
 PeakOption = Annotated[
-    float | None, typer.Option(help="10^12 FLOPs per second that utilisation is counted against; default measured.")
+    float | None,
+    option(
+        SERVING,
+        "The used share of the hardware is counted against this peak, in 10^12 floating-point operations per second. The "
+        "default is measured here.",
+    ),
 ]
-ProfileOption = Annotated[
-    Path | None, typer.Option(help="Plan with the times of this file, made by bench-device, instead of timing here.")
+
+ProbeOption = Annotated[
+    Probes,
+    option(
+        EFFORT,
+        "These layers are measured one at a time: ambiguous takes those that a quick look at all layers leaves open, and a "
+        "random sample of the others as a check; all takes every layer.",
+    ),
 ]
-BudgetOption = Annotated[
-    float | None, typer.Option(help="Alpha that the certify split may give away in all; default 1 - confidence.")
+DrawsOption = Annotated[
+    int,
+    option(
+        EFFORT,
+        "The final map is measured again with this many shifted rounding grids, to tell how much of its drop is chance of "
+        "rounding; with 0 it is not.",
+    ),
+]
+ScreenMemoryOption = Annotated[
+    int, option(EFFORT, "The quick look at all layers may hold this many megabytes for a batch.")
+]
+ReplayMemoryOption = Annotated[
+    int,
+    option(
+        EFFORT,
+        "Measurements of single layers may keep this many megabytes of results, so that they need not compute again what "
+        "does not depend on the layer.",
+    ),
+]
+MinutesOption = Annotated[
+    float | None,
+    option(EFFORT, "After this many minutes the search begins no new measurement, and certifies the best map so far."),
 ]
 
-
-def rule_of(name: RuleName, knapsack: Knapsack) -> Rule:
-    """The rule of that name. Raises InputError for limits of the knapsack beside the threshold."""
-    if name is RuleName.KNAPSACK:
-        return knapsack
-    if knapsack != KNAPSACK:
-        raise InputError(
-            "expected --minimum-gain, --maximum-bytes, --effective-bits and --bytes-worth with the knapsack; "
-            "the threshold has no budget"
-        )
-    return Threshold()
-
-
-def effort_of(
-    probe: Probes, screen_mb: int, replay_mb: int, rounding_draws: int, timing_seconds: float, minutes: float | None
-) -> Effort:
-    """How hard to look; memories in MB."""
-    return Effort(
-        probe_all=probe is Probes.ALL,
-        screen_memory=screen_mb << 20,
-        replay_memory=replay_mb << 20,
-        rounding_draws=rounding_draws,
-        timing_seconds=timing_seconds,
-        minutes=minutes,
-    )
-
-
-def serving_of(batch_sizes: str, profile: Path | None, peak_tflops: float | None) -> Serving:
-    """How the model is served. Raises InputError for batch sizes that are none, ProfileError for a bad file."""
-    planned_for = None if profile is None else HardwareProfile.load(profile)
-    return Serving(sizes_of(batch_sizes), planned_for, None if peak_tflops is None else 1e12 * peak_tflops)
+RunOption = Annotated[
+    Path,
+    option(
+        OUTPUT,
+        "The search writes its measurements and the map to this directory. If it was interrupted, the same command goes on "
+        "from there.",
+    ),
+]
+JsonOption = Annotated[bool, option(OUTPUT, "Print the result as JSON, for machines.", "--json")]
+CertifiedOption = Annotated[Path | None, option(OUTPUT, "Write the map with its new certificate to this file.")]
+DeployedOption = Annotated[Path, option(OUTPUT, "Write the deployed weights to this safetensors file.")]
+TimesOption = Annotated[Path, option(OUTPUT, "Write the measured times to this JSON file.")]
+OutOption = Annotated[
+    Path | None,
+    option(
+        OUTPUT,
+        "Write everything to this new directory. The default is precimap-runs/demo, or demo-2, demo-3 and so on where that "
+        "exists.",
+        show_default=False,
+    ),
+]

@@ -118,6 +118,11 @@ class HardwareProfile(Record):
     schemes: dict[str, dict[str, Any]]
     rows: tuple[Row, ...]
 
+    def __repr__(self) -> str:
+        return f"HardwareProfile({self.target} on {self.device.name!r}, {len(self.rows)} rows)"
+
+    __str__ = __repr__
+
     @field_validator("version")
     @classmethod
     def _version_fits(cls, version: int) -> int:

@@ -100,6 +100,12 @@ class PrecisionMap(Record):
             row["digest"] = _digest({name: value for name, value in row.items() if name != "digest"})
         return row
 
+    def __repr__(self) -> str:
+        said = "certified" if self.not_certified is None else "not certified"
+        return f"PrecisionMap({self.target}, {len(self.low)} of {len(self.layers)} layers in low precision, {said})"
+
+    __str__ = __repr__
+
     @property
     def claims(self) -> tuple[str, ...]:
         """What the map says of itself that somebody measured."""

@@ -5,7 +5,7 @@ unit by unit. The user's own functions do the work; precimap never looks into a 
 device. A trainer-like base class to inherit from was not taken: four functions say the same and need no lifecycle.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, cast
 
@@ -13,17 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from precimap.defaults import LossOfLabels, Scoring, default_forward, default_labels, default_loss
 from precimap.errors import TaskError
+from precimap.loaders import SHARES, Shares, cut_in_order
 from precimap.metrics.guard import Guard, Guards, as_guards
 from precimap.metrics.metric import Loss, Metric
+from precimap.metrics.named import metric_of
 from precimap.metrics.units import Units
 from precimap.per_unit import clusters_of, column_of, rows_said, slice_of
-from precimap.user_code import called
+from precimap.user_code import called, can_be_written
 
 Batches = Iterable[Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Splits:
     """Three disjoint, re-iterable collections of batches (lists, or a DataLoader that does not shuffle).
 
@@ -34,38 +37,25 @@ class Splits:
     search: Batches
     certify: Batches
 
+    def __repr__(self) -> str:
+        said = [f"{name}: {_counted(getattr(self, name))}" for name in SPLITS]
+        return f"Splits({', '.join(said)})"
+
+
+def _counted(batches: Batches) -> str:
+    return f"{len(batches)} batches" if isinstance(batches, Sized) else type(batches).__name__
+
 
 SPLITS = ("calibration", "search", "certify")
 
 
-def can_be_written(name: Any) -> bool:
-    """Whether a name is a text with an encoding: Python's strings may also hold halves of characters (surrogates)."""
-    return isinstance(name, str) and name.encode(errors="ignore").decode() == name
-
-
-def default_labels(batch: Any) -> Any:
-    """`batch["labels"]` or `batch["label"]` of a mapping, the last item of a tuple or list."""
-    if isinstance(batch, Mapping):
-        for key in ("labels", "label"):
-            if key in batch:
-                return batch[key]
-        raise TaskError(
-            f"expected a batch with 'labels' or 'label', got the keys {', '.join(map(str, batch))}; "
-            "give Task(labels=...) a function of the batch"
-        )
-    if isinstance(batch, tuple | list) and batch:
-        return batch[-1]
-    raise TaskError(
-        f"cannot find the labels in a {type(batch).__name__}; give Task(labels=...) a function of the batch"
-    )
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Task:
     """What is to be kept, and how it is measured.
 
-    model: in evaluation mode, at its base precision, on its device. forward(model, batch) -> scores, one row per unit.
-    loss(scores, batch) -> [units], differentiable where possible. metric: the gate; `guards` must hold beside it, each
+    model: in evaluation mode, at its base precision, on its device. metric: the gate, an object of `metrics` or its name,
+    such as "NE" or "ndcg@10". forward(model, batch) -> scores, one row per unit, or an output that holds them as `logits` or
+    as its only tensor. loss(scores, batch) -> [units], differentiable where possible. `guards` must hold beside it, each
     within its own margin: `{"calibration": 0.005}`, or `Guard`s for other metrics and for slices. `reported` metrics are
     measured and decide nothing. labels(batch) -> what the metric takes. clusters(batch) -> [units] integers: units of
     one user, query or session are resampled together. weights(batch) -> [units] positive sample weights.
@@ -74,9 +64,9 @@ class Task:
     model: nn.Module
     _: KW_ONLY
     splits: Splits
-    forward: Callable[[Any, Any], Tensor]
-    loss: Callable[[Tensor, Any], Tensor]
     metric: Metric
+    forward: Callable[[Any, Any], Any] = default_forward
+    loss: Callable[[Tensor, Any], Tensor] = default_loss
     labels: Callable[[Any], Any] = default_labels
     clusters: Callable[[Any], Any] | None = None
     weights: Callable[[Any], Any] | None = None
@@ -85,7 +75,14 @@ class Task:
     name: str = "task"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "guards", as_guards(self.guards))  # once: they are asked for with every batch
+        given: dict[str, Any] = {"guards": as_guards(self.guards), "metric": metric_of(self.metric)}
+        given["reported"] = tuple(metric_of(one) for one in self.reported)
+        if self.loss is default_loss and self.labels is not default_labels:
+            given["loss"] = LossOfLabels(self.labels)
+        if not isinstance(self.forward, Scoring):
+            given["forward"] = Scoring(self.forward)
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
         for metric in (self.metric, *self.reported):
             if not hasattr(metric, "paired"):
                 raise TaskError(f"expected metrics such as pm.metrics.AUC() in metric and reported, got {metric!r}")
@@ -95,6 +92,22 @@ class Task:
         for name in (self.name, self.metric.name, *names, *(guard.label for guard in self.guarded)):
             if not can_be_written(name):
                 raise TaskError(f"expected names that can be written to a file, got {name!r}, which is no Unicode text")
+
+    @classmethod
+    def from_loader(
+        cls, model: nn.Module, loader: Batches, *, metric: Metric | str, shares: Shares = SHARES, **given: Any
+    ) -> "Task":
+        """A Task over one loader, whose batches are read once, kept in memory and cut into the three splits, in their order.
+
+        shares: of the batches, for calibration, search and certify. given: further fields of a Task. Raises TaskError for a
+        loader that shuffles, for fewer than three batches and for shares that are none.
+        """
+        parts = cut_in_order(loader, shares)
+        return cls(model, splits=Splits(*parts), metric=metric_of(metric), **given)
+
+    def __repr__(self) -> str:
+        beside = f", beside it {self.kept_beside}" if self.kept_beside else ""
+        return f"Task({self.name}: {type(self.model).__name__}, {self.metric.name}{beside})"
 
     @property
     def guarded(self) -> tuple[Guard, ...]:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from precimap.errors import PrecimapError, TaskError
 
@@ -45,3 +46,8 @@ def _is_the_users(file: str) -> bool:
     if file.startswith("<") or "site-packages" in file or "dist-packages" in file or file.startswith(_LIBRARIES):
         return False
     return not file.startswith(_OURS) or file.startswith(_DEMOS)
+
+
+def can_be_written(name: Any) -> bool:
+    """Whether a name is a text with an encoding: Python's strings may also hold halves of characters (surrogates)."""
+    return isinstance(name, str) and name.encode(errors="ignore").decode() == name

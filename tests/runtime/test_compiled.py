@@ -304,3 +304,18 @@ def test_code_that_was_thrown_away_is_made_again() -> None:
         torch.testing.assert_close(fast(x), eager(x), atol=0.03, rtol=0)
     assert calls.graphs > before
     assert calls._found == calls._expected > 0
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping", "tensor"])
+def test_an_example_is_given_as_the_model_is_called(form: str) -> None:
+    base, x = Tower().eval(), torch.randn(8, 64)
+    fast = CPU_INT8.deployed(base, layers_of(base))
+    example = {"tuple": (x,), "mapping": {"x": x}, "tensor": x}[form]
+    model = compiled_module.compiled(fast, example)
+    calls = model._calls
+    made = calls.graphs
+    assert made == 1
+    found = model(**example) if isinstance(example, dict) else model(x)
+    assert calls.graphs == made, "nothing was compiled anew"
+    with torch.no_grad():
+        assert torch.allclose(found, fast(x), atol=0.05)

@@ -12,7 +12,7 @@ from precimap import EMULATED, Effort, PrecisionMap, Splits, Task, deploy, load_
 from precimap.errors import MapError, PremiseMismatch
 from precimap.fingerprints import modules_of, of_architecture
 from precimap.metrics import Loss
-from precimap.searching.certificate.recertify import recertify
+from precimap.searching.certificate.one_map import certify
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself
 QUICK = Effort(screen_units=32, audit_units=16, check_units=32, rounding_draws=0)
@@ -116,7 +116,7 @@ def test_the_same_weights_in_other_modules_are_refused(
     with pytest.raises(PremiseMismatch, match=says):
         load_deployed(other, saved)
     with pytest.raises(PremiseMismatch, match=says):
-        recertify(task_of(other), found, target=EMULATED, margin=5.0, ledger=tmp_path / "ledger")
+        certify(task_of(other), found, target=EMULATED, margin=5.0, ledger=tmp_path / "ledger")
     assert not (tmp_path / "ledger").exists()
 
 

@@ -18,7 +18,7 @@ from precimap.layers.target import EMULATED
 from precimap.metrics import AUC, GAUC, NE, Calibration, Custom, Head, LogLoss, Loss
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
-from precimap.searching.certificate.recertify import recertify
+from precimap.searching.certificate.one_map import certify
 from precimap.searching.limits import Effort
 from precimap.task import score
 
@@ -111,7 +111,7 @@ def test_a_guard_keeps_it_out_and_stands_in_the_certificate(tmp_path: Path) -> N
 
 def test_a_map_whose_guard_fails_is_not_certified_and_the_verdict_names_the_guard(tmp_path: Path) -> None:
     without = searched(click_task(), tmp_path)
-    judged = recertify(
+    judged = certify(
         click_task(guards=GUARD), without.map, target=EMULATED, margin=0.1, ledger=tmp_path / "other ledger"
     ).certificate
     assert judged is not None
@@ -124,7 +124,7 @@ def test_a_map_whose_guard_fails_is_not_certified_and_the_verdict_names_the_guar
 
 def test_what_the_certificate_says_of_a_guard_is_what_scoring_the_map_gives(tmp_path: Path) -> None:
     task = click_task()
-    judged = recertify(
+    judged = certify(
         click_task(guards=GUARD), searched(task, tmp_path).map, target=EMULATED, margin=0.01, ledger=tmp_path / "o"
     ).certificate
     assert judged is not None
@@ -194,7 +194,7 @@ def test_metrics_that_are_no_means_can_gate(gate: Any, tmp_path: Path) -> None:
 
 
 def test_wrong_guards_are_refused() -> None:
-    with pytest.raises(TaskError, match=r"expected guards out of .*calibration.*, got calibrated"):
+    with pytest.raises(TaskError, match=r"expected a metric out of .*calibration.*, got 'calibrated'"):
         click_task(guards={"calibrated": 0.1})
     with pytest.raises(TaskError, match="margin above zero for the guard NE, got 0"):
         Guard(NE(), 0)
@@ -256,11 +256,12 @@ def test_probabilities_and_margins_of_several_times_the_metric_are_doubted(tmp_p
     ("changes", "message"),
     [
         ({"guards": (Head(Calibration(), 0),)}, r"expected guards as Guard\(metric, margin\), got Head"),
-        ({"reported": ("AUC",)}, r"expected metrics such as pm\.metrics\.AUC\(\) .* got 'AUC'"),
-        ({"metric": "NE"}, r"expected metrics such as .* got 'NE'"),
+        ({"reported": (7,)}, r"expected metrics such as pm\.metrics\.AUC\(\) .* got 7"),
+        ({"reported": ("AUCC",)}, r"expected a metric out of .* got 'AUCC'"),
+        ({"metric": 7}, r"expected metrics such as .* got 7"),
     ],
 )
-def test_names_where_metrics_belong_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_what_is_no_metric_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         click_task(**changes)
     with pytest.raises(TaskError, match=r"margin as a number\), got Guard\(NE\(.*\), '0\.5%'\)"):

@@ -16,7 +16,7 @@ from precimap.errors import AlphaSpent, JournalError, TaskError
 from precimap.journal import open_journal, run_journal
 from precimap.metrics import NDCG, NE, Custom, LogLoss, Loss
 from precimap.metrics.metric import UnitMean
-from precimap.searching.certificate.recertify import recertify
+from precimap.searching.certificate.one_map import certify
 from precimap.searching.preflight import check_task
 from precimap.searching.result import SearchResult
 from precimap.searching.same_task import check_first_batch, terms
@@ -268,11 +268,11 @@ QUESTIONS: dict[str, Callable[[], Task]] = {
 def test_another_question_about_a_map_is_booked(tmp_path: Path, other: Callable[[], Task]) -> None:
     found = searched(task_of(), tmp_path).map
     asked: dict[str, Any] = {"target": EMULATED, "margin": MARGIN, "ledger": tmp_path / "other"}
-    assert recertify(task_of(), found, **asked).certificate.spent_alpha == 0.05  # type: ignore[union-attr]
-    assert recertify(task_of(), found, **asked).certificate.spent_alpha == 0.05  # type: ignore[union-attr]
+    assert certify(task_of(), found, **asked).certificate.spent_alpha == 0.05  # type: ignore[union-attr]
+    assert certify(task_of(), found, **asked).certificate.spent_alpha == 0.05  # type: ignore[union-attr]
     with pytest.raises(AlphaSpent):
-        recertify(other(), found, **asked)
-    assert recertify(other(), found, alpha_budget=0.1, **asked).certificate.spent_alpha == pytest.approx(0.1)  # type: ignore[union-attr]
+        certify(other(), found, **asked)
+    assert certify(other(), found, alpha_budget=0.1, **asked).certificate.spent_alpha == pytest.approx(0.1)  # type: ignore[union-attr]
 
 
 def test_another_margin_of_the_same_chain_is_booked(tmp_path: Path) -> None:
@@ -306,19 +306,19 @@ def test_the_same_question_in_other_batches_is_free_and_another_is_not(
     found = searched(task_of(), tmp_path).map
     again = task_of(splits=Splits(split(1), split(2), form()))
     asked: dict[str, Any] = {"target": EMULATED, "ledger": tmp_path / "other"}
-    recertify(task_of(), found, margin=MARGIN, **asked)
-    assert recertify(again, found, margin=MARGIN, **asked).certificate.spent_alpha == 0.05  # type: ignore[union-attr]
+    certify(task_of(), found, margin=MARGIN, **asked)
+    assert certify(again, found, margin=MARGIN, **asked).certificate.spent_alpha == 0.05  # type: ignore[union-attr]
     with pytest.raises(AlphaSpent):
-        recertify(again, found, margin=2 * MARGIN, **asked)
+        certify(again, found, margin=2 * MARGIN, **asked)
 
 
 def test_other_batches_are_another_question_where_a_scale_is_shared(tmp_path: Path) -> None:
     found = searched(task_of(), tmp_path, schemes=["fp8-tensor"]).map
     assert found.low
     asked: dict[str, Any] = {"target": EMULATED, "margin": MARGIN, "ledger": tmp_path / "other"}
-    recertify(task_of(), found, **asked)
+    certify(task_of(), found, **asked)
     with pytest.raises(AlphaSpent):
-        recertify(task_of(splits=Splits(split(1), split(2), split(3, size=16))), found, **asked)
+        certify(task_of(splits=Splits(split(1), split(2), split(3, size=16))), found, **asked)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -329,10 +329,10 @@ def test_the_data_that_chose_a_map_do_not_certify_it(
     swapped = task_of(splits=Splits(split(1), split(3), split(2)))
     found = searched(swapped, tmp_path).map.model_copy(update={"certificate": None})
     ledger = tmp_path / "other"
-    for certify, share in ((form(), "100"), (form()[:1] + split(4, 1000), "")):
+    for given, share in ((form(), "100"), (form()[:1] + split(4, 1000), "")):
         with pytest.raises(TaskError, match=rf"the map was chosen on {share}.* % of this certify split's"):
-            recertify(
-                task_of(splits=Splits(split(1), split(2), certify)),
+            certify(
+                task_of(splits=Splits(split(1), split(2), given)),
                 found,
                 target=EMULATED,
                 margin=MARGIN,
@@ -344,12 +344,12 @@ def test_the_data_that_chose_a_map_do_not_certify_it(
 def test_earlier_judgements_stand_in_the_next_certificate(tmp_path: Path) -> None:
     found = searched(task_of(), tmp_path).map
     asked: dict[str, Any] = {"target": EMULATED, "ledger": tmp_path / "other"}
-    failed = recertify(task_of(), found, margin=1e-9, **asked)
+    failed = certify(task_of(), found, margin=1e-9, **asked)
     assert failed.certificate is not None
     assert not failed.certificate.certified
     fresh = task_of(splits=Splits(split(1), split(2), split(7)))
     for brought in (failed, found):  # also where the map does not bring its history along
-        after = recertify(fresh, brought, margin=MARGIN, **asked).certificate
+        after = certify(fresh, brought, margin=MARGIN, **asked).certificate
         assert after is not None
         rows = [(row.split, row.margin, row.certified) for row in after.earlier]
         assert (failed.certificate.split, 1e-9, False) in rows
@@ -359,7 +359,7 @@ def test_earlier_judgements_stand_in_the_next_certificate(tmp_path: Path) -> Non
         assert f"failed 1 of these times: {chance}" in str(after)
     assert found.certificate is not None
     assert found.certificate.earlier == ()
-    alone = recertify(fresh, failed, margin=MARGIN, target=EMULATED, ledger=tmp_path / "elsewhere").certificate
+    alone = certify(fresh, failed, margin=MARGIN, target=EMULATED, ledger=tmp_path / "elsewhere").certificate
     assert alone is not None
     assert [row.certified for row in alone.earlier] == [True, False], "from the map, where the ledger knows nothing"
 

@@ -19,7 +19,7 @@ from precimap.metrics.metric import Metric
 from precimap.precision_map import Verdict
 from precimap.report.run_record import STAGES, read_run
 from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.searching.certificate.recertify import recertify
+from precimap.searching.certificate.one_map import certify
 from precimap.searching.limits import Effort
 from precimap.searching.preflight import Preflight
 from precimap.task import score
@@ -198,18 +198,18 @@ def test_every_margin_of_a_map_is_booked_and_the_same_again_is_free(tmp_path: Pa
     """What certificate the map brings along changes nothing: the ledger says what was asked."""
     task = planted_task()
     asked: dict[str, Any] = {"target": _emulated(), "ledger": tmp_path}
-    wider = recertify(task, result.map, margin=2 * MARGIN, **asked)
+    wider = certify(task, result.map, margin=2 * MARGIN, **asked)
     assert wider.certificate is not None
     assert result.certificate is not None
     assert wider.certificate.upper == result.certificate.upper
     assert wider.certificate.spent_alpha == 0.05
-    again = recertify(task, result.map, margin=2 * MARGIN, **asked)
+    again = certify(task, result.map, margin=2 * MARGIN, **asked)
     assert again.certificate is not None
     assert again.certificate.spent_alpha == 0.05
     for margin in (MARGIN / 100, 3 * MARGIN):
         with pytest.raises(AlphaSpent):
-            recertify(task, result.map, margin=margin, **asked)
-    narrow = recertify(task, result.map, margin=MARGIN / 100, alpha_budget=0.1, **asked)
+            certify(task, result.map, margin=margin, **asked)
+    narrow = certify(task, result.map, margin=MARGIN / 100, alpha_budget=0.1, **asked)
     assert narrow.certificate is not None
     assert not narrow.certificate.certified
     assert narrow.certificate.spent_alpha == pytest.approx(0.1)
@@ -226,7 +226,7 @@ def test_a_map_of_another_model_is_refused(result: SearchResult, tmp_path: Path)
     with torch.no_grad():
         task.model.first.weight[0, 0] += 1e-3
     with pytest.raises(PremiseMismatch, match="weights"):
-        recertify(task, result.map, target=_emulated(), margin=MARGIN, ledger=tmp_path)
+        certify(task, result.map, target=_emulated(), margin=MARGIN, ledger=tmp_path)
 
 
 def test_the_deployed_model_is_what_is_certified_on_this_cpu(tmp_path: Path) -> None:
@@ -334,9 +334,10 @@ class _Shuffling:
         ({"confidence": 1.0}, InputError, "confidence"),
         ({"cutoff": -1.0}, InputError, "cutoff"),
         ({"schemes": []}, InputError, "at least one"),
-        ({"schemes": "fp8"}, InputError, r"list of at least one scheme, .* got 'fp8'"),
-        ({"margin": "0.05%"}, InputError, "margin as a number .* got the text '0.05%'"),
-        ({"target": "cpu-int8"}, InputError, r"target such as pm\.CPU_INT8 .* got the text 'cpu-int8'"),
+        ({"schemes": "fp3"}, SchemeError, "expected a scheme out of .* got 'fp3'"),
+        ({"margin": "0.05%"}, InputError, "a margin in .* got 0.05%; per cent are for metrics whose drop is relative"),
+        ({"margin": "small"}, InputError, "a margin such as 0.002 .* got 'small'"),
+        ({"target": "gpu"}, InputError, r"a target out of emulated, cpu-int8, .* got 'gpu'"),
         ({"schemes": ["fp3"]}, SchemeError, "fp8-static"),
     ],
 )

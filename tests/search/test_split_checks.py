@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from precimap import Guard, Splits, Task, search
 from precimap.errors import TaskError
 from precimap.metrics import AUC, NDCG, NE, Loss
-from precimap.searching.certificate.recertify import recertify
+from precimap.searching.certificate.one_map import certify
 from precimap.searching.in_place import check_tables, written_by
 from precimap.searching.limits import Effort
 from precimap.searching.preflight import check_task
@@ -209,7 +209,7 @@ def test_what_only_scores_show_is_told_before_alpha_is_booked(tmp_path: Path) ->
     with pytest.raises(TaskError, match=said):
         search(task, **asked, ledger=tmp_path / "ledger")
     with pytest.raises(TaskError, match=said):
-        recertify(task, found.map, target=asked_target(), margin=1.0, ledger=tmp_path / "ledger")
+        certify(task, found.map, target=asked_target(), margin=1.0, ledger=tmp_path / "ledger")
     assert not list((tmp_path / "ledger").glob("*")) if (tmp_path / "ledger").exists() else True
 
 

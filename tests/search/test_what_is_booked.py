@@ -16,7 +16,7 @@ from precimap.cli import app
 from precimap.errors import AlphaSpent
 from precimap.layers.target import Emulated
 from precimap.metrics import NE, Loss
-from precimap.searching.certificate.recertify import recertify
+from precimap.searching.certificate.one_map import certify
 
 QUICK = Effort(screen_units=32, audit_units=16, check_units=32, rounding_draws=0)
 MARGIN = 5.0
@@ -90,7 +90,7 @@ def test_a_split_that_can_certify_nothing_is_asked_nothing(
 ) -> None:
     metric, task, says = TOO_SMALL[case]
     stages: list[tuple[str, int, int]] = []
-    judged = recertify(
+    judged = certify(
         task,
         found[metric],
         target=EMULATED,
@@ -113,7 +113,7 @@ def test_a_split_that_can_certify_nothing_is_asked_nothing(
     assert read.certificate == certificate
     assert read.not_certified is not None
     fresh = task_of(split(5), metric=task.metric)
-    after = recertify(fresh, read, target=EMULATED, margin=MARGIN, ledger=tmp_path / "b").certificate
+    after = certify(fresh, read, target=EMULATED, margin=MARGIN, ledger=tmp_path / "b").certificate
     assert after is not None
     assert after.certified
     assert after.earlier == certificate.earlier
@@ -136,9 +136,9 @@ def test_a_small_split_that_was_asked_before_says_what_it_has_given_away(
 ) -> None:
     """Rows that judged with others, alone: nothing more is given away, what was is told."""
     ledger = tmp_path / "ledger"
-    recertify(task_of(split(4)), found["loss"], target=EMULATED, margin=MARGIN, ledger=ledger)
+    certify(task_of(split(4)), found["loss"], target=EMULATED, margin=MARGIN, ledger=ledger)
     before = {path.name: path.read_text() for path in ledger.glob("*.json")}
-    judged = recertify(task_of(split(4)[:1]), found["loss"], target=EMULATED, margin=MARGIN, ledger=ledger)
+    judged = certify(task_of(split(4)[:1]), found["loss"], target=EMULATED, margin=MARGIN, ledger=ledger)
     assert judged.certificate is not None
     assert judged.certificate.spent_alpha == 0.05
     assert {path.name: path.read_text() for path in ledger.glob("*.json")} == before
@@ -257,7 +257,7 @@ def test_the_same_question_is_served_whatever_is_left(tmp_path: Path) -> None:
     assert isinstance(stages_of(task_of(split(3)), tmp_path)[1], SearchResult)
     # Of a map by itself: a search may end with that one.
     alone = task_of(split(4))
-    recertify(alone, first.map, target=EMULATED, margin=MARGIN, ledger=tmp_path / "ledger")
+    certify(alone, first.map, target=EMULATED, margin=MARGIN, ledger=tmp_path / "ledger")
     stages, ended = stages_of(alone, tmp_path)
     assert stages & LONG
     assert isinstance(ended, SearchResult if len(first.certificates) == 1 else AlphaSpent)

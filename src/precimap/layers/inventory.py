@@ -138,7 +138,7 @@ class ActivationProduct:
     flops: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inventory:
     """All parameters of a model and where its FLOPs are, for one batch.
 
@@ -155,6 +155,9 @@ class Inventory:
     hidden_flops: tuple[tuple[str, int], ...]
     products: tuple[ActivationProduct, ...]
     uncounted: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Inventory({len(self.layers)} layers, {self.flops:,} FLOPs for {self.units} units)"
 
     @cached_property
     def flops(self) -> int:

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from precimap.errors import TaskError
-from precimap.metrics.auc import AUC, GAUC
-from precimap.metrics.click import NE, Accuracy, Calibration, LogLoss
-from precimap.metrics.metric import Loss, Metric, PairedDrops
+from precimap.metrics.metric import Metric, PairedDrops
+from precimap.metrics.named import metric_of
 from precimap.metrics.units import Floats, Units
-
-_BY_NAME: dict[str, Metric] = {
-    metric.name: metric for metric in (Accuracy(), AUC(), Calibration(), GAUC(), LogLoss(), Loss(), NE())
-}
 
 
 @dataclass(frozen=True)
@@ -57,15 +52,12 @@ Guards = Mapping[str, float] | Sequence[Guard]
 
 
 def as_guards(given: Guards) -> tuple[Guard, ...]:
-    """Guards as they are, or from `{"calibration": 0.005}`. Raises TaskError for unknown names and equal ones."""
+    """Guards as they are, or from `{"calibration": 0.005}`, by the names of `metrics.named`.
+
+    Raises TaskError for unknown names and equal ones.
+    """
     if isinstance(given, Mapping):
-        unknown = sorted(set(given) - set(_BY_NAME))
-        if unknown:
-            raise TaskError(
-                f"expected guards out of {', '.join(_BY_NAME)}, got {', '.join(unknown)}; "
-                "give Guard(metric, margin) for another metric or for a slice"
-            )
-        found = tuple(Guard(_BY_NAME[name], margin) for name, margin in given.items())
+        found = tuple(Guard(metric_of(name), margin) for name, margin in given.items())
     else:
         found = tuple(given)
         wrong: list[Any] = [guard for guard in found if type(guard) is not Guard]

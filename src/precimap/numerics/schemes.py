@@ -6,10 +6,11 @@ name is only a short way to write one down. Imports no torch.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from precimap.errors import SchemeError
+from precimap.errors import InputError, SchemeError
 from precimap.numerics.formats import BF16, E4M3, E5M2, FORMATS, INT8, UINT4, UINT7, UINT8, Format, IntegerFormat
 
 SCALE_BYTES = 4  # float32
@@ -240,3 +241,11 @@ def scheme_from_row(name: str, row: dict[str, object]) -> Scheme:
     if read.input is not None and (read.rows is not None or isinstance(read.input.range, FusedRows)):
         raise SchemeError(f"scheme {name}: packed rows are a weight's alone, of a scheme without an input, got {row!r}")
     return read
+
+
+def schemes_of(given: str | Scheme | Sequence[str | Scheme]) -> tuple[Scheme, ...]:
+    """One scheme or several, as objects or by name. Raises InputError for none, SchemeError for an unknown name."""
+    several = (given,) if isinstance(given, str | Scheme) else tuple(given)
+    if not several:
+        raise InputError("expected at least one scheme, such as 'fp8', got none")
+    return tuple(scheme(one) if isinstance(one, str) else one for one in several)

@@ -194,9 +194,10 @@ def compile_calls(model: nn.Module) -> CompiledCalls:
     return calls
 
 
-def compiled(deployed: nn.Module, *examples: tuple[Any, ...]) -> nn.Module:
-    """`deployed` compiled by Inductor for the shapes of the examples, each the positional arguments of one call.
+def compiled(deployed: nn.Module, *examples: tuple[Any, ...] | Mapping[str, Any] | Tensor) -> nn.Module:
+    """`deployed` compiled by Inductor for the shapes of the examples.
 
+    examples: each a tuple of positional arguments, a mapping of named ones, or the only argument of a call.
     Compiles now, with a C++ compiler of this machine; a call with other shapes later compiles when it comes. An activation
     that follows a layer and the codes of the next are computed inside the product, whose sums may round to another code
     now and then; attention in BF16 is products where those are faster (`attention`), its scores in BF16. Search with the
@@ -206,7 +207,10 @@ def compiled(deployed: nn.Module, *examples: tuple[Any, ...]) -> nn.Module:
     """
     model = CompiledModel(deployed)
     for example in examples:
-        model(*example)
+        if isinstance(example, Mapping):
+            model(**example)
+        else:
+            model(*((example,) if isinstance(example, Tensor) else example))
     return model
 
 

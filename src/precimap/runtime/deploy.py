@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,33 +18,15 @@ from precimap.fingerprints import modules_of, of_weights
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.realign import realigned
+from precimap.layers.target import EMULATED, Target
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
 from precimap.runtime.batch_watch import watch
-from precimap.runtime.compiled_target import CPU_INT8_COMPILED, CUDA_FP8_COMPILED
-from precimap.runtime.cpu_int8 import CPU_INT8
-from precimap.runtime.cuda_fp8 import CUDA_FP8
 from precimap.runtime.kernel_checks import check_weight
-from precimap.runtime.torchrec_tables import TORCHREC
 from precimap.runtime.weights.placing import low_weights
+from precimap.targets import TARGETS, target_of
 from precimap.task import Task, first_batch
 from precimap.user_code import called
-
-
-class Build(Protocol):
-    """How a target puts layers in low precision: in a copy of the model, which has values of its own if it is `owned`."""
-
-    def __call__(self, model: nn.Module, layers: Mapping[str, QuantizedLayer], *, owned: bool = False) -> nn.Module: ...
-
-
-TARGETS: dict[str, Build] = {
-    "emulated": emulated.deployed,
-    CPU_INT8.name: CPU_INT8.deployed,
-    CPU_INT8_COMPILED.name: CPU_INT8_COMPILED.deployed,
-    CUDA_FP8.name: CUDA_FP8.deployed,
-    CUDA_FP8_COMPILED.name: CUDA_FP8_COMPILED.deployed,
-    TORCHREC.name: TORCHREC.deployed,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +62,23 @@ class Deployment:
 
 
 def deploy(
-    model: nn.Module, precision_map: PrecisionMap | str | Path, *, target: str | None = None, task: Task | None = None
+    model: nn.Module,
+    precision_map: PrecisionMap | str | Path,
+    *,
+    target: Target | str | None = None,
+    task: Task | None = None,
 ) -> nn.Module:
     """A model that computes as the map says, on this machine: a copy of `model`, which shares nothing with it.
 
     Its modules are the model's own, with their types, names, methods and hooks; parameters in low precision are tensors that
     answer as the others do (`runtime/weights`). It is in evaluation mode, and no parameter requires a gradient.
 
-    precision_map: a map, or its file. target: `cpu-int8`, `cpu-int8-compiled`, `cuda-fp8` (experimental: not yet measured
-    on a GPU), `torchrec` or `emulated`; by default the map's own. task: if given, the deployed model and the emulation
-    score its first calibration batch, and `precimap.agreement` of the result holds the difference. Each kernel is
-    compared with its emulation in any case. A batch outside the sizes that the map was timed with on this target is
-    answered with a BatchSizeWarning, once. A map that is not certified is deployed with an UncertifiedMapWarning. Raises
+    precision_map: a map, or its file. target: an object or its name: `cpu-int8`, `cpu-int8-compiled`, `cuda-fp8`
+    (experimental: not yet measured on a GPU), `torchrec` or `emulated`; by default the map's own. task: if given, the
+    deployed model and the emulation score its first calibration batch, and `precimap.agreement` of the result holds the
+    difference. Each kernel is compared with its emulation in any case. A batch outside the sizes that the map was timed
+    with on this target is answered with a BatchSizeWarning, once. A map that is not certified is deployed with an
+    UncertifiedMapWarning. Raises
     PremiseMismatch for a map of other weights or modules, DeployError for what the target cannot run or runs wrongly,
     MapError for a file that is no map.
     """
@@ -100,7 +87,8 @@ def deploy(
     precision_map.check(weights=of_weights(model), architecture=modules_of(model))
     model = realigned(model, precision_map.realignment)
     layers = quantize_map(model, precision_map)
-    deployed = build(model, precision_map, layers, target or precision_map.target, owned=True)
+    name = target if isinstance(target, str) else precision_map.target if target is None else target.name
+    deployed = build(model, precision_map, layers, name, owned=True)
     if task is not None:
         found = agreement(task, model, deployed, layers)
         _carry(deployed, replace(deployment_of(deployed), agreement=found))
@@ -139,7 +127,9 @@ def build(
     """
     if target not in TARGETS:
         raise DeployError(f"expected a target out of {', '.join(TARGETS)}, got {target!r}")
-    deployed = TARGETS[target](model, layers, owned=owned)
+    found: Any = target_of(target)
+    place = emulated.deployed if found is EMULATED else found.deployed  # the emulation is of no hardware
+    deployed: nn.Module = place(model, layers, owned=owned)
     deployed.eval()
     weights = low_weights(deployed)
     for weight in weights.values():

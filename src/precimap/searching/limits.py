@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from precimap.errors import InputError
+from precimap.metrics.metric import RELATIVE, Metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,6 @@ class Limits:
     alpha_budget: float | None
 
     def __post_init__(self) -> None:
-        margin: Any = self.margin
-        if isinstance(margin, str):
-            raise InputError(f"expected a margin as a number (0.0005 is 0.05 % NE), got the text {margin!r}")
         if not self.margin > 0 or self.margin == float("inf"):
             raise InputError(f"expected a margin above zero (the largest drop you accept), got {self.margin}")
         if not 0.5 <= self.confidence < 1:
@@ -39,6 +36,28 @@ class Limits:
     def budget(self) -> float:
         """What the certify split may give away in all."""
         return self.alpha if self.alpha_budget is None else self.alpha_budget
+
+
+def margin_of(given: float | str, metric: Metric) -> float:
+    """A margin in the metric's units: a number, as a number or as text, or a percentage such as "0.1%" of a relative drop.
+
+    Raises InputError for another text, and for a percentage of a metric whose drop is not relative: of what, nobody knows.
+    """
+    if not isinstance(given, str):
+        return given
+    text = given.strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        raise InputError(f'expected a margin such as 0.002 or "0.1%", got {given!r}') from None
+    if not text.endswith("%"):
+        return number
+    if metric.unit != RELATIVE:
+        raise InputError(
+            f"expected a margin in {metric.unit or f'units of {metric.name}'}, got {text}; per cent are for metrics whose "
+            "drop is relative, such as NE"
+        )
+    return number / 100
 
 
 @dataclass(frozen=True, slots=True)

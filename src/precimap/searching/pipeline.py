@@ -21,11 +21,11 @@ from precimap.layers.quantized import codes_kept
 from precimap.layers.realign import score_layer
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics import NUMERICS_VERSION
-from precimap.numerics.schemes import Scheme
+from precimap.numerics.schemes import Scheme, schemes_of
 from precimap.precision_map import PrecisionMap, Premise
 from precimap.searching import preflight
 from precimap.searching.allocation.rules import KNAPSACK, Rule, cutoff_of, kept_for_time
-from precimap.searching.asked import Asked, schemes_of
+from precimap.searching.asked import Asked
 from precimap.searching.batch_invariance import batch_dependence
 from precimap.searching.calibrate import Calibration, calibrated
 from precimap.searching.certificate.booking import Booking, chosen_on
@@ -38,7 +38,7 @@ from precimap.searching.inventories import inventory_of
 from precimap.searching.latency.planned import Latency
 from precimap.searching.latency.serving import HERE, Serving, foreseen, timed_here
 from precimap.searching.latency.whole import Stand
-from precimap.searching.limits import USUAL_EFFORT, Effort, Limits, state_directory
+from precimap.searching.limits import USUAL_EFFORT, Effort, Limits, margin_of, state_directory
 from precimap.searching.progress import Progress, silent
 from precimap.searching.proof import Proof, check_left, conclude, proved, stand_of
 from precimap.searching.realign import Realigner
@@ -50,6 +50,7 @@ from precimap.searching.splits.three_splits import SplitPrints, fingerprint_spli
 from precimap.searching.trial import tried
 from precimap.searching.whole.assemble import Findings, assemble, premise_of
 from precimap.searching.whole.choosing import chosen_maps, to_certify
+from precimap.targets import target_of
 from precimap.task import Task, first_batch
 
 
@@ -57,12 +58,12 @@ from precimap.task import Task, first_batch
 def search(
     task: Task,
     *,
-    schemes: Sequence[str | Scheme],
-    margin: float,
+    schemes: str | Scheme | Sequence[str | Scheme],
+    margin: float | str,
     confidence: float = 0.95,
     rule: Rule = KNAPSACK,
     cutoff: float | None = None,
-    target: Target = EMULATED,
+    target: Target | str = EMULATED,
     pinned: Sequence[str] = (),
     allowed: Mapping[str, Sequence[str]] = NO_PATTERNS,
     alpha_budget: float | None = None,
@@ -77,7 +78,8 @@ def search(
     """Find the most aggressive precision map that the metric cannot tell from the model as given.
 
     schemes: names or Schemes; of several each layer takes one (on equal terms, the first). margin: the largest drop you
-    accept, in units of the metric. rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its
+    accept, in units of the metric, or "0.1%" of a metric whose drop is relative. target: what the map is for, an object or
+    its name (`precimap.targets`). rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its
     own drop is surely below it (default: margin / number of candidate layers). pinned: layers to keep, by name or
     shell pattern. allowed: name or pattern -> the only schemes for these layers. A name means that layer alone,
     whatever it holds. alpha_budget: what the certify split may give away in all (default 1 - confidence). effort:
@@ -93,8 +95,8 @@ def search(
     with another premise, AlphaSpent when the certify split has judged other maps before: before the long work, where it is
     known by then that nothing can be asked (`Booking.check_left`). The model stays as it was.
     """
-    limits = Limits(margin, confidence, cutoff, alpha_budget)
-    chosen = schemes_of(schemes, target)
+    limits = Limits(margin_of(margin, task.metric), confidence, cutoff, alpha_budget)
+    chosen, target = schemes_of(schemes), target_of(target)
     first = preflight.check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)

@@ -10,24 +10,24 @@ from typing import Any
 
 from precimap.journal import run_journal
 from precimap.layers.target import EMULATED, Target
-from precimap.numerics.schemes import Scheme
+from precimap.numerics.schemes import Scheme, schemes_of
 from precimap.searching import preflight
-from precimap.searching.asked import schemes_of
 from precimap.searching.calibrate import calibrated
 from precimap.searching.eligibility import eligibility, open_pairs, refusing
 from precimap.searching.inventories import inventory_of
-from precimap.searching.limits import Limits
+from precimap.searching.limits import Limits, margin_of
 from precimap.searching.progress import Progress, silent
 from precimap.searching.run import Run, scored
 from precimap.searching.sample_size import Outlook, outlook, pilots
 from precimap.searching.splits.three_splits import fingerprint_splits, unchanging
 from precimap.searching.trial import tried
+from precimap.targets import target_of
 from precimap.task import Task
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the margin that was asked for
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """What a task's splits can tell: of the gate at several margins, then of each guard at its own.
 
@@ -38,6 +38,9 @@ class Plan:
     confidence: float
     rows: tuple[Outlook, ...]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Plan(margin {self.margin:g}, {'possible' if self.possible else 'no map can be certified'})"
 
     def as_row(self) -> dict[str, Any]:
         """For machines; what no number of units reaches is None."""
@@ -60,20 +63,21 @@ class Plan:
 
 def plan(
     task: Task,
-    margin: float,
+    margin: float | str,
     *,
-    schemes: Sequence[str | Scheme] = ("fp8",),
+    schemes: str | Scheme | Sequence[str | Scheme] = "fp8",
     confidence: float = 0.95,
-    target: Target = EMULATED,
+    target: Target | str = EMULATED,
     progress: Progress = silent,
 ) -> Plan:
     """How many units the search and the certify split each need, at `margin` and around it.
 
     One pass over calibration and search split and, for each scheme, one over a few batches with every layer low. Of two
     splits the smaller one decides. Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the
-    input. The model stays as it was.
+    input. The model stays as it was. margin, schemes, target: as `search` takes them.
     """
-    limits, chosen = Limits(margin, confidence, None, None), schemes_of(schemes, target)
+    chosen, target = schemes_of(schemes), target_of(target)
+    limits = Limits(margin_of(margin, task.metric), confidence, None, None)
     first = preflight.check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)
@@ -88,7 +92,7 @@ def plan(
         preflight.check_baseline(task, baseline.whole)
         gate, *guards = pilots(run, inventory, calibration, baseline, open_pairs(eligible, chosen))
     share = len(prints.certify.distinct) / len(prints.search.distinct)
-    rows = [outlook(gate, margin * multiple, share, limits.alpha) for multiple in MULTIPLES]
-    rows += [outlook(guard, guard.margin or margin, share, limits.alpha) for guard in guards]
-    notes = (*first.notes, *prints.notes, *preflight.doubts(task, baseline.whole, margin), *eligible.idle())
-    return Plan(margin, confidence, tuple(rows), notes)
+    rows = [outlook(gate, limits.margin * multiple, share, limits.alpha) for multiple in MULTIPLES]
+    rows += [outlook(guard, guard.margin or limits.margin, share, limits.alpha) for guard in guards]
+    notes = (*first.notes, *prints.notes, *preflight.doubts(task, baseline.whole, limits.margin), *eligible.idle())
+    return Plan(limits.margin, confidence, tuple(rows), notes)

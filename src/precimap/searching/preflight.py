@@ -32,7 +32,8 @@ from precimap.searching.splits.axes import is_square
 from precimap.searching.splits.columns import counted_by
 from precimap.searching.splits.reads import Path, Reads, watched
 from precimap.searching.splits.three_splits import first_of
-from precimap.task import Scored, Task, can_be_written, join_parts, score_batch, to_device
+from precimap.task import Scored, Task, join_parts, score_batch, to_device
+from precimap.user_code import can_be_written
 
 # Other units may move by rounding when one unit changes (another kernel for another padding), not by more.
 INFLUENCE_TOLERANCE = 1e-4
@@ -41,7 +42,7 @@ LARGE_RELATIVE_MARGIN = 0.1
 LARGE_NE_MARGIN = 0.01
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Preflight:
     """What a few batches showed. outlook: what the splits can tell, of the gate first, then of each guard.
 
@@ -53,6 +54,10 @@ class Preflight:
     outlook: tuple[Outlook, ...]
     notes: tuple[str, ...]
     batch_dependence: tuple[BatchDependence, ...] = ()
+
+    def __repr__(self) -> str:
+        said = f"{self.search_units:,} units to search, {self.certify_units:,} to certify, {len(self.notes)} notes"
+        return f"Preflight({said}{'' if self.impossible is None else ', no map can be certified'})"
 
     @property
     def detectable(self) -> float:

@@ -1,9 +1,11 @@
 """What a search returns: the answer, and the values of all steps that it rests on."""
 
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 from precimap.certificate import Certificate
+from precimap.decisions import Decision
 from precimap.end_to_end import EndToEnd
 from precimap.errors import MapError
 from precimap.layers.inventory import Inventory
@@ -43,6 +45,22 @@ class SearchResult:
 
     def __repr__(self) -> str:
         return f"SearchResult({self.answer!r})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the answer, what the certificate says, and each layer with its reason."""
+        proof = "" if self.certificate is None else f"<p>{escape(str(self.certificate))}</p>"
+        head = "".join(f"<th>{name}</th>" for name in ("layer", "scheme", "drop alone", "share of the FLOPs", "why"))
+        rows = "".join(_row(name, decision) for name, decision in self.map.layers.items())
+        return f"<p><b>{escape(self.answer)}</b></p>{proof}<table><tr>{head}</tr>{rows}</table>"
+
+
+def _row(name: str, decision: Decision) -> str:
+    """A layer in a table: what it alone costs the metric, where that is known, and why it has its scheme."""
+    scheme = decision.scheme
+    found = None if scheme is None else decision.evidence.get(scheme) or decision.predicted.get(scheme)
+    drop = "" if found is None else f"{found.drop:+.2g} \u00b1 {found.error:.1g}"
+    cells = (name, scheme or "base precision", drop, f"{decision.flops_share:.1%}", decision.reason)
+    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
 def saved(result: SearchResult, run: str | Path | None) -> SearchResult:

@@ -6,6 +6,6 @@ ledger.py          what that split has given away
 account.py         one split's file in the ledger's directory, of this release and older ones
 known_units.py     a sketch of a split's units, by which it is known again
 older_prints.py    how older releases called a split
-recertify.py       one given map
+one_map.py         one given map
 rounding_draws.py  beside the certificate: the lottery of the rounding grid
 """

@@ -14,8 +14,16 @@ from precimap.decisions import UnitSketch
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
 from precimap.searching.batch_invariance import shares_a_scale
-from precimap.searching.certificate.account import Answer, Judged
-from precimap.searching.certificate.certify import Question, baseline_to_certify, certify, check_still, too_small
+from precimap.searching.certificate.account import Answer
+from precimap.searching.certificate.account import Judged as Entry
+from precimap.searching.certificate.certify import (
+    Judged,
+    Question,
+    baseline_to_certify,
+    certify,
+    check_still,
+    too_small,
+)
 from precimap.searching.certificate.known_units import IN_MAP, Sketch, shared_units
 from precimap.searching.certificate.ledger import FRESH, AskedSplit, Ledger
 from precimap.searching.certificate.older_prints import older_print
@@ -78,7 +86,7 @@ class Booking:
         margin = f"{limits.margin:g}"
         terms = [question_terms(self.task, self.first, self.prints, coupled) for coupled in (False, True)]
 
-        def may_be(entry: Judged, maps: Sequence[str]) -> bool:
+        def may_be(entry: Entry, maps: Sequence[str]) -> bool:
             said = _SAID.fullmatch(entry.description)
             if said is None:
                 return True
@@ -98,7 +106,7 @@ class Booking:
         self,
         run: Run,
         target: Target,
-        chain: Sequence[PrecisionMap],
+        chain: Sequence[Judged],
         elsewhere: Sequence[Comparison | None],
         limits: Limits,
         said: str,
@@ -126,8 +134,8 @@ class Booking:
         ledger.answer([Answer(asked, c.map, c.margin, c.alpha, c.upper, c.certified) for c in certificates])
         return tuple(c.model_copy(update={"earlier": _earlier(before, c.map)}) for c in certificates)
 
-    def _terms(self, chain: Sequence[PrecisionMap]) -> dict[str, str]:
-        schemes = {one.scheme_of(name) for one in chain for name in one.low}
+    def _terms(self, chain: Sequence[Judged]) -> dict[str, str]:
+        schemes = {one.scheme_of(name) for one in chain if isinstance(one, PrecisionMap) for name in one.low}
         coupled = any(scheme is not None and shares_a_scale(scheme) for scheme in schemes)
         return question_terms(self.task, self.first, self.prints, coupled)
 

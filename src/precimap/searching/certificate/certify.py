@@ -8,8 +8,9 @@ aggressive end down until something passes is not this: measured, 9 to 27 % fals
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +45,24 @@ class Question:
     known: SplitPrint | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SecondModel:
+    """What `compare` judges in a map's place: no map of the task's model, but another one.
+
+    model: what the task's forward is called with. fingerprint: by which the ledger knows it.
+    """
+
+    model: Any
+    fingerprint: str
+
+
+Judged = PrecisionMap | SecondModel
+
+
 def certify(
     run: Run,
     target: Target,
-    chain: Sequence[PrecisionMap],
+    chain: Sequence[Judged],
     question: Question,
     elsewhere: Sequence[Comparison | None],
 ) -> tuple[Certificate, ...]:
@@ -65,7 +80,7 @@ def certify(
         other = _certify_split(run, target, question, precision_map)
         compared = compare(task, baseline, other, question.alpha, seen)
         found = _certificate(task, target, baseline, compared, question, precision_map.fingerprint)
-        if precision_map.realignment is not None:
+        if isinstance(precision_map, PrecisionMap) and precision_map.realignment is not None:
             plain = _certify_split(run, target, question, precision_map.model_copy(update={"realignment": None}))
             found = found.model_copy(update={"unrepaired": _unrepaired(task, baseline, plain, question.alpha)})
         certificates.append(found)
@@ -132,7 +147,7 @@ def check_still(run: Run, target: Target, question: Question) -> None:
         )
 
 
-def _certify_split(run: Run, target: Target, question: Question, precision_map: PrecisionMap | None) -> Scored:
+def _certify_split(run: Run, target: Target, question: Question, precision_map: Judged | None) -> Scored:
     """The certify split as the target runs the map (None: the baseline); quantised only if a batch is to be scored."""
     return _counted_once(_parts(run, target, question, precision_map), question.known)
 
@@ -141,7 +156,7 @@ def _parts(
     run: Run,
     target: Target,
     question: Question,
-    precision_map: PrecisionMap | None,
+    precision_map: Judged | None,
     numbers: Sequence[int] | None = None,
 ) -> Parts:
     task = run.task
@@ -173,8 +188,10 @@ def _counted_once(parts: Parts, known: SplitPrint | None) -> Scored:
     return replace(kept, units=replace(kept.units, clusters=ids))
 
 
-def mapped(model: nn.Module, target: Target, precision_map: PrecisionMap) -> AbstractContextManager[nn.Module]:
-    """The model as the target runs the map, realigned first if the map is."""
+def mapped(model: nn.Module, target: Target, precision_map: Judged) -> AbstractContextManager[nn.Module]:
+    """The model as the target runs the map, realigned first if the map is; a second model as it is."""
+    if isinstance(precision_map, SecondModel):
+        return nullcontext(precision_map.model)
     repaired = realigned(model, precision_map.realignment)
     return target.running(repaired, quantize_map(repaired, precision_map))
 

@@ -8,6 +8,7 @@ literal one-at-a-time measurement.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ AUDIT_SEED = 8
 MOST_AMBIGUOUS = 4
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Evidence:
     """known: one row for each open (layer, scheme). predictor, audit: None where nothing was screened.
 
@@ -47,6 +48,14 @@ class Evidence:
     audit: Audit | None
     rates: Mapping[Key, InputRates] = field(default_factory=dict)
     suspects: Callable[[Iterable[Key]], frozenset[Key]] = lambda keys: frozenset()
+
+    def __repr__(self) -> str:
+        trusted = sum(found.trusted for found in self.known)
+        return f"Evidence({len(self.known)} pairs of layer and scheme, {trusted} by the screen)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To a file goes what was found, not what would find more: the predictor holds the whole task."""
+        return Evidence, (self.known, None, self.audit, dict(self.rates))
 
     def by_key(self) -> dict[Key, Known]:
         return {(found.layer, found.scheme): found for found in self.known}

@@ -17,7 +17,7 @@ from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.stand_in import timed_codes, timed_module
 from precimap.layers.target import BASE, Target, Timer
-from precimap.numerics.schemes import SCHEMES, Amax, Scheme
+from precimap.numerics.schemes import SCHEMES, Amax, Scheme, schemes_of
 from precimap.searching.calibrate import Calibration, calibrated, codes
 from precimap.searching.eligibility import eligibility, open_pairs, refusing
 from precimap.searching.inventories import inventory_of
@@ -26,6 +26,7 @@ from precimap.searching.preflight import check_weights
 from precimap.searching.progress import Progress, silent
 from precimap.searching.run import Run
 from precimap.searching.trial import tried
+from precimap.targets import target_of
 from precimap.task import Task
 
 FAILED = "latency failed"  # the kind of what could not be timed, in the journal
@@ -34,29 +35,31 @@ FAILED = "latency failed"  # the kind of what could not be timed, in the journal
 def bench_device(
     task: Task,
     *,
-    target: Target,
+    target: Target | str,
     batch_sizes: Sequence[int] = (),
-    schemes: Sequence[Scheme] = tuple(SCHEMES.values()),
+    schemes: str | Scheme | Sequence[str | Scheme] = tuple(SCHEMES),
     progress: Progress = silent,
 ) -> HardwareProfile:
     """Time the layers of a task's model on this machine, under the schemes that the target takes there.
 
-    Raises InputError for a target without time, and when it can run no layer in any of the schemes.
+    target, schemes: objects or names, by default all schemes. Raises InputError for a target without time, and when it
+    can run no layer in any of the schemes.
     """
+    chosen, target = schemes_of(schemes), target_of(target)
     timer, sizes = target.timer, checked_sizes(batch_sizes)
     if timer is None:
         raise InputError(f"expected a target with times of its own, such as cpu-int8; {target.name} has none")
     check_weights(task)
     inventory = inventory_of(task)
-    allowed = eligibility(inventory, schemes, target, ())
-    pairs = open_pairs(allowed, schemes)
+    allowed = eligibility(inventory, chosen, target, ())
+    pairs = open_pairs(allowed, chosen)
     if not pairs:
         raise InputError("; ".join(("nothing to time", *allowed.idle())))
     with run_journal(None, {}) as journal:
         run = Run(task, journal, progress)
-        calibration = calibrated(run, inventory, schemes)
-        allowed = refusing(allowed, tried(task, inventory, calibration, pairs), inventory, schemes)
-        pairs = open_pairs(allowed, schemes)
+        calibration = calibrated(run, inventory, chosen)
+        allowed = refusing(allowed, tried(task, inventory, calibration, pairs), inventory, chosen)
+        pairs = open_pairs(allowed, chosen)
         if not pairs:
             raise InputError("; ".join(("nothing to time", *allowed.idle())))
         return timed(run, inventory, calibration, pairs, target.name, timer, sizes or (inventory.units,))

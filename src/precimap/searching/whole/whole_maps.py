@@ -27,7 +27,7 @@ MOST_LOOKS = 5
 CERTIFIED_BELOW = 2  # the fixed sequence starts this many maps below the best one of the search split
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Joint:
     """One map as a whole. predicted: by the screen; measured: on the search split; either may be missing.
 
@@ -43,6 +43,11 @@ class Joint:
     map: PrecisionMap | None = None
     measured: Comparison | None = None
     on_screened: Comparison | None = None
+
+    def __repr__(self) -> str:
+        drops = {"predicted": self.predicted, "measured": self.measured}
+        said = [f"{name} drop {found.drop.estimate:+.3g}" for name, found in drops.items() if found is not None]
+        return f"Joint({', '.join([f'{len(self.step.choice)} layers low', *said])})"
 
     def passed(self, margin: float) -> bool:
         return self.measured is not None and self.measured.within(margin)

@@ -1,0 +1,57 @@
+"""`import precimap as pm`: every name is there when it is asked for, and not before."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from types import ModuleType
+
+import pytest
+
+import precimap
+
+
+def in_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_every_name_resolves_and_is_listed() -> None:
+    listed = dir(precimap)
+    for name in precimap.__all__:
+        assert getattr(precimap, name) is not None
+        assert name in listed
+    assert {"__version__", "__all__", "search"} <= set(listed)
+    assert precimap.__version__ == version("precimap")
+
+
+def test_no_name_is_shadowed_by_a_module() -> None:
+    modules = [name for name in precimap.__all__ if isinstance(getattr(precimap, name), ModuleType)]
+    assert modules == ["metrics"]
+
+
+def test_a_star_import_brings_them_all() -> None:
+    names: dict[str, object] = {}
+    exec("from precimap import *", names)
+    assert {name for name in names if name != "__builtins__"} == set(precimap.__all__)
+    assert names["search"] is precimap.search
+
+
+def test_a_name_that_is_none_is_told() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'precimap' has no attribute 'nothing'$"):
+        precimap.nothing  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        from precimap import nothing  # noqa: F401
+    with pytest.raises(AttributeError, match="'__wrapped__'"):
+        precimap.__wrapped__  # noqa: B018
+
+
+def test_torch_is_imported_when_a_name_is_asked_for() -> None:
+    code = """
+import sys
+import precimap as pm
+pm.__version__, hasattr(pm, "__wrapped__")
+print("torch" in sys.modules)
+found = pm.{name}
+print("torch" in sys.modules, type(found).__name__, type(pm.search).__name__, pm.searching.__name__)
+"""
+    for name, kind in (("search", "function"), ("metrics", "module"), ("errors.MapError", "type")):
+        assert in_python(code.format(name=name)).split() == ["False", "True", kind, "function", "precimap.searching"]
