@@ -14,16 +14,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 import typer
 
 import precimap.cli_options as options
+from precimap.cli_config import ConfigOption, write_config
 from precimap.cli_ending import DONE, NO, Result, ended, taken_up_again, unexpected
 from precimap.errors import MapError, UncertifiedMapWarning
 from precimap.numerics.schemes import SCHEMES
 from precimap.report.progress_bar import progress_bar
 from precimap.report.terminal import Terminal, lines_of
+
+if TYPE_CHECKING:
+    from precimap.searching.preflight import Preflight
 
 app = typer.Typer(
     help="Find, prove and deploy the precision map that your own metric cannot tell from the original.",
@@ -67,6 +71,7 @@ def layers(task: options.TaskArgument, as_json: options.JsonOption = False) -> R
 @command
 @taken_up_again
 def search(
+    context: typer.Context,
     task: options.TaskArgument,
     *,
     margin: options.MarginOption,
@@ -94,6 +99,7 @@ def search(
     replay_memory: options.ReplayMemoryOption = options.MEMORY_MB,
     max_minutes: options.MinutesOption = None,
     run: options.RunOption,
+    config: ConfigOption = None,
     as_json: options.JsonOption = False,
 ) -> Result:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""
@@ -101,6 +107,10 @@ def search(
     from precimap.report.tables import preflight_text
     from precimap.searching.pipeline import search as search_task
     from precimap.task_file import load_task
+
+    def begun(found: "Preflight") -> None:
+        write_config(context, run)
+        _errors.print(preflight_text(asdict(found)))
 
     schemes = ranged_schemes(scheme, input_range)
     loaded = load_task(task)
@@ -121,7 +131,7 @@ def search(
             run=run,
             realign=realign,
             progress=progress,
-            on_preflight=lambda found: _errors.print(preflight_text(asdict(found))),
+            on_preflight=begun,
         )
     return _recorded(run, as_json, DONE if result.certified else NO)
 
