@@ -58,9 +58,8 @@ class BlindSpot(Record):
                 f"where those hold {self.weight:.2%} of the weight, a loss in all of them breaks the margin."
             )
         rare = f" (of the {self.rare}s, 1 in {_counted(self.rare_one_in)})" if self.rare_one_in is not None else ""
-        cost = (
-            "" if self.cost is None else f"; it would have to cost {self.cost:.2g} {self.unit} each to break the margin"
-        )
+        number = "" if self.cost is None else _counted(self.cost) if self.cost >= 99.5 else f"{self.cost:.2g}"
+        cost = f"; it would have to cost {number} {self.unit} each to break the margin" if number else ""
         return f"a loss that hits fewer than 1 {self.noun} in {_counted(self.one_in)}{rare} would not be seen{cost}."
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ParamSpec
 import typer
 
 import precimap.cli_options as options
-from precimap.cli_config import ConfigOption, write_config
+from precimap.cli_config import ConfigOption, VerboseOption, WidthOption, write_config
 from precimap.cli_ending import DONE, NO, Result, ended, taken_up_again, unexpected
 from precimap.errors import MapError, UncertifiedMapWarning
 from precimap.numerics.schemes import SCHEMES
@@ -100,6 +100,8 @@ def search(
     max_minutes: options.MinutesOption = None,
     run: options.RunOption,
     config: ConfigOption = None,
+    verbose: VerboseOption = False,
+    width: WidthOption = None,
     as_json: options.JsonOption = False,
 ) -> Result:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""
@@ -133,15 +135,17 @@ def search(
             progress=progress,
             on_preflight=begun,
         )
-    return _recorded(run, as_json, DONE if result.certified else NO)
+    return _recorded(run, verbose, width, as_json, DONE if result.certified else NO)
 
 
-def _recorded(run: Path, as_json: bool, code: int = DONE) -> Result:
+def _recorded(run: Path, verbose: bool, width: int | None, as_json: bool, code: int = DONE) -> Result:
+    from precimap.report.answer_page import answer_page
     from precimap.report.run_record import read_run
     from precimap.report.tables import run_page
 
     record = read_run(run)
-    return Result(record.as_row(), run_page(record), as_json, code)
+    page = run_page(record) if verbose else answer_page(record)
+    return Result(record.as_row(), page, as_json, code, width)
 
 
 @command
@@ -246,9 +250,15 @@ def deploy(
 
 
 @command
-def report(run: options.RunArgument, as_json: options.JsonOption = False) -> Result:
-    """Print a run's tables again."""
-    return _recorded(run, as_json)
+def report(
+    run: options.RunArgument,
+    *,
+    verbose: VerboseOption = False,
+    width: WidthOption = None,
+    as_json: options.JsonOption = False,
+) -> Result:
+    """Print again what a run found."""
+    return _recorded(run, verbose, width, as_json)
 
 
 @command

@@ -1,4 +1,4 @@
-"""The options of a command in a YAML file: read with --config, and written into every run.
+"""The options of a command in a YAML file: read with --config, and written into every run; and how its answer is printed.
 
 Invariant: a file holds what would be typed, under the names that would be typed, so that a run's own file asks its question
 again; what is typed beside it wins. Not taken: a schema of its own, which would have to follow every option.
@@ -86,5 +86,19 @@ ConfigOption = Annotated[
         f"run keeps its own in {SAVED}.",
         callback=given_by,
         is_eager=True,
+    ),
+]
+VerboseOption = Annotated[
+    bool,
+    option(
+        OUTPUT, "Print all that was measured with its statistics, and not the answer and the layers alone.", "--verbose"
+    ),
+]
+WidthOption = Annotated[
+    int | None,
+    option(
+        OUTPUT,
+        "Print lines of at most this many characters. The default is the terminal's width, $COLUMNS, or 80.",
+        min=40,
     ),
 ]

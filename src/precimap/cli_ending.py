@@ -23,18 +23,19 @@ from precimap.errors import PrecimapError
 from precimap.report.terminal import Terminal, shown
 
 DONE, NO, WRONG_INPUT, INTERNAL, NOT_WRITTEN, INTERRUPTED = 0, 1, 2, 70, 74, 130  # 70 and 74 as in sysexits.h
-WIDTH = 80
 Asked = ParamSpec("Asked")
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a command found: `row` for machines, `page` for people, and the exit code."""
+    """What a command found: `row` for machines, `page` for people, the exit code, and how wide the page is; None: as the
+    terminal, or as $COLUMNS, or 80."""
 
     row: dict[str, Any]
     page: RenderableType
     as_json: bool
     code: int = DONE
+    width: int | None = None
 
 
 def ended(command: Callable[[], Result]) -> int:
@@ -111,7 +112,7 @@ def _print(result: Result) -> None:
     if result.as_json:
         sys.stdout.write(json.dumps(result.row, default=str) + "\n")
     else:
-        Terminal(width=None if sys.stdout.isatty() else WIDTH).print(result.page)
+        Terminal(width=result.width).print(result.page)
     sys.stdout.flush()
 
 

@@ -1,0 +1,155 @@
+"""What a search found, for a person in a hurry: the answer in a box, then each layer with its reason.
+
+Invariant: drops, errors, bounds and the margin stand in one unit with the same number of digits, so that they can be
+compared by eye; a name is cut only where all names are alike. Everything else that was measured is in `tables.run_page`,
+which `--verbose` adds. Not taken: the statistics first, in the order in which they were made.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.text import Text
+
+from precimap.certificate import Certificate, worth
+from precimap.precision_map import Decision, PrecisionMap
+from precimap.report.end_to_end_table import end_to_end_page
+from precimap.report.run_record import RunRecord
+from precimap.report.tables import megabytes
+from precimap.report.terminal import Rows, lines_of, shown
+
+MOST_DIGITS = 9
+
+
+def answer_page(run: RunRecord) -> RenderableType:
+    """The page; of a run that did not finish, what it holds and how to go on."""
+    if run.map is None or run.answer is None:
+        done = ", ".join(f"{count} of {kind}" for kind, count in run.batches.items()) or "none"
+        return lines_of(
+            [f"This run is not finished. The same command goes on. Batches scored so far: {done}."], "yellow"
+        )
+    certified = run.map.not_certified is None
+    shown_first = run.map.certificate or (run.certificates[0] if run.certificates else None)
+    digits = _digits(_margin(run, shown_first))
+    lines = [run.answer[:1].upper() + run.answer[1:] + "."]
+    lines += _proof(shown_first, digits) + _changes(run) + _next(run, certified)
+    panel = Panel(
+        lines_of(lines),
+        title=Text("certified" if certified else "keep the model as it is"),
+        title_align="left",
+        border_style="green" if certified else "yellow",
+        box=box.ROUNDED,
+    )
+    parts: list[RenderableType] = [panel, *_notes(run), Text(), _layers(run.map, digits)]
+    if run.end_to_end is not None:
+        parts += [Text(), end_to_end_page(run.end_to_end)]
+    return Group(*parts, lines_of(["--verbose adds all that was measured, with its statistics."], "dim"))
+
+
+def _margin(run: RunRecord, certificate: Certificate | None) -> float:
+    if certificate is not None:
+        return certificate.margin
+    outlook = (run.preflight or {}).get("outlook") or [{"margin": 1.0}]
+    return float(outlook[0]["margin"])
+
+
+def _digits(margin: float) -> int:
+    """Behind the point: a hundredth of the margin has two of them."""
+    return min(MOST_DIGITS, max(1, 3 - math.floor(math.log10(margin)))) if margin > 0 else 4
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "unknown" if value is None else f"{value:+.{digits}f}"
+
+
+def _proof(found: Certificate | None, digits: int) -> list[str]:
+    """Drop, bound and margin on one line; then every guard, and what the bound cannot see."""
+    if found is None:
+        return []
+    if found.drop is None or found.error is None:
+        return [f"No map was scored: {found.verdict}."]
+    sure = f"{100 * (1 - found.alpha):g} %"
+    size = f"n = {found.n:,}{worth(found.n, found.clusters, found.effective)}"
+    drop = f"{_number(found.drop, digits)} ± {found.error:.{digits}f}"
+    lines = [
+        f"The drop of {found.metric} is {drop}, and with {sure} confidence at most {_number(found.upper, digits)}; the "
+        f"margin is {found.margin:.{digits}f} ({size})."
+    ]
+    for name, guard in found.guards.items():
+        own = _digits(guard.margin)
+        lines.append(
+            f"The guard {name} is {guard.verdict}: {_number(guard.drop, own)} ± {guard.error:.{own}f}, at most "
+            f"{_number(guard.upper, own)}; its margin is {guard.margin:.{own}f} (n = {guard.n:,})."
+        )
+    if not found.certified:
+        lines.append(f"Why not: {found.verdict}.")
+    return [*lines, *found.blind_spots]
+
+
+def _changes(run: RunRecord) -> list[str]:
+    """What deploying the map changes: bytes, and time where it was taken."""
+    found = run.map
+    if found is None or not found.low:
+        return []
+    rest = found.other_bytes
+    lines = [
+        f"All parameters take {megabytes(found.bytes_before + rest)} now, and {megabytes(found.bytes_after + rest)} then."
+    ]
+    if run.end_to_end is not None:  # the answer says it
+        return lines
+    if run.latency is None:
+        return [*lines, f"No time was measured: the target {found.target} has none, and gains are counted in FLOPs."]
+    return [*lines, "Single layers were timed; the whole model was not."]
+
+
+def _next(run: RunRecord, certified: bool) -> list[str]:
+    if certified:
+        return [f"Next: precimap deploy TASK {run.directory / 'map.json'} --output fast.safetensors"]
+    return [
+        "Next: precimap plan TASK --margin M says how many units a margin takes; more units or a wider margin may certify."
+    ]
+
+
+def _notes(run: RunRecord) -> list[RenderableType]:
+    notes = (run.preflight or {}).get("notes", ())
+    return [lines_of([f"Note: {note}" for note in notes], "dim")] if notes else []
+
+
+def _layers(found: PrecisionMap, digits: int) -> RenderableType:
+    """Each layer: what it runs in, what it alone costs the metric, its share of the FLOPs, and why."""
+    table = Rows(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("layer", overflow="fold")
+    table.add_column("runs in", no_wrap=True)
+    table.add_column("drop alone", justify="right", no_wrap=True)
+    table.add_column("FLOPs", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold", ratio=1)
+    common = shared_prefix(found.layers)
+    for name, decision in found.layers.items():
+        runs = Text(decision.scheme or "as it is", style="green" if decision.scheme else "")
+        drop = _alone(decision, digits)
+        table.add_row(name[len(common) :], runs, drop, f"{found.share_of(name):.1%}", decision.reason)
+    said = [f"drop alone: of {found.premise.metric}, with this layer alone in low precision; above zero is worse."]
+    if common:
+        said.insert(0, f"All names begin with {shown(common)}")
+    return Group(table, lines_of(said, "dim"))
+
+
+def shared_prefix(names: Iterable[str]) -> str:
+    """What all names begin with, up to a dot: the rest still tells them apart."""
+    every = sorted(names)
+    if len(every) < 2:
+        return ""
+    pairs = zip(every[0].split("."), every[-1].split("."), strict=False)
+    return "".join(f"{part}." for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _alone(decision: Decision, digits: int) -> str:
+    """As measured by a probe, else as predicted; of the scheme that it runs in, else of the first that was looked at."""
+    for looked in (decision.evidence, decision.predicted):
+        found = looked.get(decision.scheme) if decision.scheme else next(iter(looked.values()), None)
+        if found is not None:
+            return f"{found.drop:+.{digits}f} ± {found.error:.{digits}f}"
+    return ""
