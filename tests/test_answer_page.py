@@ -47,12 +47,12 @@ def test_the_answer_comes_first_with_drop_bound_and_margin_on_one_line(record: R
     certificate = record.certificates[-1]
     assert certificate.drop is not None
     (proof,) = [line for line in lines if "The drop of loss is" in line]
-    assert f"{certificate.drop:+.4f}" in proof
-    assert f"{certificate.upper:+.4f}" in proof
-    assert "the margin is 0.2000" in proof
+    assert f"{certificate.drop:+.3f}" in proof
+    assert f"{certificate.upper:+.3f}" in proof
+    assert "the margin is 0.200" in proof
     assert f"n = {certificate.n:,}" in proof
     assert any("The guard accuracy is held" in line for line in lines)
-    assert any(f"precimap deploy TASK {record.directory / 'map.json'}"[:60] in line for line in lines)
+    assert any("Next: precimap deploy TASK" in line for line in lines)
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
@@ -70,11 +70,31 @@ def test_every_layer_has_its_whole_name_and_its_reason_at_any_width(record: RunR
     assert "…" not in page
 
 
+def test_a_drop_is_the_one_that_decided(record: RunRecord) -> None:
+    """The limit that a reason names is above the drop beside it."""
+    assert record.map is not None
+    page = printed(answer_page(record), 200)
+    told = 0
+    for name in record.map.layers:
+        (line,) = [line for line in page.splitlines() if line.startswith(name)]
+        found = re.search(r"([+-]\d\.\d+) ± .*its own drop is at most (\S+),", line)
+        if found:
+            told += 1
+            assert float(found[1]) <= float(found[2]) + 1e-3
+    assert told
+
+
+def test_the_next_command_names_the_task_of_the_run(record: RunRecord) -> None:
+    page = " ".join(printed(answer_page(replace(record, asked={"task": "mine.py"})), 200).split())
+    assert f"Next: precimap deploy mine.py {record.directory / 'map.json'} --output deployed.safetensors" in page
+    assert "For speed, search with --target cpu-int8" in page
+
+
 def test_drops_stand_in_the_margin_s_unit(record: RunRecord) -> None:
     page = printed(answer_page(record), 160)
     drops = re.findall(r"([+-]\d+\.\d+) ± (\d+\.\d+)  +\d", page)
     assert len(drops) >= 2
-    assert {len(number.split(".")[1]) for pair in drops for number in pair} == {4}
+    assert {len(number.split(".")[1]) for pair in drops for number in pair} == {3}
 
 
 def test_a_run_without_a_certified_map_says_what_to_do(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import yaml
 from typer.testing import CliRunner
 
 from precimap.cli import app
-from precimap.cli_config import SAVED
 from precimap.precision_map import PrecisionMap
+from precimap.report.run_record import SAVED
 
 TASK = """
 from small_tasks import planted_task

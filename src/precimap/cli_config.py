@@ -13,7 +13,6 @@ import typer
 
 from precimap.cli_options import OUTPUT, option
 
-SAVED = "search.yaml"  # in the directory of a run
 _NOT_WRITTEN = ("config", "as_json")
 
 
@@ -44,6 +43,7 @@ def write_config(context: typer.Context, folder: Path) -> None:
     import yaml
 
     from precimap.durable import write_text
+    from precimap.report.run_record import SAVED
 
     given = {
         _typed(parameter): _plain(context.params[str(parameter.name)])
@@ -83,7 +83,7 @@ ConfigOption = Annotated[
     option(
         OUTPUT,
         "Options that are not typed are taken from this YAML file, which has a line for each, such as 'margin: 0.1%'. Every "
-        f"run keeps its own in {SAVED}.",
+        "run keeps its own in search.yaml.",
         callback=given_by,
         is_eager=True,
     ),

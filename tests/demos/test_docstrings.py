@@ -14,6 +14,7 @@ from precimap.errors import TaskError
 
 FINGERPRINT = """
 import hashlib, sys
+import precimap.api
 from precimap.demos.docstrings import docstring_pairs, split_by_module
 before = set(sys.modules)
 pairs = docstring_pairs()

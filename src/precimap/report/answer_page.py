@@ -15,13 +15,13 @@ from rich.panel import Panel
 from rich.text import Text
 
 from precimap.certificate import Certificate, worth
-from precimap.precision_map import Decision, PrecisionMap
 from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.run_record import RunRecord
 from precimap.report.tables import megabytes
 from precimap.report.terminal import Rows, lines_of, shown
 
 MOST_DIGITS = 9
+EMULATED = "emulated"
 
 
 def answer_page(run: RunRecord) -> RenderableType:
@@ -43,10 +43,12 @@ def answer_page(run: RunRecord) -> RenderableType:
         border_style="green" if certified else "yellow",
         box=box.ROUNDED,
     )
-    parts: list[RenderableType] = [panel, *_notes(run), Text(), _layers(run.map, digits)]
+    parts: list[RenderableType] = [panel, Text(), _layers(run, digits)]
     if run.end_to_end is not None:
-        parts += [Text(), end_to_end_page(run.end_to_end)]
-    return Group(*parts, lines_of(["--verbose adds all that was measured, with its statistics."], "dim"))
+        parts += [Text(), end_to_end_page(run.end_to_end), Text()]
+    return Group(
+        *parts, *_notes(run), lines_of(["--verbose prints all that was measured, with its statistics."], "dim")
+    )
 
 
 def _margin(run: RunRecord, certificate: Certificate | None) -> float:
@@ -57,8 +59,8 @@ def _margin(run: RunRecord, certificate: Certificate | None) -> float:
 
 
 def _digits(margin: float) -> int:
-    """Behind the point: a hundredth of the margin has two of them."""
-    return min(MOST_DIGITS, max(1, 3 - math.floor(math.log10(margin)))) if margin > 0 else 4
+    """Behind the point: the margin has three that count."""
+    return min(MOST_DIGITS, max(1, 2 - math.floor(math.log10(margin)))) if margin > 0 else 3
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -86,6 +88,8 @@ def _proof(found: Certificate | None, digits: int) -> list[str]:
         )
     if not found.certified:
         lines.append(f"Why not: {found.verdict}.")
+    for name, (change, error) in found.reported.items():
+        lines.append(f"Beside it, the drop of {name} is {change:+.5f} ± {error:.5f}; it decides nothing.")
     return [*lines, *found.blind_spots]
 
 
@@ -94,23 +98,33 @@ def _changes(run: RunRecord) -> list[str]:
     found = run.map
     if found is None or not found.low:
         return []
-    rest = found.other_bytes
-    lines = [
-        f"All parameters take {megabytes(found.bytes_before + rest)} now, and {megabytes(found.bytes_after + rest)} then."
-    ]
+    before, after = (megabytes(size + found.other_bytes) for size in (found.bytes_before, found.bytes_after))
+    lines = [f"The parameters shrink from {before} to {after}."]
     if run.end_to_end is not None:  # the answer says it
         return lines
     if run.latency is None:
-        return [*lines, f"No time was measured: the target {found.target} has none, and gains are counted in FLOPs."]
+        return [
+            *lines,
+            f"The speed-up is not known: nothing is timed for the target {found.target}; its gains are in FLOPs.",
+        ]
     return [*lines, "Single layers were timed; the whole model was not."]
 
 
 def _next(run: RunRecord, certified: bool) -> list[str]:
-    if certified:
-        return [f"Next: precimap deploy TASK {run.directory / 'map.json'} --output fast.safetensors"]
-    return [
-        "Next: precimap plan TASK --margin M says how many units a margin takes; more units or a wider margin may certify."
-    ]
+    """What to type, with the task that the run itself names."""
+    task = str(run.asked.get("task", "TASK"))
+    if not certified:
+        return [
+            f"Next: precimap plan {task} --margin M says how many units a margin takes. More units, or a wider margin, may "
+            "be enough for a certificate."
+        ]
+    slow = run.map is not None and run.map.target == EMULATED
+    lines = [f"Next: precimap deploy {task} {run.directory / 'map.json'} --output deployed.safetensors"]
+    if slow:
+        lines.append(
+            "This map is for the emulation, which is exact and slow. For speed, search with --target cpu-int8."
+        )
+    return lines
 
 
 def _notes(run: RunRecord) -> list[RenderableType]:
@@ -118,23 +132,43 @@ def _notes(run: RunRecord) -> list[RenderableType]:
     return [lines_of([f"Note: {note}" for note in notes], "dim")] if notes else []
 
 
-def _layers(found: PrecisionMap, digits: int) -> RenderableType:
+def _layers(run: RunRecord, digits: int) -> RenderableType:
     """Each layer: what it runs in, what it alone costs the metric, its share of the FLOPs, and why."""
+    found = run.map
+    assert found is not None
     table = Rows(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("layer", overflow="fold")
     table.add_column("runs in", no_wrap=True)
     table.add_column("drop alone", justify="right", no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold", ratio=1)
-    common = shared_prefix(found.layers)
+    common, drops = shared_prefix(found.layers), _drops(run)
     for name, decision in found.layers.items():
         runs = Text(decision.scheme or "as it is", style="green" if decision.scheme else "")
-        drop = _alone(decision, digits)
+        scheme = decision.scheme or next((one for layer, one in drops if layer == name), "")
+        drop = "" if (name, scheme) not in drops else "{:+.{d}f} ± {:.{d}f}".format(*drops[name, scheme], d=digits)
         table.add_row(name[len(common) :], runs, drop, f"{found.share_of(name):.1%}", decision.reason)
-    said = [f"drop alone: of {found.premise.metric}, with this layer alone in low precision; above zero is worse."]
+    said = [
+        f"Drop: how much worse {found.premise.metric} gets; above zero is worse, for every metric. Alone: with this layer "
+        "in low precision and all others as they are."
+    ]
     if common:
         said.insert(0, f"All names begin with {shown(common)}")
     return Group(table, lines_of(said, "dim"))
+
+
+def _drops(run: RunRecord) -> dict[tuple[str, str], tuple[float, float]]:
+    """By layer and scheme the drop that decided, and its error: the prediction, corrected where a probe was made, or else
+    the probe (`Known.decisive`)."""
+    drops = {}
+    for row in (run.evidence or {"layers": ()})["layers"]:
+        trusted = row["trusted"] and row["predicted"] is not None
+        found = row["predicted"] if trusted else row["probed"]
+        if found is not None:
+            by, error = row["correction"] if trusted and row["correction"] is not None else (0.0, 0.0)
+            drop = found["drop"]
+            drops[row["layer"], row["scheme"]] = (drop["estimate"] + by, math.hypot(drop["error"], error))
+    return drops
 
 
 def shared_prefix(names: Iterable[str]) -> str:
@@ -144,12 +178,3 @@ def shared_prefix(names: Iterable[str]) -> str:
         return ""
     pairs = zip(every[0].split("."), every[-1].split("."), strict=False)
     return "".join(f"{part}." for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _alone(decision: Decision, digits: int) -> str:
-    """As measured by a probe, else as predicted; of the scheme that it runs in, else of the first that was looked at."""
-    for looked in (decision.evidence, decision.predicted):
-        found = looked.get(decision.scheme) if decision.scheme else next(iter(looked.values()), None)
-        if found is not None:
-            return f"{found.drop:+.{digits}f} ± {found.error:.{digits}f}"
-    return ""

@@ -16,6 +16,7 @@ from precimap.errors import JournalError, MapError
 from precimap.journal import Journal, open_journal
 from precimap.precision_map import PrecisionMap
 
+SAVED = "search.yaml"  # the options of the command line, beside the measurements
 STAGES = ("baseline", "floor", "screen", "probe", "nudge", "joint", "certify", "draw")
 
 
@@ -25,7 +26,7 @@ class RunRecord:
 
     evidence: what was predicted and probed of single layers, and the audit. chain: the maps as wholes, safest first.
     latency: what layers take and save, None where time is counted in FLOPs. end_to_end: of the last map that was timed.
-    batches: how many were scored so far, by stage.
+    batches: how many were scored so far, by stage. asked: the options of the command that began it, as far as it holds them.
     """
 
     directory: Path
@@ -42,6 +43,7 @@ class RunRecord:
     map: PrecisionMap | None
     answer: str | None
     batches: dict[str, int]
+    asked: dict[str, Any]
 
     def as_row(self) -> dict[str, Any]:
         """For machines."""
@@ -96,9 +98,21 @@ def _read(directory: Path) -> RunRecord:
             map=None if summary is None else PrecisionMap.parse(json.dumps(summary["map"]), str(directory)),
             answer=None if summary is None else str(summary["answer"]),
             batches={kind: count for kind in STAGES if (count := journal.count(kind))},
+            asked=_asked(directory),
         )
 
 
 def _only(journal: Journal, kind: str) -> dict[str, Any] | None:
     rows = journal.conclusions(kind)
     return rows[-1].value if rows else None
+
+
+def _asked(directory: Path) -> dict[str, Any]:
+    """Of `search.yaml`, which the command line writes; nothing where it is missing or was edited into something else."""
+    import yaml
+
+    try:
+        found = yaml.safe_load((directory / SAVED).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return dict(found) if isinstance(found, dict) else {}
