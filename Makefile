@@ -9,13 +9,14 @@ PINS := $(VENV)/.created pyproject.toml constraints.txt
 # The other modules there are shared by the benchmarks and take no such option. gpu.py ends at once without a GPU.
 BENCHES := $(filter-out bench/gpu.py,$(shell grep -l -e '\[--quick\]' bench/*.py))
 
-.PHONY: help demo test check fix bench bench-gpu clean
+.PHONY: help demo test test-fast check fix bench bench-gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo    the whole way on a real model and real text, offline'
-	@echo 'make test    the tests'
+	@echo 'make test    the tests, two at a time: 8 minutes on 2 cores'
+	@echo 'make test-fast  the lower floors and the ways in: a minute'
 	@echo 'make check   format, lint and types, changing nothing'
 	@echo 'make fix     format, and repair what the linter can'
 	@echo 'make bench   every benchmark, in its quick form; each writes bench/NAME.quick.json'
@@ -25,8 +26,15 @@ help:
 demo: $(VENV)/.installed-demo
 	$(BIN)/precimap demo
 
+# Files stay whole, for the tests of one share models and searches.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+FAST := tests/numerics tests/layers tests/test_architecture.py tests/test_precision_map.py tests/test_defaults.py \
+	tests/test_answer_page.py tests/search/test_door.py tests/search/test_own_rounding.py
+
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST)
 
 check: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .

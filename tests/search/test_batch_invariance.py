@@ -85,8 +85,11 @@ def test_the_measured_change_is_that_of_an_oracle() -> None:
         assert each.change.estimate == pytest.approx(moved[:, 0].mean(), rel=1e-4)
         assert each.change.error == pytest.approx(moved[:, 0].std(ddof=1) / np.sqrt(UNITS), rel=1e-4)
         assert each.change.changed == (UNITS // 2 if each.parts == 2 else UNITS - 1)
-    assert "in 2 parts" in found.note
-    assert "in single units" in found.note
+    assert "was scored in 2 parts and single units, too, with 1 layers in it. In 2 parts scores moved by" in found.note
+    assert "In single units scores moved by" in found.note
+    assert found.note.endswith("It cannot under fp8 (a scale for each token) or fp8-static (a fixed scale).")
+    still = replace(found, cuts=tuple(replace(cut, rms=0.0) for cut in found.cuts))
+    assert "too, with 1 layers in it: no score moved. It cannot" in still.note
     assert found.alternatives == ("fp8 (a scale for each token)", "fp8-static (a fixed scale)")
 
 

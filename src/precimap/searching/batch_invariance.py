@@ -67,13 +67,17 @@ class BatchDependence:
     @property
     def note(self) -> str:
         """The finding in two or three sentences."""
-        said = f"{self.scheme}: one dynamic scale for the whole input, so a unit's score depends on its batch"
+        said = (
+            f"{self.scheme} uses one scale for all of a layer's input, so a score can depend on the rest of its batch"
+        )
+        other = "" if not self.alternatives else f" It cannot under {' or '.join(self.alternatives)}."
         if self.refused is not None:
-            said += f"; by how much was not measured: {self.refused}"
-        else:
-            where = f"{self.layers} layers in it, the first search batch of n = {self.n}"
-            said += f". {where}: {'; '.join(_sentence(cut, self) for cut in self.cuts)}"
-        return said + (f". Not so under {' or '.join(self.alternatives)}" if self.alternatives else "")
+            return f"{said}; by how much was not measured: {self.refused}.{other}"
+        parts = " and ".join(_cut_into(cut, self) for cut in self.cuts)
+        said += f". The first search batch of {self.n} was scored in {parts}, too, with {self.layers} layers in it"
+        if not any(cut.rms for cut in self.cuts):
+            return f"{said}: no score moved.{other}"
+        return f"{said}. {' '.join(_sentence(cut, self) for cut in self.cuts if cut.rms)}{other}"
 
 
 def shares_a_scale(scheme: Scheme) -> bool:
@@ -212,14 +216,19 @@ def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt()) if values.numel() else 0.0
 
 
+def _cut_into(found: CutScores, of: BatchDependence) -> str:
+    return "single units" if found.parts == of.n else f"{found.parts} parts"
+
+
 def _sentence(found: CutScores, of: BatchDependence) -> str:
-    cut_into = "single units" if found.parts == of.n else f"{found.parts} parts"
-    if found.rms is None or found.largest is None or found.base_rms is None:
-        return f"in {cut_into}, quantising changes no score"
+    """Of a cut that moved scores."""
+    assert found.rms is not None
+    assert found.largest is not None
+    assert found.base_rms is not None
     return (
-        f"in {cut_into} scores move by {_share(found.rms)} (rms) and at most {_share(found.largest)} of what quantising "
-        f"changes, drop of {of.metric} {_with_error(found.change)} (the base model, cut alike: "
-        f"{_share(found.base_rms)}, {_with_error(found.base_change)})"
+        f"In {_cut_into(found, of)} scores moved by {_share(found.rms)} of what quantising changes (root mean square; at "
+        f"most {_share(found.largest)}), and the drop of {of.metric} by {_with_error(found.change)}; without low precision "
+        f"by {_share(found.base_rms)} and {_with_error(found.base_change)}."
     )
 
 
