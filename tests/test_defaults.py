@@ -180,6 +180,12 @@ def test_a_loss_that_does_not_go_without_saying_is_refused(scores: tuple[int, ..
         loss_of(torch.zeros(scores), labels)
 
 
+@pytest.mark.parametrize("labels", [[1.0, 5.0], [-1.0, 1.0], [0, 2]])
+def test_ratings_are_no_clicks(labels: list[float]) -> None:
+    with pytest.raises(TaskError, match=r"with labels from 0 to 1; got .* Give Task\(loss="):
+        loss_of(torch.zeros(2), labels)
+
+
 def test_the_default_loss_reads_the_task_s_own_labels() -> None:
     task = Task.from_loader(
         ranker(), [{"x": X[i : i + 20], "y": CLICKS[i : i + 20]} for i in range(0, 240, 20)], metric=Loss(),

@@ -62,8 +62,14 @@ def loss_of(scores: Tensor, labels: Any) -> Tensor:
     y = torch.as_tensor(labels, device=scores.device)
     units = len(scores)
     if scores.shape in ((units,), (units, 1)) and y.shape in ((units,), (units, 1)):
-        logits = scores.reshape(units).float()
-        return F.binary_cross_entropy_with_logits(logits, y.reshape(units).float(), reduction="none")
+        clicks = y.reshape(units).float()
+        if bool(((clicks < 0) | (clicks > 1)).any()):
+            low, high = float(clicks.min()), float(clicks.max())
+            raise TaskError(
+                f"the default loss of one score for each unit is that of clicks, with labels from 0 to 1; got {low:g} to "
+                f"{high:g}. Give Task(loss=...)"
+            )
+        return F.binary_cross_entropy_with_logits(scores.reshape(units).float(), clicks, reduction="none")
     if scores.dim() == 2 and y.shape == (units,) and not y.is_floating_point():
         return F.cross_entropy(scores.float(), y.long(), reduction="none")
     raise TaskError(
