@@ -98,7 +98,7 @@ def searched(folder: Path) -> Ran:
 def test_search_report_certify_and_deploy(folder: Path, searched: Ran, precimap: Callable[..., Ran]) -> None:
     assert searched.returncode == 0, searched.stderr
     assert searched.stdout.startswith("╭─ certified ─")
-    told = searched.stderr.index("as noisy as everything low")
+    told = searched.stderr.index("with these data margins from")
     assert told < searched.stderr.index("screen: 0 of"), "what the units can detect is said before the long work"
     assert max(map(len, searched.stdout.splitlines())) <= 80
     again = precimap("report", "run")

@@ -226,7 +226,10 @@ def run_page(run: RunRecord) -> RenderableType:
 
 def preflight_text(preflight: dict[str, Any]) -> RenderableType:
     """What the splits can tell, and what is worth knowing."""
-    lines = [f"{preflight['search_units']:,} units choose, about {preflight['certify_units']:,} certify"]
+    lines = [
+        f"The search uses {preflight['search_units']:,} units, and the final test (the certify split) about "
+        f"{preflight['certify_units']:,}."
+    ]
     lines += [_outlook_line(found) for found in preflight["outlook"]]
     return lines_of([*lines, *(f"note: {note}" for note in preflight["notes"])])
 
@@ -237,12 +240,17 @@ def _outlook_line(found: dict[str, Any]) -> str:
         return f"no map can be certified: {found['impossible']}"
     if found["unmeasured"] is not None and not math.isfinite(found["detectable"]):
         return f"{found['label']}: how noisy a map is could not be measured beforehand ({found['unmeasured']})"
-    line = f"{found['label']}: a map without a drop, as noisy as everything low, passes at margins of "
-    line += f"{found['detectable']:.2g} and more" if math.isfinite(found["detectable"]) else "no size"
+    assumed = "for a map that loses nothing and is as noisy as the model with all layers in low precision"
+    if not math.isfinite(found["detectable"]):
+        line = f"{found['label']}: with these data no margin can be certified, {assumed}"
+    else:
+        line = (
+            f"{found['label']}: with these data margins from {found['detectable']:.2g} on can be certified, {assumed}"
+        )
     if found["detectable"] <= found["margin"]:
-        return f"{line}; yours is {found['margin']:g}"
-    needed = "" if found["about"] is None else f"; at yours it takes about {found['about']:,} units in each split"
-    return f"{line}, and yours is {found['margin']:g}: expect quieter maps, or none{needed}"
+        return f"{line}. Yours is {found['margin']:g}."
+    needed = "" if found["about"] is None else f" It takes about {found['about']:,} units in each split."
+    return f"{line}. Yours is {found['margin']:g}: expect a map that changes less, or none.{needed}"
 
 
 def _savings(
