@@ -158,7 +158,7 @@ def plan(
     target: options.TargetOption = options.TargetName.EMULATED,
     as_json: options.JsonOption = False,
 ) -> Result:
-    """How many rows do I need? What the splits can tell at this margin and around it. Exit code 1 when no map can pass."""
+    """Tell how many rows a margin takes, and which margins the task's data can certify. Exit code 1 when no map can pass."""
     from precimap.report.plan_table import plan_page
     from precimap.searching.planning import plan as plan_task
     from precimap.task_file import load_task
@@ -182,7 +182,10 @@ def certify(
     output: options.CertifiedOption = None,
     as_json: options.JsonOption = False,
 ) -> Result:
-    """Judge one map on the certify split. Exit code 1 when it is not certified."""
+    """Test a finished map on data that the search never used (the certify split).
+
+    It passes if the upper bound of its drop is at most the margin. Exit code 1 if it does not.
+    """
     from precimap.report.proof import certificate_text
     from precimap.searching.certificate.one_map import certify as certify_map
     from precimap.task_file import load_task
