@@ -90,7 +90,8 @@ def gather(
     seen = [pair for pair in pairs if (pair[0], pair[1].name) in screened.pairs]
     few = baseline.scattered(effort.audit_units, among=numbers)
     audits = probing.on(to_audit(inventory, seen, AUDIT_SEED), few) if seen else ()
-    found = audit(inventory, predictor, audits, screened.pairs, limits.margin, probing.rounding(audits))
+    rounding = probing.rounding(audits)
+    found = audit(inventory, predictor, audits, screened.pairs, limits.margin, rounding)
     direct = [pair for pair in pairs if pair not in seen or _distrusted(inventory, pair, found)]
     probes = {(p.layer, p.scheme): p for p in (*audits, *probing.on(direct, numbers))}
     known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), savings)
@@ -99,7 +100,11 @@ def gather(
     def suspects(keys: Iterable[Key]) -> frozenset[Key]:
         asked = set(keys) & set(believed.screen.pairs)
         more = probing.on([pair for pair in seen if (pair[0], pair[1].name) in asked], few)
-        rows = audit(inventory, predictor, more, asked, limits.margin, probing.rounding(more)).rows
+        usual = max(
+            rounding.values(), default=0.0
+        )  # a culprit stands out of it; to nudge each layer costs as much again
+        own = {one.layer: rounding.get(one.layer, usual) for one in more}
+        rows = audit(inventory, predictor, more, asked, limits.margin, own).rows
         return frozenset((row.layer, row.scheme) for row in rows if not row.agrees)
 
     evidence = Evidence(known, believed, found, _rates(run, screened), suspects)
