@@ -45,7 +45,7 @@ def test_every_metric_has_the_name_that_it_prints(name: str) -> None:
     assert metric_of(found) is found
 
 
-@pytest.mark.parametrize("name", ["", "ndcg", "ndcg@", "ndcg@0", "ndcg@-1", "ne@3", "accuracy ", "NDCG@ten"])
+@pytest.mark.parametrize("name", ["", "ndcg", "ndcg@", "ndcg@0", "ndcg@-1", "ne@3", "accuracy ", "NDCG@ten", "ndcg@²"])
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(TaskError):
         metric_of(name)

@@ -54,7 +54,7 @@ _NEVER_MULTIPLY = (  # modules whose threads draw bars, pass messages or wait, a
     "multiprocessing.queues",  # the feeder of a queue
     "multiprocessing.resource_sharer",  # hands tensors' files to other processes
     "torch.utils.data._utils.pin_memory",
-    "ipykernel.iostream",  # these five live in every notebook
+    "ipykernel.iostream",  # these live in every notebook
     "ipykernel.heartbeat",
     "ipykernel.control",
     "ipykernel.shellchannel",

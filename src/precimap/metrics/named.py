@@ -21,9 +21,9 @@ _PLAIN: tuple[Metric, ...] = (
     RMSE(),
 )
 _AT_K = (HitRate, MRR, NDCG, Recall)
-BY_NAME = {metric.name.lower(): metric for metric in _PLAIN}
+_BY_NAME = {metric.name.lower(): metric for metric in _PLAIN}
 _BY_NAME_AT_K = {metric(1).name.lower().partition("@")[0]: metric for metric in _AT_K}
-NAMES = (*BY_NAME, *(f"{name}@K" for name in _BY_NAME_AT_K))
+NAMES = (*_BY_NAME, *(f"{name}@K" for name in _BY_NAME_AT_K))
 
 
 def metric_of(given: Metric | str) -> Metric:
@@ -31,8 +31,8 @@ def metric_of(given: Metric | str) -> Metric:
     if not isinstance(given, str):
         return given
     name, _, k = given.lower().partition("@")
-    if k.isdigit() and name in _BY_NAME_AT_K:
+    if k.isdecimal() and name in _BY_NAME_AT_K:
         return _BY_NAME_AT_K[name](int(k))
-    if given.lower() in BY_NAME:
-        return BY_NAME[given.lower()]
+    if given.lower() in _BY_NAME:
+        return _BY_NAME[given.lower()]
     raise TaskError(f"expected a metric out of {', '.join(NAMES)}, got {given!r}; or give an object of pm.metrics")

@@ -5,7 +5,7 @@ result would be several times the weight, the largest tensor of a search where o
 cutting inside of them: inputs of any size go there too, also in front of compilers, to whom a size is a symbol.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -30,12 +30,16 @@ def large_to_values(codes: Tensor, format: Format, affine: Affine) -> Tensor:
 def _in_parts(change: Callable[..., Tensor], given: Tensor, affine: Affine, dtype: torch.dtype) -> Tensor:
     if given.numel() <= LARGEST_PART or given.dim() < 2:
         return change(given, affine=affine)
-    rows = max(1, LARGEST_PART // given[0].numel())
     result = torch.empty_like(given, dtype=dtype)
-    for start in range(0, len(given), rows):
-        piece = slice(start, start + rows)
+    for piece in row_pieces(given, LARGEST_PART):
         result[piece] = change(given[piece], affine=rows_of(affine, piece, given.dim()))
     return result
+
+
+def row_pieces(given: Tensor, limit: int) -> Iterator[slice]:
+    """Of the rows of a tensor [rows, ...], in order, so that each piece holds at most `limit` values, or is one row."""
+    count = max(1, limit // max(1, given.shape[1:].numel()))
+    yield from (slice(start, start + count) for start in range(0, len(given), count))
 
 
 def rows_of(affine: Affine, piece: slice, dims: int) -> Affine:

@@ -15,13 +15,13 @@ from rich.panel import Panel
 from rich.text import Text
 
 from precimap.certificate import Certificate, worth
+from precimap.layers.target import EMULATED
 from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.run_record import RunRecord
 from precimap.report.tables import megabytes
 from precimap.report.terminal import Rows, lines_of, shown
 
 MOST_DIGITS = 9
-EMULATED = "emulated"
 
 
 def answer_page(run: RunRecord) -> RenderableType:
@@ -118,7 +118,7 @@ def _next(run: RunRecord, certified: bool) -> list[str]:
             f"Next: precimap plan {task} --margin M says how many units a margin takes. More units, or a wider margin, may "
             "be enough for a certificate."
         ]
-    slow = run.map is not None and run.map.target == EMULATED
+    slow = run.map is not None and run.map.target == EMULATED.name
     lines = [f"Next: precimap deploy {task} {run.directory / 'map.json'} --output deployed.safetensors"]
     if slow:
         lines.append(

@@ -5,7 +5,6 @@ machine is found whatever the data. What is allowed is rounding, and sums in ano
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from precimap.errors import DeployError
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import QuantizedLayer
-from precimap.numerics.large import rows_of
+from precimap.numerics.large import row_pieces, rows_of
 from precimap.runtime.weights.emulated import EMULATED_KERNEL
 from precimap.runtime.weights.fp8 import FP8_KERNEL
 from precimap.runtime.weights.low_weight import LowWeight
@@ -72,7 +71,9 @@ def _check_matrix(matrix: LowWeight) -> None:
     bias = torch.linspace(-1, 1, outputs, dtype=torch.float32, device=device).to(matrix.dtype)
     with torch.no_grad():
         found = kernel.rows(x, matrix, bias, matrix.dtype)
-        for piece in _pieces(layer.codes):  # decoded, the whole weight would be four times its codes
+        for piece in row_pieces(
+            layer.codes, CHECKED_AT_A_TIME
+        ):  # decoded, the whole weight would be four times its codes
             part = replace(layer, codes=layer.codes[piece], weight_affine=rows_of(layer.weight_affine, piece, 2))
             added = bias[piece].float()
             plain = nn.Linear(inputs, len(added), dtype=torch.float32, device="meta")
@@ -81,12 +82,6 @@ def _check_matrix(matrix: LowWeight) -> None:
                 expected = plain(x.float())
             magnitudes = nn.functional.linear(x.float().abs(), part.weight().abs(), added.abs())
             _compare(matrix.how.name, layer, found[:, piece], expected, magnitudes, error)
-
-
-def _pieces(codes: Tensor) -> Iterator[slice]:
-    """Of the rows of codes [N, K], so that each holds few enough to be decoded."""
-    count = max(1, CHECKED_AT_A_TIME // max(1, codes.shape[1]))
-    yield from (slice(start, start + count) for start in range(0, len(codes), count))
 
 
 def _check_experts(experts: LowWeight) -> None:

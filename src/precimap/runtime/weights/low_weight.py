@@ -136,8 +136,10 @@ class LowWeight(Tensor):
 
     def prepared(self, what: str, make: Callable[["LowWeight"], Made]) -> Made:
         """What a kernel makes of this view of the weight, once for as long as the codes are what they are."""
-        some = next(iter(self.parts.values()))
-        key = what if self.root else (what, some.storage_offset(), some.shape, some.stride())
+        key: Any = what
+        if not self.root:
+            some = next(iter(self.parts.values()))
+            key = what, some.storage_offset(), some.shape, some.stride()
         found = self.cache.get(key)
         if found is None:
             found = self.cache[key] = make(self)
