@@ -24,7 +24,7 @@ from precimap.runtime.weights.stored import STORED_KERNEL
 # Float32 sums of products of codes differ in their order only; a shorter result is rounded once more.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 CHECKED_ROWS, CHECKED_EXPERTS = 4096, 4  # of each packed table, of each stack
-CHECKED_AT_A_TIME = 1 << 20  # codes of a matrix, which are decoded
+CHECKED_AT_A_TIME = 1 << 18  # codes of a matrix, which are decoded
 
 
 def check_weight(weight: LowWeight) -> None:
