@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from precimap import CPU_INT8
 from precimap.layers.quantized import InputRange, quantize_layer
 from precimap.numerics.schemes import scheme
-from precimap.runtime.compiled import compiled
-from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.runtime.compiling.compiled import compiled
 from precimap.runtime.shared_codes import MOST_KEPT
 from precimap.runtime.timing import Spread, interleaved, ratio, spread
+from precimap.runtime.x86.target import int8_scheme
 
 SHAPES = (
     (1024, 384, 384), (1024, 384, 1536), (1024, 1536, 384), (4096, 384, 1152), (4096, 1536, 384),

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from precimap import CPU_INT8
 from precimap.demos.minilm import load_encoder
 from precimap.numerics.schemes import scheme
-from precimap.runtime.compiled import compiled
-from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.runtime.compiling.compiled import compiled
 from precimap.runtime.timing import Spread, interleaved, ratio, spread
-from precimap.runtime.weights.int8 import INT8_KERNEL
 from precimap.runtime.weights.low_weight import LowWeight
+from precimap.runtime.x86.int8 import INT8_KERNEL
+from precimap.runtime.x86.target import int8_scheme
 
 Inputs = tuple[Tensor, ...]
 Call = Callable[[], Tensor]

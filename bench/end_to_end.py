@@ -26,7 +26,7 @@ from precimap import CPU_INT8, CPU_INT8_COMPILED, Effort, Serving, Splits, Task,
 from precimap.demos.semantic_search import queries
 from precimap.layers.target import Target
 from precimap.report.end_to_end_table import end_to_end_page
-from precimap.runtime.cpu_int8 import has_bf16, int8_scheme
+from precimap.runtime.x86.target import has_bf16, int8_scheme
 
 FIELDS, VALUES = 64, 10_000
 

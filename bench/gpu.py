@@ -34,11 +34,11 @@ from precimap.layers.quantized import InputRange, quantize_layer
 from precimap.numerics.formats import E4M3
 from precimap.numerics.quantize import Affine, quantize
 from precimap.numerics.schemes import scheme
-from precimap.runtime.cuda_fp8 import CUDA_FP8, missing_hardware
-from precimap.runtime.cuda_graphs import capture
-from precimap.runtime.cuda_timer import driver, event_seconds
+from precimap.runtime.nvidia.fp8 import FP8_KERNEL, TOKENS, StaticScale, dynamic_codes, scaled_experts, scaled_mm
+from precimap.runtime.nvidia.graphs import capture
+from precimap.runtime.nvidia.layer_timer import driver, event_seconds
+from precimap.runtime.nvidia.target import CUDA_FP8, missing_hardware
 from precimap.runtime.timing import interleaved, ratio, spread
-from precimap.runtime.weights.fp8 import FP8_KERNEL, TOKENS, StaticScale, dynamic_codes, scaled_experts, scaled_mm
 from precimap.runtime.weights.low_weight import LowWeight
 
 Row = dict[str, object]

@@ -25,7 +25,7 @@ from harness import Claim, at_most, print_claims, print_machine, write_json
 from torch import nn
 
 from precimap import deploy, discover, load_deployed, save_deployed
-from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.runtime.x86.target import int8_scheme
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from small_maps import map_over, premise_for

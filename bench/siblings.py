@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from precimap import CPU_INT8, bench_device, discover
 from precimap.demos.minilm import load_encoder
 from precimap.numerics.schemes import scheme
-from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.runtime.timing import Spread, interleaved, ratio, spread
+from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.latency.planned import planned
 
 HEADS = 12

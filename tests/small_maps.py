@@ -10,7 +10,7 @@ from precimap.fingerprints import modules_of, of_weights
 from precimap.layers.inventory import Inventory
 from precimap.numerics.schemes import SCHEMES, Scheme
 from precimap.precision_map import Decision, Evidence, OfModel, PrecisionMap, Premise, Realignment, Verdict
-from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.whole.assemble import premise_of
 from precimap.task import first_batch
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from precimap import Splits, Task
 from precimap.metrics import Loss
-from precimap.runtime.cpu_int8 import CpuInt8
+from precimap.runtime.x86.target import CpuInt8
 
 INPUTS, CLASSES = 64, 16
 

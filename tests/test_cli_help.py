@@ -10,7 +10,7 @@ import typer.main
 import precimap.cli_options as options
 from precimap.cli import app
 from precimap.metrics import NE_MARGINS
-from precimap.runtime.cuda_fp8 import EXPERIMENTAL
+from precimap.runtime.nvidia.target import EXPERIMENTAL
 from precimap.searching.evidence.known import BYTES_WORTH
 from precimap.searching.limits import USUAL_EFFORT
 from precimap.targets import TARGETS

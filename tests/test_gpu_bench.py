@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from grouped_on_cpu import grouped_on_cpu
 from precimap.cli_options import TargetOption
-from precimap.runtime import cuda_fp8
-from precimap.runtime.cuda_graphs import Captured
+from precimap.runtime.nvidia import target as cuda_fp8
+from precimap.runtime.nvidia.graphs import Captured
 from precimap.runtime.timing import interleaved
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))

@@ -24,9 +24,9 @@ from precimap.layers.storages import storages_of
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES
 from precimap.precision_map import PrecisionMap
-from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.runtime.deploy import deployment_of
 from precimap.runtime.weights.placing import low_weights
+from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.calibrate import calibrate
 from precimap.searching.progress import silent
 from small_maps import map_over, premise_for

@@ -220,9 +220,9 @@ def deploy(
     """Deploy a map, compare it with its emulation on one batch, and save it."""
     from precimap.precision_map import PrecisionMap
     from precimap.runtime.checkpoint import save_deployed
-    from precimap.runtime.cuda_fp8 import marked
     from precimap.runtime.deploy import deploy as deploy_map
     from precimap.runtime.deploy import deployment_of
+    from precimap.runtime.nvidia.target import marked
     from precimap.task_file import load_task
 
     loaded, given = load_task(task), PrecisionMap.load(precision_map)

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 TARGETS: Mapping[str, str] = {  # name -> module:object
     "emulated": "precimap.layers.target:EMULATED",
-    "cpu-int8": "precimap.runtime.cpu_int8:CPU_INT8",
-    "cpu-int8-compiled": "precimap.runtime.compiled_target:CPU_INT8_COMPILED",
-    "cuda-fp8": "precimap.runtime.cuda_fp8:CUDA_FP8",
-    "cuda-fp8-compiled": "precimap.runtime.compiled_target:CUDA_FP8_COMPILED",
+    "cpu-int8": "precimap.runtime.x86.target:CPU_INT8",
+    "cpu-int8-compiled": "precimap.runtime.compiling.target:CPU_INT8_COMPILED",
+    "cuda-fp8": "precimap.runtime.nvidia.target:CUDA_FP8",
+    "cuda-fp8-compiled": "precimap.runtime.compiling.target:CUDA_FP8_COMPILED",
     "torchrec": "precimap.runtime.torchrec_tables:TORCHREC",
 }
 

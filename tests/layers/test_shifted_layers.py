@@ -17,9 +17,9 @@ from precimap.numerics.grid_shift import GridShift
 from precimap.numerics.quantize import Affine, quantize
 from precimap.numerics.ranges import fit
 from precimap.numerics.schemes import BF16_FLOOR, SCHEMES, Scheme, scheme
-from precimap.runtime.cpu_int8 import int8_scheme
-from precimap.runtime.weights.int8 import INT8_KERNEL
 from precimap.runtime.weights.placing import weight_of
+from precimap.runtime.x86.int8 import INT8_KERNEL
+from precimap.runtime.x86.target import int8_scheme
 from quantiser_oracle import oracle
 
 W = torch.randn(24, 48, generator=torch.Generator().manual_seed(1))  # [N, K]

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from precimap.runtime import attention
-from precimap.runtime.attention import attend
-from precimap.runtime.compiled import compiled
+from precimap.runtime.compiling import attention
+from precimap.runtime.compiling.attention import attend
+from precimap.runtime.compiling.compiled import compiled
 
 
 @pytest.fixture(autouse=True)

@@ -26,12 +26,12 @@ from precimap.hardware_profile import Times
 from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.numerics.schemes import scheme
 from precimap.precision_map import PrecisionMap
-from precimap.runtime import compiled as compiled_module
-from precimap.runtime import cuda_fp8
-from precimap.runtime.compiled import CompiledCalls, compile_calls, no_compiler
-from precimap.runtime.cpu_int8 import has_qlinear, int8_scheme
+from precimap.runtime.compiling import compiled as compiled_module
+from precimap.runtime.compiling.compiled import CompiledCalls, compile_calls, no_compiler
 from precimap.runtime.deploy import deployment_of
+from precimap.runtime.nvidia import target as cuda_fp8
 from precimap.runtime.weights import low_weight
+from precimap.runtime.x86.target import has_qlinear, int8_scheme
 from small_tasks import COUNTED_INT8, planted_task
 
 pytestmark = [

@@ -38,12 +38,14 @@ from precimap.layers.quantized import InputRange, quantize_layer, quantize_map
 from precimap.layers.target import BASE, Turns
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.report.profile_table import profile_page
-from precimap.runtime import cuda_fp8, cuda_timer, timing
-from precimap.runtime.cuda_fp8 import CudaFp8, missing_hardware
-from precimap.runtime.cuda_graphs import Captured
-from precimap.runtime.cuda_timer import CudaTimer
+from precimap.runtime import timing
 from precimap.runtime.deploy import deployment_of
-from precimap.runtime.weights.fp8 import Fp8Kernel
+from precimap.runtime.nvidia import layer_timer as cuda_timer
+from precimap.runtime.nvidia import target as cuda_fp8
+from precimap.runtime.nvidia.fp8 import Fp8Kernel
+from precimap.runtime.nvidia.graphs import Captured
+from precimap.runtime.nvidia.layer_timer import CudaTimer
+from precimap.runtime.nvidia.target import CudaFp8, missing_hardware
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import low_weights
 from precimap.searching.result import SearchResult

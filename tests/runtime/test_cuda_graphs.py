@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map_only
 
 from precimap import graphed
 from precimap.errors import DeployError, InputError
-from precimap.runtime import cuda_graphs
-from precimap.runtime.cuda_graphs import Captured, GraphedModel
+from precimap.runtime.nvidia import graphs as cuda_graphs
+from precimap.runtime.nvidia.graphs import Captured, GraphedModel
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 

@@ -14,12 +14,12 @@ from precimap.layers.emulation import quantized
 from precimap.layers.quantized import InputRange, quantize_layer, quantize_map
 from precimap.numerics.formats import UINT7, UINT8
 from precimap.numerics.schemes import SCHEMES, scheme
-from precimap.runtime import cpu_int8
-from precimap.runtime.cpu_int8 import has_bf16, int8_scheme, products_are_exact
 from precimap.runtime.deploy import deployment_of
 from precimap.runtime.timing import interleaved, ratio
-from precimap.runtime.weights.int8 import INT8_KERNEL, Int8Kernel
 from precimap.runtime.weights.placing import low_weights
+from precimap.runtime.x86 import target as cpu_int8
+from precimap.runtime.x86.int8 import INT8_KERNEL, Int8Kernel
+from precimap.runtime.x86.target import has_bf16, int8_scheme, products_are_exact
 from precimap.task import Task
 from small_tasks import COUNTED_INT8, planted_task
 

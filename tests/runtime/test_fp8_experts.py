@@ -21,10 +21,10 @@ from precimap.layers.quantized import quantize_layer
 from precimap.layers.refusals import refusal
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES
-from precimap.runtime import cuda_fp8
 from precimap.runtime.deploy import deployment_of
-from precimap.runtime.weights import fp8 as fp8_weights
-from precimap.runtime.weights.fp8 import FP8_KERNEL, scaled_experts
+from precimap.runtime.nvidia import fp8 as fp8_weights
+from precimap.runtime.nvidia import target as cuda_fp8
+from precimap.runtime.nvidia.fp8 import FP8_KERNEL, scaled_experts
 from precimap.runtime.weights.low_weight import LowWeight
 from specimen import Builder
 from zoo_libraries import mixtral, qwen3_moe

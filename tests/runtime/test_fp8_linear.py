@@ -27,11 +27,11 @@ from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.numerics.formats import E4M3
 from precimap.numerics.quantize import Affine, dequantize, quantize
 from precimap.numerics.schemes import SCHEMES, Granularity, Rounding, Scheme
-from precimap.runtime import cuda_fp8
-from precimap.runtime.compiled import compiled
-from precimap.runtime.cuda_fp8 import CUDA_FP8
-from precimap.runtime.weights import fp8 as fp8_weights
-from precimap.runtime.weights.fp8 import FP8_KERNEL, RESULTS, StaticScale, dynamic_codes, scaled_experts
+from precimap.runtime.compiling.compiled import compiled
+from precimap.runtime.nvidia import fp8 as fp8_weights
+from precimap.runtime.nvidia import target as cuda_fp8
+from precimap.runtime.nvidia.fp8 import FP8_KERNEL, RESULTS, StaticScale, dynamic_codes, scaled_experts
+from precimap.runtime.nvidia.target import CUDA_FP8
 from precimap.runtime.weights.low_weight import low_weight
 from precimap.runtime.weights.placing import placed, weight_of
 

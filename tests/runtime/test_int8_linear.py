@@ -19,13 +19,13 @@ from precimap.numerics.fast import unsigned_codes
 from precimap.numerics.formats import INT8, UINT7, UINT8, IntegerFormat
 from precimap.numerics.quantize import Affine, quantize
 from precimap.numerics.schemes import scheme
-from precimap.runtime import compiled as compiled_module
 from precimap.runtime import shared_codes
-from precimap.runtime.compiled import compiled
-from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.runtime.compiling import compiled as compiled_module
+from precimap.runtime.compiling.compiled import compiled
 from precimap.runtime.shared_codes import MOST_KEPT, SharedCodes
 from precimap.runtime.weights import low_weight
 from precimap.runtime.weights.placing import low_weights
+from precimap.runtime.x86.target import int8_scheme
 
 needs_compiler = pytest.mark.filterwarnings("ignore")  # Inductor and dynamo warn about parts of their own
 

@@ -27,12 +27,12 @@ from precimap.layers.storages import storages_of
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES, Scheme, scheme
 from precimap.runtime import emulated
-from precimap.runtime.compiled import compile_calls, no_compiler
-from precimap.runtime.cpu_int8 import has_bf16, int8_scheme
+from precimap.runtime.compiling.compiled import compile_calls, no_compiler
 from precimap.runtime.kernel_checks import check_weight
-from precimap.runtime.weights import int8 as int8_weights
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import low_weights, placed
+from precimap.runtime.x86 import int8 as int8_weights
+from precimap.runtime.x86.target import has_bf16, int8_scheme
 from small_maps import map_of
 
 X = torch.randn(6, 4, 32, generator=torch.Generator().manual_seed(0))

@@ -18,12 +18,12 @@ from precimap.layers.refusals import refusal
 from precimap.metrics import Loss
 from precimap.numerics.schemes import scheme
 from precimap.runtime import deploy as deploying
-from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.runtime.deploy import deployed_layers, deployment_of
-from precimap.runtime.weights import rows as packed_rows
-from precimap.runtime.weights.int8 import INT8_KERNEL
 from precimap.runtime.weights.placing import low_weights
-from precimap.runtime.weights.rows import ROWS_KERNEL
+from precimap.runtime.x86 import rows as packed_rows
+from precimap.runtime.x86.int8 import INT8_KERNEL
+from precimap.runtime.x86.rows import ROWS_KERNEL
+from precimap.runtime.x86.target import int8_scheme
 from small_maps import map_of
 
 ROWS = ("int8-row", "int4-row")
@@ -264,7 +264,7 @@ def test_an_operator_that_reads_rows_wrongly_is_caught(monkeypatch: pytest.Monke
 
 def test_a_bag_that_adds_wrongly_shows_in_the_agreement(monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of(ranker())
-    monkeypatch.setattr("precimap.runtime.weights.rows._counts", lambda *_: torch.tensor(5.0).reshape(1))
+    monkeypatch.setattr("precimap.runtime.x86.rows._counts", lambda *_: torch.tensor(5.0).reshape(1))
     found = deployment_of(deploy(task.model, mixed_map(task), task=task)).agreement
     assert found is not None
     assert found.relative > 1e-3

@@ -14,7 +14,7 @@ from precimap.layers.quantized import quantize_layer, quantize_map
 from precimap.numerics.schemes import scheme
 from precimap.runtime.deploy import deployment_of
 from precimap.runtime.weights.placing import low_weights
-from precimap.runtime.weights.stored import STORED_KERNEL, StoredKernel
+from precimap.runtime.x86.stored import STORED_KERNEL, StoredKernel
 from precimap.task import Task
 from small_tasks import COUNTED_INT8, planted_task
 

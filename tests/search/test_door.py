@@ -14,7 +14,7 @@ from precimap.errors import AlphaSpent, DeployError, InputError, ModelError, Tas
 from precimap.layers.target import EMULATED
 from precimap.metrics import NE, Loss
 from precimap.numerics.schemes import SCHEMES
-from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.certificate.one_map import certify
 from precimap.searching.certificate.second_model import compare
 from precimap.searching.limits import Effort, margin_of

@@ -23,7 +23,7 @@ from precimap.layers.target import BASE, Emulated, Turns
 from precimap.numerics.schemes import SCHEMES, Percentile, scheme
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
-from precimap.runtime.cpu_timer import CpuTimer
+from precimap.runtime.x86.layer_timer import CpuTimer
 from precimap.searching.evidence.known import gain
 from precimap.searching.latency.planned import planned
 from precimap.searching.latency.serving import foreseen

@@ -18,7 +18,7 @@ from precimap.metrics import NDCG, LogLoss, Loss
 from precimap.metrics.metric import Metric
 from precimap.precision_map import Verdict
 from precimap.report.run_record import STAGES, read_run
-from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.certificate.one_map import certify
 from precimap.searching.limits import Effort
 from precimap.searching.preflight import Preflight

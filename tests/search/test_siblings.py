@@ -23,7 +23,7 @@ from precimap.numerics.fast import unsigned_codes
 from precimap.numerics.formats import IntegerFormat
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.runtime import shared_codes
-from precimap.runtime.cpu_int8 import CpuInt8, int8_scheme
+from precimap.runtime.x86.target import CpuInt8, int8_scheme
 from precimap.searching import pipeline
 from precimap.searching.allocation.ladders import Option, total_gain
 from precimap.searching.allocation.rules import KNAPSACK

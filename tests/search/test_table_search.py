@@ -18,7 +18,7 @@ from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.report.inventory_table import inventory_table
 from precimap.report.tables import run_page
-from precimap.runtime.cpu_int8 import int8_scheme
+from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.allocation.knapsack import Constraints
 from precimap.searching.allocation.rules import Knapsack, Rule, Threshold
 from precimap.searching.eligibility import eligibility

@@ -22,8 +22,8 @@ from precimap.metrics import Loss
 from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
-from precimap.runtime.compiled import no_compiler
-from precimap.runtime.cpu_int8 import CPU_INT8, has_qlinear, int8_scheme
+from precimap.runtime.compiling.compiled import no_compiler
+from precimap.runtime.x86.target import CPU_INT8, has_qlinear, int8_scheme
 from precimap.searching.allocation.knapsack import Constraints
 from precimap.searching.allocation.rules import Knapsack
 from precimap.searching.batches import resized

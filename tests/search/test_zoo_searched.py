@@ -15,8 +15,8 @@ from precimap import Knapsack, Splits, Task, deploy, load_deployed, save_deploye
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import quantize_map
 from precimap.metrics import Loss
-from precimap.runtime.cpu_int8 import int8_scheme
 from precimap.runtime.weights.placing import low_weights
+from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.limits import Effort
 from small_tasks import COUNTED_INT8
 from specimen import Builder, Specimen, run

@@ -23,8 +23,8 @@ from precimap.report.run_record import RunRecord, read_run
 from precimap.report.tables import run_page
 from precimap.report.terminal import lines_of
 from precimap.runtime.checkpoint import save_deployed
-from precimap.runtime.cpu_int8 import CPU_INT8, int8_scheme
 from precimap.runtime.deploy import Agreement, deploy, deployment_of
+from precimap.runtime.x86.target import CPU_INT8, int8_scheme
 from precimap.searching.limits import Effort
 from precimap.searching.pipeline import search
 from precimap.searching.progress import Progress

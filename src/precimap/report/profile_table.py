@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 
 from precimap.hardware_profile import HardwareProfile
 from precimap.report.terminal import Rows, lines_of
-from precimap.runtime.cuda_fp8 import marked
+from precimap.runtime.nvidia.target import marked
 
 
 def profile_page(profile: HardwareProfile, path: Path) -> RenderableType:

@@ -12,7 +12,7 @@ from torch import nn
 
 from precimap.errors import BatchSizeWarning
 from precimap.layers.given import leading_rows
-from precimap.runtime.compiled import CompiledCalls
+from precimap.runtime.compiling.compiled import CompiledCalls
 
 
 class BatchWatch:

@@ -14,12 +14,12 @@ from precimap.errors import DeployError
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.large import row_pieces, rows_of
+from precimap.runtime.nvidia.fp8 import FP8_KERNEL
 from precimap.runtime.weights.emulated import EMULATED_KERNEL
-from precimap.runtime.weights.fp8 import FP8_KERNEL
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.products import CodedKernel, scales_of, turned
-from precimap.runtime.weights.rows import ROWS_KERNEL, decoded
-from precimap.runtime.weights.stored import STORED_KERNEL
+from precimap.runtime.x86.rows import ROWS_KERNEL, decoded
+from precimap.runtime.x86.stored import STORED_KERNEL
 
 # Float32 sums of products of codes differ in their order only; a shorter result is rounded once more.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}

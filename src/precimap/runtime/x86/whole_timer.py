@@ -20,9 +20,9 @@ from torch import nn
 from precimap.errors import DeployError
 from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
-from precimap.runtime.compiled import check_compiled, forms_of
-from precimap.runtime.cpu_timer import clock_here, device_here
+from precimap.runtime.compiling.compiled import check_compiled, forms_of
 from precimap.runtime.timing import turns_within
+from precimap.runtime.x86.layer_timer import clock_here, device_here
 
 SIDE, TRIES = 1024, 5  # of the product that a peak is measured with
 

@@ -20,15 +20,15 @@ from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
-from precimap.runtime.compiled import EAGER
-from precimap.runtime.cpu_timer import CpuTimer
-from precimap.runtime.cpu_whole import CpuWholeTimer
-from precimap.runtime.weights.int8 import INT8_KERNEL
+from precimap.runtime.compiling.compiled import EAGER
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import on_cpu, placed, weight_of
 from precimap.runtime.weights.products import product_refusal
-from precimap.runtime.weights.rows import ROWS_KERNEL, packed_parts, table_refusal
-from precimap.runtime.weights.stored import STORED_KERNEL
+from precimap.runtime.x86.int8 import INT8_KERNEL
+from precimap.runtime.x86.layer_timer import CpuTimer
+from precimap.runtime.x86.rows import ROWS_KERNEL, packed_parts, table_refusal
+from precimap.runtime.x86.stored import STORED_KERNEL
+from precimap.runtime.x86.whole_timer import CpuWholeTimer
 
 
 class CpuInt8:

@@ -14,8 +14,8 @@ from torch import nn
 
 from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
-from precimap.runtime.compiled import EAGER, check_compiled, forms_of
-from precimap.runtime.cuda_timer import device_here
+from precimap.runtime.compiling.compiled import EAGER, check_compiled, forms_of
+from precimap.runtime.nvidia.layer_timer import device_here
 from precimap.runtime.timing import interleaved, turns_within
 
 SIDE, TRIES = 8192, 5  # of the product that a peak is measured with

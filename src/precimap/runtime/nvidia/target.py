@@ -20,9 +20,7 @@ from precimap.errors import DeployError
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.schemes import Scheme
-from precimap.runtime.cuda_timer import CudaTimer
-from precimap.runtime.cuda_whole import CudaWholeTimer
-from precimap.runtime.weights.fp8 import (
+from precimap.runtime.nvidia.fp8 import (
     FP8_KERNEL,
     GROUPED_OPS,
     RESULTS,
@@ -30,6 +28,8 @@ from precimap.runtime.weights.fp8 import (
     scheme_refusal,
     width_refusal,
 )
+from precimap.runtime.nvidia.layer_timer import CudaTimer
+from precimap.runtime.nvidia.whole_timer import CudaWholeTimer
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import placed, weight_of
 from precimap.runtime.weights.products import product_refusal

@@ -6,7 +6,7 @@ activation and the next layer's quantising fused; the packed form is opaque to c
 multiply in base precision without a word, its weights not being frozen, the call stays out of the graph (`needs_frozen`).
 
 A row with NaN or infinity in it gives NaN: as codes they would be numbers. Compiled, inputs of the model are looked at
-instead (`runtime/compiled.py`), for a look at each layer's would undo the fusing.
+instead (`runtime/compiling/compiled.py`), for a look at each layer's would undo the fusing.
 
 Not taken: one wide product for layers that read one input. On the machine it was measured on (docs/log.md) it saves 0 to
 10 % of the product and costs a copy wherever a part must be contiguous.

@@ -32,8 +32,8 @@ from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import BASE, Turns
 from precimap.runtime.shared_codes import MOST_KEPT
 from precimap.runtime.timing import interleaved
-from precimap.runtime.weights.int8 import INT8_KERNEL
 from precimap.runtime.weights.low_weight import LowWeight
+from precimap.runtime.x86.int8 import INT8_KERNEL
 
 ROUNDS, TURNS = 3, 5  # turns of each round
 SHORTEST = 1e-3  # seconds that a timed stretch takes at least

@@ -23,8 +23,8 @@ from precimap.errors import DeployError
 from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import BASE, Turns
-from precimap.runtime.cpu_timer import as_it_is, beside_each_other
-from precimap.runtime.cuda_graphs import capture
+from precimap.runtime.nvidia.graphs import capture
+from precimap.runtime.x86.layer_timer import as_it_is, beside_each_other
 
 ROUNDS, TURNS = 3, 15  # turns of each round
 Replay = Callable[[], None]

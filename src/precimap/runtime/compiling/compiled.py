@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 from precimap.errors import DeployError
 from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
-from precimap.runtime.attention import attention_pass
-from precimap.runtime.weights.int8 import TRACED
+from precimap.runtime.compiling.attention import attention_pass
 from precimap.runtime.weights.low_weight import LowWeight
+from precimap.runtime.x86.int8 import TRACED
 
 # Inductor computes what two products read in each of them again, if it reads only four tensors or fewer; where one of these
 # is a gather, as after an embedding, that is done element by element and takes longer than the product.

@@ -14,13 +14,13 @@ from torch import nn
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.schemes import Scheme
-from precimap.runtime.compiled import COMPILED, check_compiled, compile_calls, no_compiler
-from precimap.runtime.cpu_int8 import CPU_INT8, CpuInt8
-from precimap.runtime.cpu_timer import CpuTimer
-from precimap.runtime.cpu_whole import CpuWholeTimer
-from precimap.runtime.cuda_fp8 import CUDA_FP8, EXPERIMENTAL, CudaFp8
-from precimap.runtime.cuda_timer import CudaTimer
-from precimap.runtime.cuda_whole import CudaWholeTimer
+from precimap.runtime.compiling.compiled import COMPILED, check_compiled, compile_calls, no_compiler
+from precimap.runtime.nvidia.layer_timer import CudaTimer
+from precimap.runtime.nvidia.target import CUDA_FP8, EXPERIMENTAL, CudaFp8
+from precimap.runtime.nvidia.whole_timer import CudaWholeTimer
+from precimap.runtime.x86.layer_timer import CpuTimer
+from precimap.runtime.x86.target import CPU_INT8, CpuInt8
+from precimap.runtime.x86.whole_timer import CpuWholeTimer
 
 
 @dataclass(frozen=True, slots=True)

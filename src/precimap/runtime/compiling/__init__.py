@@ -1,0 +1,6 @@
+"""Deployed models through torch.compile.
+
+compiled.py  a model whose calls Inductor compiles, its INT8 products counted
+target.py    the targets of x86 and NVIDIA in that form
+attention.py attention in products, for compiled models in BF16
+"""

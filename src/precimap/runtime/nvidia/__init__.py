@@ -1,0 +1,8 @@
+"""NVIDIA GPUs. Experimental: not yet measured on a GPU.
+
+target.py      the target FP8: what these GPUs take
+fp8.py         the kernel: E4M3 codes through `_scaled_mm` and `_scaled_grouped_mm`
+graphs.py      a model as one CUDA graph for each batch size
+layer_timer.py the time of single layers
+whole_timer.py the time of whole models
+"""
