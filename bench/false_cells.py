@@ -132,7 +132,7 @@ class _Given(LogLoss):
     """A metric that keeps the drops as they are."""
 
     def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
-        return PairedDrops(other - baseline, units, units.n, units.n, self.worst)
+        return PairedDrops(d=other - baseline, units=units, rows=units.n, changed=units.n, worst=self.worst)
 
 
 def independent_cells() -> Iterator[Cell]:

@@ -8,6 +8,7 @@ the certificates that are false. A made-up distribution of differences, the alte
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -26,21 +27,23 @@ from precimap.precision_map import PrecisionMap, Premise
 from precimap.searching.allocation.knapsack import Step
 from precimap.searching.calibrate import calibrated
 from precimap.searching.eligibility import eligibility
+from precimap.searching.evidence.gather import table_of
 from precimap.searching.evidence.predict import Predictor
-from precimap.searching.evidence.probe import prepare
 from precimap.searching.evidence.screen import screen
-from precimap.searching.evidence.screen_plan import Key
+from precimap.searching.maps.assemble import MapWriter, assemble
+from precimap.searching.maps.rescore import contributions
+from precimap.searching.pairs import Key
 from precimap.searching.progress import silent
-from precimap.searching.run import Run, scored
-from precimap.searching.whole.assemble import Findings, assemble
-from precimap.searching.whole.rescore import contributions
+from precimap.searching.question import Question
+from precimap.searching.run import Run, scattered, scored_baseline
+from precimap.searching.subject import Subject
 from precimap.task import Scored, first_batch, score
 
 
 def narrow(bits: int) -> Scheme:
     """Integer weights of so many bits with a scale per channel, INT8 inputs."""
     most = 2 ** (bits - 1) - 1
-    weight = IntegerFormat(f"int{bits}", bits, -most, most, "int8")
+    weight = IntegerFormat(name=f"int{bits}", bits=bits, minimum=-most, maximum=most, torch_dtype="int8")
     dynamic = Rounding(INT8, Granularity.PER_TOKEN, dynamic=True)
     return Scheme(f"w{bits}a8", Rounding(weight, Granularity.PER_CHANNEL), dynamic)
 
@@ -81,7 +84,7 @@ class Population:
     """
 
     run: Run
-    findings: Findings
+    writer: MapWriter
     predictor: Predictor
     gate: Metric
     names: tuple[str, ...]
@@ -115,9 +118,8 @@ class Population:
         """By running the quantised model."""
         asked = tuple(sorted(choice.items()))
         if asked not in self.table.measured:
-            task, by_name = self.run.task, {scheme.name: scheme for scheme in self.findings.schemes}
-            chosen = {layer: by_name[name] for layer, name in asked}
-            layers = prepare(task, self.findings.inventory, self.findings.calibration, chosen)
+            task, subject = self.run.task, self.writer.subject
+            layers = subject.quantized({layer: subject.by_name[name] for layer, name in asked})
             with EMULATED.running(task.model, layers) as model:
                 self.table.measured[asked] = score(task, model, task.splits.search)
         return self.table.measured[asked]
@@ -133,9 +135,9 @@ class Population:
     def map_of(self, choice: Choice) -> PrecisionMap:
         asked = tuple(sorted(choice.items()))
         if asked not in self.table.maps:
-            formats = {one.weight.format.name: one.weight.format for one in self.findings.schemes}
+            formats = {one.weight.format.name: one.weight.format for one in self.writer.subject.schemes}
             with patch.dict(FORMATS, formats):  # a map refuses a format that precimap does not ship
-                self.table.maps[asked] = assemble(self.findings, dict(asked))
+                self.table.maps[asked] = assemble(self.writer, dict(asked))
             self.table.choices[self.table.maps[asked].fingerprint] = dict(asked)
         return self.table.maps[asked]
 
@@ -158,7 +160,14 @@ class Population:
 
     def taken(self, of: Scored, sample: Sample, shift: float = 0.0) -> Scored:
         """The sampled units of a scoring, with the gate's values in front."""
-        return Scored(self.values(of)[sample.rows] + shift, of.losses[sample.rows], {}, {}, {}, sample.units)
+        return Scored(
+            values=self.values(of)[sample.rows] + shift,
+            losses=of.losses[sample.rows],
+            reported={},
+            guards={},
+            slices={},
+            units=sample.units,
+        )
 
     def looked_at(self, choice: Choice, sample: Sample) -> Scored:
         """The sampled units under a map."""
@@ -168,20 +177,25 @@ class Population:
 
 def population(task: Task, schemes: Sequence[Scheme], gate: Metric, memory: int = 4 << 30) -> Population:
     """Calibrate and screen `task` under `schemes`, on the whole search split."""
-    by_name = {scheme.name: scheme for scheme in schemes}
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
-    allowed = eligibility(inventory, schemes, EMULATED, ())
-    pairs = [(layer, by_name[name]) for layer, name in allowed.open_pairs()]
     split, weights = "population", of_weights(task.model)
     premise = Premise(weights=weights, task=task.name, metric=gate.name, calibration=split, search=split, certify=split,
                       base_precision=task.base_precision, device="cpu", precimap="", torch=torch.__version__)  # fmt: skip
     with run_journal(None, {}) as journal:
         run = Run(task, journal, silent)
-        calibration = calibrated(run, inventory, schemes)
-        baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
+        subject = Subject(
+            run=run,
+            inventory=inventory,
+            schemes=tuple(schemes),
+            target=EMULATED,
+            eligibility=eligibility(inventory, schemes, EMULATED, ()),
+            calibration=calibrated(run, inventory, schemes),
+        )
+        baseline = scored_baseline(run)
         every = sum(baseline.sizes)
-        screened = screen(run, inventory, calibration, pairs, memory, baseline.sizes, every)
+        screened = screen(subject, subject.pairs, memory, every, partial(scattered, baseline.sizes))
         batches = dict(enumerate(task.splits.search))
-        predictor = Predictor(task, screened, baseline, batches, ALPHA)
-    findings = Findings(inventory, tuple(schemes), allowed, calibration, (), math.inf, EMULATED.name, premise, ALPHA)
-    return Population(run, findings, predictor, gate, tuple(by_name))
+        predictor = Predictor(task=task, screen=screened, baseline=baseline, batches=batches, alpha=ALPHA)
+    table = table_of(subject, Question(margin=1.0), ())
+    writer = MapWriter(subject=subject, table=table, premise=premise, alpha=ALPHA, cutoff=math.inf)
+    return Population(run, writer, predictor, gate, tuple(subject.by_name))

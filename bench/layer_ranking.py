@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from rival_scores import elementwise_gradient, layer_sqnr
 from scipy.stats import spearmanr
-from search_work import Pass, Subject, plain_pass
+from search_work import Pass, Work, plain_pass
 from torch import Tensor
 
 from precimap.numerics.schemes import Scheme
 from precimap.searching.evidence.predict import Predictor
-from precimap.searching.evidence.screen_plan import Pair
+from precimap.searching.pairs import Pair
 from precimap.searching.run import scattered
 from precimap.task import Batches
 
@@ -60,7 +60,7 @@ def distance(scores: Sequence[Tensor], base: Sequence[Tensor]) -> float:
 
 
 def scores_of(
-    subject: Subject, scheme: Scheme, predictor: Predictor, truth: Truth, batches: Sequence[Any]
+    subject: Work, scheme: Scheme, predictor: Predictor, truth: Truth, batches: Sequence[Any]
 ) -> dict[str, Scores]:
     """Every score but the random ones, for the layers of the truth that the screen sees."""
     layers = [layer for layer in truth.output_error if (layer, scheme.name) in predictor.screen.pairs]
@@ -80,7 +80,7 @@ def scores_of(
 class Residuals:
     """Measures the error that is left, each set of kept layers once."""
 
-    def __init__(self, subject: Subject, scheme: Scheme, batches: Sequence[Any]) -> None:
+    def __init__(self, subject: Work, scheme: Scheme, batches: Sequence[Any]) -> None:
         self._subject, self._pairs, self._batches = subject, subject.of(scheme), batches
         self._base = plain_pass(subject, (), batches).scores
         self._known: dict[frozenset[str], float] = {}
@@ -128,7 +128,7 @@ def truth_of(singles: Mapping[Pair | None, Pass], scheme: Scheme) -> Truth:
 
 
 def rankings_of(
-    subject: Subject, scheme: Scheme, truth: Truth, predictor: Predictor, units: int, told: Callable[[Ranking], None]
+    subject: Work, scheme: Scheme, truth: Truth, predictor: Predictor, units: int, told: Callable[[Ranking], None]
 ) -> tuple[list[Ranking], int]:
     """Every score, judged, and the number of units behind the errors that are left; about `units` are asked for."""
     split = subject.task.splits.search

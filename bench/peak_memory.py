@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from search_work import MARGIN, Subject, default_search, plain_pass, replayed_loop, subject_of
+from search_work import MARGIN, Work, default_search, plain_pass, replayed_loop, work_of
 
 from precimap.numerics.schemes import Scheme
 from precimap.task import Task
@@ -24,7 +24,7 @@ def peak_above_baseline(make: Callable[[], Task], way: str, schemes: Sequence[Sc
 
 def _peak(make: Callable[[], Task], way: str, schemes: tuple[Scheme, ...], threads: int) -> int | None:
     torch.set_num_threads(threads)
-    subject = subject_of(make(), schemes)
+    subject = work_of(make(), schemes)
     if not reset_peak():
         return None
     margin = MARGIN * float(plain_pass(subject, (), subject.task.splits.search).losses.mean())
@@ -40,7 +40,7 @@ def _peak(make: Callable[[], Task], way: str, schemes: tuple[Scheme, ...], threa
     return max(0, peak_bytes() - before)
 
 
-def _on_largest_batch(subject: Subject) -> Subject:
+def _on_largest_batch(subject: Work) -> Work:
     """A recording is of one batch at a time, and the largest decides."""
     batches = list(subject.task.splits.search)
     largest = max(batches, key=lambda batch: sum(value.numel() for value in batch.values()))

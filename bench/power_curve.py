@@ -26,18 +26,17 @@ from precimap.layers.target import EMULATED
 from precimap.metrics.units import Floats
 from precimap.precision_map import PrecisionMap
 from precimap.searching.allocation.knapsack import Step
-from precimap.searching.allocation.rules import KNAPSACK
+from precimap.searching.allocation.layer_evidence import LayerEvidence
 from precimap.searching.certificate import certify
-from precimap.searching.evidence.gather import Evidence
-from precimap.searching.evidence.known import Known
+from precimap.searching.comparison import Comparison, compare
+from precimap.searching.evidence.gather import EvidenceTable, table_of
 from precimap.searching.evidence.predict import Predictor
-from precimap.searching.evidence.probe import Comparison, compare
-from precimap.searching.evidence.screen_plan import Key
-from precimap.searching.limits import Limits
+from precimap.searching.maps import choosing
+from precimap.searching.maps.assemble import MapWriter
+from precimap.searching.maps.candidates import Chain, MapCandidate, sequence
+from precimap.searching.pairs import Key
+from precimap.searching.question import Question
 from precimap.searching.run import Parts, Run
-from precimap.searching.whole import choosing
-from precimap.searching.whole.assemble import Findings
-from precimap.searching.whole.whole_maps import Chosen, Joint, sequence
 from precimap.task import Scored
 
 SEARCH_UNITS = 1000
@@ -79,7 +78,7 @@ class Seen:
 
     population: Population
     sample: Sample
-    evidence: Evidence
+    evidence: EvidenceTable
     alpha: float
 
 
@@ -87,40 +86,58 @@ def searched(population: Population, sample: Sample, alpha: float) -> Seen:
     """Screen the sampled units."""
     task, screened = population.task, population.predictor
     predictor = SampledPredictor(
-        task, screened.screen, screened.baseline, screened.batches, alpha, population=population, sample=sample
+        task=task,
+        screen=screened.screen,
+        baseline=screened.baseline,
+        batches=screened.batches,
+        alpha=alpha,
+        population=population,
+        sample=sample,
     )
     known = tuple(
-        Known(*key, predictor.comparison([key]), None, float(np.mean(predictor.loss_changes([key]) ** 2)),
-              None, predictor.drift([key]), trusted=True)
+        LayerEvidence(
+            layer=key[0],
+            scheme=key[1],
+            predicted=predictor.comparison([key]),
+            probed=None,
+            loss_square=float(np.mean(predictor.loss_changes([key]) ** 2)),
+            output_error=None,
+            drift=predictor.drift([key]),
+            trusted=True,
+        )
         for key in population.pairs
-    )  # fmt: skip
-    return Seen(population, sample, Evidence(known, predictor, None), alpha)
+    )
+    return Seen(population, sample, EvidenceTable(known=known, predictor=predictor, audit=None), alpha)
 
 
-def chosen_at(seen: Seen, margin: float) -> Chosen:
+def chosen_at(seen: Seen, margin: float) -> Chain:
     """`choosing.chosen_maps` with the knapsack, every measurement of the search split read from the population's table."""
     population, sample, task = seen.population, seen.sample, seen.population.task
     baseline = population.taken(population.baseline, sample)
 
-    def measure(run: Run, joint: Joint, parts: Parts, alpha: float, screened: Sequence[int]) -> Joint:
-        other = population.looked_at(joint.step.choice, sample)
-        return replace(joint, measured=compare(task, baseline, other, alpha))
+    def measure(run: Run, candidate: MapCandidate, parts: Parts, alpha: float, screened: Sequence[int]) -> MapCandidate:
+        other = population.looked_at(candidate.step.choice, sample)
+        return replace(candidate, measured=compare(task, baseline, other, alpha))
 
     def added(run: Run, predictor: Predictor, step: Step) -> dict[str, Floats]:
         return {name: values[sample.rows] for name, values in population.added(step).items()}
 
-    def map_of(findings: Findings, choice: Choice) -> PrecisionMap:
-        return population.map_of(choice)
+    class Writer(MapWriter):
+        def written(self, choice: Choice) -> PrecisionMap:
+            return population.map_of(choice)
 
-    findings = replace(population.findings, known=seen.evidence.known)
-    run, limits = replace(population.run, task=task), Limits(margin, 1 - seen.alpha, None, None)
-    with patch.multiple(choosing, measure=measure, contributions=added, assemble=map_of):
-        return choosing.chosen_maps(run, findings, KNAPSACK, seen.evidence, population.predictor.baseline, limits)
+    given, question = population.writer, Question(margin=margin, confidence=1 - seen.alpha)
+    run = replace(population.run, task=task)
+    subject = replace(given.subject, run=run)
+    table = table_of(subject, question, seen.evidence.known)
+    writer = Writer(subject=subject, table=table, premise=given.premise, alpha=seen.alpha, cutoff=math.inf)
+    with patch.multiple(choosing, measure=measure, contributions=added):
+        return choosing.chosen_maps(writer, question, seen.evidence, population.predictor.baseline)
 
 
 def to_certify(seen: Seen, margin: float) -> tuple[Choice, ...]:
     """The maps that the pipeline sends to the certify split, safest first."""
-    return tuple(joint.step.choice for joint in sequence(chosen_at(seen, margin)))
+    return tuple(candidate.step.choice for candidate in sequence(chosen_at(seen, margin)))
 
 
 def certified(
@@ -128,16 +145,16 @@ def certified(
 ) -> tuple[Choice, ...]:
     """The maps that `certify.certify` certifies on the sampled units."""
 
-    def split(run: Run, target: object, of: str, asked: PrecisionMap | None) -> Scored:
+    def split(run: Run, look: certify.Look, asked: PrecisionMap | None) -> Scored:
         if asked is None:
             return population.taken(population.baseline, sample)
         return population.looked_at(population.table.choices[asked.fingerprint], sample)
 
-    run, question = replace(population.run, task=population.task), certify.Question(margin, alpha, alpha, "population")
+    run = replace(population.run, task=population.task)
+    look = certify.Look(target=EMULATED, margin=margin, alpha=alpha, spent_alpha=alpha, split="population")
     with patch.object(certify, "_certify_split", split):
-        chain = [population.map_of(choice) for choice in maps]
         # Without the worst unit of the search split: the bound is to keep its promise here alone.
-        found = certify.certify(run, EMULATED, chain, question, [None] * len(chain))
+        found = certify.certify(run, look, [(population.map_of(choice), None) for choice in maps])
     return tuple(choice for choice, one in zip(maps, found, strict=False) if one.certified)
 
 
@@ -215,7 +232,7 @@ def reachable(population: Population, margin: float) -> float:
     """
     n = population.baseline.units.n
     chosen = chosen_at(searched(population, Sample(np.arange(n), population.baseline.units), ALPHA), margin)
-    return 0.0 if chosen.best is None else chosen.joints[chosen.best].step.gain
+    return 0.0 if chosen.best is None else chosen.candidates[chosen.best].step.gain
 
 
 def power(population: Population, margins: Sequence[float], sizes: Sequence[int], draws: int) -> list[Row]:
@@ -227,8 +244,11 @@ def power(population: Population, margins: Sequence[float], sizes: Sequence[int]
     for _ in range(draws):
         seen = searched(population, population.draw(rng, SEARCH_UNITS), ALPHA)
         for margin in margins:
-            joints = sequence(chosen_at(seen, margin))
-            maps, gain = [joint.step.choice for joint in joints], [joint.step.gain for joint in joints]
+            candidates = sequence(chosen_at(seen, margin))
+            maps, gain = (
+                [candidate.step.choice for candidate in candidates],
+                [candidate.step.gain for candidate in candidates],
+            )
             wrong = [population.true_drop(choice) >= margin for choice in maps]
             for n in sizes:
                 found = certified(population, maps, population.draw(rng, n), margin, ALPHA) if maps else ()

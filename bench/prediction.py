@@ -23,19 +23,21 @@ from harness import Claim, at_least, print_claims, print_machine, write_json
 from numpy.typing import NDArray
 from real_tasks import frappe_dcnv2, ncf, stackfaq_minilm
 from scipy.stats import spearmanr
-from search_work import ALPHA, Subject, baseline_of, subject_of
+from search_work import ALPHA, QUESTION, Work, work_of
 from synthetic_task import deep_task
 
 from precimap.journal import run_journal
 from precimap.layers.emulation import quantized
 from precimap.numerics.schemes import scheme as scheme_by_name
+from precimap.searching.calibrate import prepare
+from precimap.searching.comparison import Comparison, compare
 from precimap.searching.evidence.predict import Predictor
-from precimap.searching.evidence.probe import Comparison, compare, prepare, probe
+from precimap.searching.evidence.probe import probe
 from precimap.searching.evidence.screen import screen
-from precimap.searching.evidence.screen_plan import Key, Pair
-from precimap.searching.limits import USUAL_EFFORT
+from precimap.searching.pairs import Key, Pair
 from precimap.searching.progress import silent
-from precimap.searching.run import Run
+from precimap.searching.question import USUAL_EFFORT
+from precimap.searching.run import Run, scattered, scored_baseline
 from precimap.task import Batches, Scored, Task, score
 
 SCHEMES = tuple(map(scheme_by_name, ("fp8", "fp8-tensor", "int8")))
@@ -93,7 +95,7 @@ def keys_of(pairs: Sequence[Pair]) -> list[Key]:
     return [(layer, scheme.name) for layer, scheme in pairs]
 
 
-def whole(subject: Subject, pairs: Sequence[Pair], batches: Batches, before: Scored) -> Comparison:
+def whole(subject: Work, pairs: Sequence[Pair], batches: Batches, before: Scored) -> Comparison:
     """A map, run as a whole, against the baseline."""
     task = subject.task
     with quantized(task.model, prepare(task, subject.inventory, subject.calibration, dict(pairs))):
@@ -105,7 +107,7 @@ def estimates(found: Sequence[Comparison]) -> Floats:
 
 
 def measure(
-    run: Run, subject: Subject, predictor: Predictor, maps: Sequence[tuple[Pair, ...]], pairs: Sequence[Pair]
+    run: Run, subject: Work, predictor: Predictor, maps: Sequence[tuple[Pair, ...]], pairs: Sequence[Pair]
 ) -> Drops:
     """Singles by replay, maps as wholes."""
     task, numbers = subject.task, predictor.numbers
@@ -113,8 +115,8 @@ def measure(
     certify = list(task.splits.certify)
     with quantized(task.model, {}):
         before = score(task, task.model, certify)
-    memory, started = USUAL_EFFORT.replay_memory, time.perf_counter()
-    singles = probe(run, subject.inventory, subject.calibration, predictor.baseline, pairs, numbers, ALPHA, memory)
+    started = time.perf_counter()
+    singles = probe(subject.on(run), QUESTION, predictor.baseline, pairs, numbers)
     _say(f"  {len(pairs)} singles measured, {time.perf_counter() - started:.0f} s")
     joint, held_out = [], []
     for number, chosen in enumerate(maps, start=1):
@@ -176,22 +178,20 @@ def judged(task: str, name: str, predicted: Floats, measured: Floats, n: int) ->
 
 def on_task(task: Task, maps: int) -> list[Row]:
     """Screen, measure, compare."""
-    subject = subject_of(task, SCHEMES)
+    subject = work_of(task, SCHEMES)
     with run_journal(None, {"bench": "prediction"}) as journal:
         run = Run(task, journal, silent)
-        baseline = baseline_of(run)
+        baseline = scored_baseline(run)
         effort = USUAL_EFFORT
         screened = screen(
-            run,
-            subject.inventory,
-            subject.calibration,
+            subject.on(run),
             subject.pairs,
             effort.screen_memory,
-            baseline.sizes,
             effort.screen_units,
+            functools.partial(scattered, baseline.sizes),
         )
         batches = {number: batch for number, batch in enumerate(task.splits.search) if number in screened.batches}
-        predictor = Predictor(task, screened, baseline, batches, ALPHA)
+        predictor = Predictor(task=task, screen=screened, baseline=baseline, batches=batches, alpha=ALPHA)
         pairs = [pair for pair in subject.pairs if (pair[0], pair[1].name) in screened.pairs]
         what = "changes of scores" if screened.by_scores else "changes of losses"
         _say(f"\n{task.name}: {len(pairs)} of {len(subject.pairs)} pairs screened, by {what}")

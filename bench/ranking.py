@@ -37,7 +37,7 @@ from precimap.metrics import (
     RecalibratedNE,
 )
 from precimap.metrics.metric import RELATIVE
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
 
 GRIDS = 8
 BYTES_WORTH = 0.2

@@ -37,8 +37,7 @@ from precimap.metrics import LogLoss
 from precimap.metrics.paired import upper_bound
 from precimap.metrics.units import Units
 from precimap.numerics.formats import FORMATS
-from precimap.searching.calibrate import Calibration
-from precimap.searching.evidence.probe import prepare
+from precimap.searching.calibrate import InputRanges, prepare
 from precimap.task import score
 
 ALPHA = 0.05
@@ -170,7 +169,7 @@ def world(kind: str, seed: int, rows: int) -> World:
     d = np.zeros((len(maps), rows), np.float32)
     for number, names in enumerate(maps):
         if names:
-            codes = prepare(task, inventory, Calibration({}), dict.fromkeys(names, SCHEME))
+            codes = prepare(task, inventory, InputRanges({}), dict.fromkeys(names, SCHEME))
             with EMULATED.running(model, codes) as low:
                 d[number] = score(task, low, split).losses - base
     return World(kind, seed, model, x, labels, layers, maps, chosen @ shares, d)

@@ -25,8 +25,7 @@ from precimap.layers.refusals import refusal
 from precimap.layers.views import parameter_names
 from precimap.metrics.paired import paired_drop
 from precimap.numerics.schemes import Scheme
-from precimap.searching.calibrate import Calibration
-from precimap.searching.evidence.probe import prepare
+from precimap.searching.calibrate import InputRanges, prepare
 from precimap.task import Batches, Task, score, to_device
 
 # (layer, its output, what quantising this call changes of it) -> the output that the model goes on with.
@@ -72,7 +71,7 @@ def eligible(inventory: Inventory, scheme: Scheme) -> tuple[str, ...]:
 
 
 def layer_sqnr(
-    task: Task, inventory: Inventory, calibration: Calibration, scheme: Scheme, batches: Batches
+    task: Task, inventory: Inventory, calibration: InputRanges, scheme: Scheme, batches: Batches
 ) -> dict[str, float]:
     """Relative error of the layer's own output, sum ||dY||^2 / sum ||Y||^2: 1 / SQNR, before taking decibels."""
     noise: dict[str, float] = defaultdict(float)
@@ -91,7 +90,7 @@ def layer_sqnr(
 
 
 def elementwise_gradient(
-    task: Task, inventory: Inventory, calibration: Calibration, scheme: Scheme, batches: Batches
+    task: Task, inventory: Inventory, calibration: InputRanges, scheme: Scheme, batches: Batches
 ) -> dict[str, float]:
     """sum over batches and elements of clamp(g * dY, +-1e10)^2, with g = d(mean loss of the batch) / dY.
 
@@ -122,7 +121,7 @@ def elementwise_gradient(
     return scores
 
 
-def direct(task: Task, inventory: Inventory, calibration: Calibration, scheme: Scheme, batches: Batches) -> Truth:
+def direct(task: Task, inventory: Inventory, calibration: InputRanges, scheme: Scheme, batches: Batches) -> Truth:
     """Quantise one layer at a time and run all batches: the plain loop, two passes more than there are layers."""
     base_scores, base_losses = _run(task, {}, batches)
     units = score(task, task.model, batches).units
@@ -147,7 +146,7 @@ def direct(task: Task, inventory: Inventory, calibration: Calibration, scheme: S
 def residual_error(
     task: Task,
     inventory: Inventory,
-    calibration: Calibration,
+    calibration: InputRanges,
     scheme: Scheme,
     keep: AbstractSet[str],
     batches: Batches,
@@ -163,7 +162,7 @@ def residual_error(
 
 
 def _all_prepared(
-    task: Task, inventory: Inventory, calibration: Calibration, scheme: Scheme
+    task: Task, inventory: Inventory, calibration: InputRanges, scheme: Scheme
 ) -> dict[str, QuantizedLayer]:
     return prepare(task, inventory, calibration, dict.fromkeys(eligible(inventory, scheme), scheme))
 

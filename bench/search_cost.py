@@ -22,7 +22,7 @@ from layer_ranking import GRADIENT, KEPT, ORACLE, OURS, Ranking, rankings_of, tr
 from peak_memory import peak_above_baseline
 from real_tasks import stackfaq_minilm
 from search_turns import Timed, heading, line, sampled_ways, say, seconds_line, timed
-from search_work import Row, Subject, before_certification, subject_of
+from search_work import Row, Work, before_certification, work_of
 from synthetic_task import deep_task
 
 from precimap.numerics.schemes import scheme as scheme_by_name
@@ -65,7 +65,7 @@ def quality_claims(rankings: Sequence[Ranking]) -> list[Claim]:
     return claims
 
 
-def same_bits(subject: Subject, measured: Timed) -> Claim:
+def same_bits(subject: Work, measured: Timed) -> Claim:
     apart = sum(
         int((found.scored.losses != measured.singles[found.layer, subject.schemes[0]].losses).sum())
         for found in measured.probes
@@ -95,7 +95,7 @@ class Document:
 
 def on_task(document: Document, make: Callable[[], Task], quick: bool) -> None:
     """Everything on one task: cost with one scheme and with three, quality of the scores, memory."""
-    subject = subject_of(make(), SCHEMES)
+    subject = work_of(make(), SCHEMES)
     say(f"\n{subject.task.name}; {', '.join(f'{len(subject.of(s))} layers take {s.name}' for s in SCHEMES)}")
     measured = timed(subject, 1.0 if quick else SHARE_OF_OTHERS)
     say_rows(measured.rows)

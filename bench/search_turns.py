@@ -16,18 +16,18 @@ from search_work import (
     Pass,
     Row,
     Searched,
-    Subject,
+    Work,
     before_certification,
     default_search,
     plain_pass,
     replayed_loop,
-    subject_of,
+    work_of,
 )
 
 from precimap.numerics.schemes import Scheme
 from precimap.searching.evidence.probe import Probe
-from precimap.searching.evidence.screen_plan import Pair
-from precimap.searching.limits import Effort
+from precimap.searching.pairs import Pair
+from precimap.searching.question import Effort
 from precimap.task import Task
 
 SEED = 3
@@ -75,7 +75,7 @@ class Timed:
     searched: Searched
 
 
-def timed(subject: Subject, share_of_others: float) -> Timed:
+def timed(subject: Work, share_of_others: float) -> Timed:
     """One scheme, then all: parts of the plain loop in turns with the other ways."""
     one, others = subject.schemes[0], subject.schemes[1:]
     rng = np.random.default_rng(SEED)
@@ -114,7 +114,7 @@ def timed(subject: Subject, share_of_others: float) -> Timed:
     return Timed((first, replayed, searched.row, all_, searched_all.row), singles, probes, searched)
 
 
-def _plain_row(subject: Subject, singles: dict[Pair | None, Pass], schemes: Sequence[Scheme]) -> Row:
+def _plain_row(subject: Work, singles: dict[Pair | None, Pass], schemes: Sequence[Scheme]) -> Row:
     """The baseline and a pass per pair; of schemes that were timed in part the passes are scaled to all layers."""
     base = singles[None]
     cost, notes = base.cost, []
@@ -141,7 +141,7 @@ def _plain_row(subject: Subject, singles: dict[Pair | None, Pass], schemes: Sequ
 def sampled_ways(task: Task, scheme: Scheme, sampled: int) -> tuple[Row, Row]:
     """The plain loop, scaled from a few layers, half of them before and half after the default search."""
     few = list(task.splits.certify)[:FEW]
-    subject = subject_of(replace(task, splits=replace(task.splits, certify=few)), (scheme,))
+    subject = work_of(replace(task, splits=replace(task.splits, certify=few)), (scheme,))
     chosen = np.random.default_rng(SEED).choice(len(subject.pairs), sampled, replace=False).tolist()
     singles: dict[Pair | None, Pass] = {None: plain_pass(subject, (), task.splits.search)}
 

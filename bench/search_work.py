@@ -28,18 +28,20 @@ from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
 from precimap.layers.target import EMULATED
 from precimap.numerics.schemes import Scheme
-from precimap.searching.calibrate import Calibration, calibrate
+from precimap.searching.calibrate import InputRanges, calibrate, prepare
 from precimap.searching.eligibility import eligibility
-from precimap.searching.evidence.probe import Probe, prepare, probe
-from precimap.searching.evidence.screen_plan import Pair
-from precimap.searching.limits import USUAL_EFFORT, Effort
+from precimap.searching.evidence.probe import Probe, probe
+from precimap.searching.pairs import Pair
 from precimap.searching.pipeline import search
 from precimap.searching.progress import silent
+from precimap.searching.question import USUAL_EFFORT, Effort, Question
 from precimap.searching.result import SearchResult
-from precimap.searching.run import Parts, Run, scored
+from precimap.searching.run import Run, scored_baseline
+from precimap.searching.subject import Subject
 from precimap.task import Batches, Task, first_batch, score
 
 ALPHA = 0.05
+QUESTION = Question(margin=1.0, confidence=1 - ALPHA)  # no margin plays a part in what is measured
 MARGIN = 0.01  # of the baseline's mean loss
 BACKWARD = 2.0
 SINGLE_POINT = "scores at the joint point"
@@ -84,30 +86,41 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Subject:
+class Work:
     """A task that is searched. pairs: every (layer, scheme) that may be tried."""
 
     task: Task
     inventory: Inventory
-    calibration: Calibration
+    calibration: InputRanges
     schemes: tuple[Scheme, ...]
     pairs: tuple[Pair, ...]
+
+    def on(self, run: Run) -> Subject:
+        """What the steps of a search work with, in a run of this task."""
+        return Subject(
+            run=run,
+            inventory=self.inventory,
+            schemes=self.schemes,
+            target=EMULATED,
+            eligibility=eligibility(self.inventory, self.schemes, EMULATED, ()),
+            calibration=self.calibration,
+        )
 
     def of(self, scheme: Scheme) -> tuple[Pair, ...]:
         return tuple(pair for pair in self.pairs if pair[1] == scheme)
 
 
-def subject_of(task: Task, schemes: Sequence[Scheme]) -> Subject:
+def work_of(task: Task, schemes: Sequence[Scheme]) -> Work:
     """Discovered and, where a scheme is static, calibrated."""
     inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
     names = tuple(layer.name for layer in inventory.layers if not layer.lookup)
     static = any(scheme.needs_calibration for scheme in schemes)
     by_name = {scheme.name: scheme for scheme in schemes}
     allowed = eligibility(inventory, schemes, EMULATED, ()).open_pairs()
-    return Subject(
+    return Work(
         task,
         inventory,
-        calibrate(task, names, silent) if static else Calibration({}),
+        calibrate(task, names, silent) if static else InputRanges({}),
         tuple(schemes),
         tuple((layer, by_name[name]) for layer, name in allowed),
     )
@@ -122,7 +135,7 @@ class Pass:
     scores: tuple[Tensor, ...]
 
 
-def plain_pass(subject: Subject, pairs: Sequence[Pair], batches: Batches) -> Pass:
+def plain_pass(subject: Work, pairs: Sequence[Pair], batches: Batches) -> Pass:
     """Quantise these layers (none: the baseline) and score the batches: what a person would write by hand."""
     kept: list[Tensor] = []
 
@@ -136,23 +149,14 @@ def plain_pass(subject: Subject, pairs: Sequence[Pair], batches: Batches) -> Pas
     return Pass(now() - started, losses, tuple(kept))
 
 
-def replayed_loop(subject: Subject, pairs: Sequence[Pair]) -> tuple[Row, tuple[Probe, ...]]:
+def replayed_loop(subject: Work, pairs: Sequence[Pair]) -> tuple[Row, tuple[Probe, ...]]:
     """Score the baseline and probe every pair on the whole search split by replay."""
     task, started = subject.task, now()
     with run_journal(None, {"bench": "replayed loop"}) as journal:
         run = Run(task, journal, silent)
-        baseline = baseline_of(run)
+        baseline = scored_baseline(run)
         numbers = range(len(baseline.sizes))
-        probes = probe(
-            run,
-            subject.inventory,
-            subject.calibration,
-            baseline,
-            pairs,
-            numbers,
-            ALPHA,
-            USUAL_EFFORT.replay_memory,
-        )
+        probes = probe(subject.on(run), QUESTION, baseline, pairs, numbers)
         cost, seconds = now() - started, _seconds(journal)
     n = sum(baseline.sizes)
     forwards = {"before": 1.0, "probes": 1 + seconds["probe"] / seconds["baseline"]}
@@ -169,10 +173,6 @@ def replayed_loop(subject: Subject, pairs: Sequence[Pair]) -> tuple[Row, tuple[P
         {"before": seconds["baseline"], "probes": seconds["probe"], "rest": rest},
     )
     return row, probes
-
-
-def baseline_of(run: Run) -> Parts:
-    return scored(run, "baseline", "search", run.task.splits.search, lambda: EMULATED.running(run.task.model, {}))
 
 
 @dataclass(slots=True, eq=False)

@@ -26,9 +26,9 @@ from precimap.metrics.paired import Bounded, bounded
 from precimap.numerics.grid_shift import GridShift
 from precimap.numerics.schemes import BF16_FLOOR, Scheme, scheme
 from precimap.precision_map import PrecisionMap, Realignment
-from precimap.searching.calibrate import Calibration, calibrate
+from precimap.searching.calibrate import InputRanges, calibrate
 from precimap.searching.progress import silent
-from precimap.searching.realign import Realigner
+from precimap.searching.realigner import Realigner
 from precimap.task import first_batch, to_device
 
 BLANKET = scheme("fp8-static")
@@ -84,7 +84,7 @@ class Subject:
 
     task: Task
     inventory: Inventory
-    calibration: Calibration
+    calibration: InputRanges
     realigner: Realigner | None
 
     @classmethod

@@ -24,7 +24,7 @@ from precimap import PrecisionMap, SearchResult, Splits, Task, search
 from precimap.journal import Journal, open_journal
 from precimap.layers import code_products
 from precimap.metrics import Loss
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
 from small_tasks import INPUTS, Planted, loss
 
 MARGIN = 0.2

@@ -11,7 +11,7 @@ from precimap.layers.inventory import Inventory
 from precimap.numerics.schemes import SCHEMES, Scheme
 from precimap.precision_map import Decision, Evidence, OfModel, PrecisionMap, Premise, Realignment, Verdict
 from precimap.runtime.x86.target import int8_scheme
-from precimap.searching.whole.assemble import premise_of
+from precimap.searching.maps.assemble import premise_of
 from precimap.task import first_batch
 
 

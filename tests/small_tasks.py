@@ -1,16 +1,50 @@
 """Small tasks with a known truth, for tests of the search."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from precimap import Splits, Task
+from precimap import EMULATED, Scheme, Splits, Task, discover
+from precimap.layers.inventory import Inventory
+from precimap.layers.target import Target
 from precimap.metrics import Loss
 from precimap.runtime.x86.target import CpuInt8
+from precimap.searching.calibrate import InputRanges
+from precimap.searching.eligibility import eligibility
+from precimap.searching.run import Parts, Pass, Run, scored
+from precimap.searching.subject import Subject
 
 INPUTS, CLASSES = 64, 16
+NO_RANGES = InputRanges({})
+
+
+def subject_on(
+    run: Run,
+    schemes: Sequence[Scheme],
+    inventory: Inventory | None = None,
+    calibration: InputRanges = NO_RANGES,
+    target: Target = EMULATED,
+) -> Subject:
+    """What a search works with, without a search."""
+    task = run.task
+    found = inventory or discover(task.model, task.forward, next(iter(task.splits.search)))
+    return Subject(
+        run=run,
+        inventory=found,
+        schemes=tuple(schemes),
+        target=target,
+        eligibility=eligibility(found, schemes, target, ()),
+        calibration=calibration,
+    )
+
+
+def baseline_named(run: Run, name: str) -> Parts:
+    """The search split under the model as given, written down under a name."""
+    split, model = run.task.splits.search, run.task.model
+    return scored(run, Pass(kind="baseline", of=name, batches=split, running=lambda: EMULATED.running(model, {})))
 
 
 class CountedInt8(CpuInt8):

@@ -107,7 +107,7 @@ def test_a_run_without_a_certified_map_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_says_how_to_go_on(record: RunRecord) -> None:
-    page = printed(answer_page(replace(record, map=None, answer=None)))
+    page = printed(answer_page(replace(record, result=None)))
     assert "This run is not finished. The same command goes on." in " ".join(page.split())
 
 

@@ -1,6 +1,9 @@
 """The folders show the architecture, and imports run one way."""
 
 import ast
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,35 +31,45 @@ ORDER = (
     {"cli", "api", "__init__", "__main__"},
 )
 STRANGERS = {("searching", "runtime"), ("runtime", "searching")}
-TORCH_FREE = (
-    *(
-        "errors",
-        "user_code",
-        "packed_arrays",
-        "durable",
-        "journal",
-        "certificate",
-        "decisions",
-        "precision_map",
-        "hardware_profile",
-        "end_to_end",
-        "numerics/formats",
-        "numerics/schemes",
-    ),
-    *(
-        "layers/inventory",
-        "layers/groups",
-        "searching/allocation/threshold",
-        "searching/allocation/ladders",
-        "searching/allocation/knapsack",
-        "searching/allocation/repair",
-    ),
+# Inside of searching, in the same way.
+STEPS = (
+    {"pairs", "progress", "function_code"},
+    {"splits"},
+    {"comparison", "run", "realigner", "same_task"},
+    {"latency"},
+    {"allocation"},
+    {"calibrate", "eligibility", "question"},
+    {"subject"},
+    {"preflight"},
+    {"evidence"},
+    {"timing"},
+    {"maps"},
+    {"certificate"},
+    {"answer", "proof", "result"},
+    {"pipeline", "planning"},
 )
+# With all that they import.
+TORCH_FREE = (
+    "errors user_code packed_arrays durable journal certificate decisions precision_map hardware_profile end_to_end "
+    "numerics.formats numerics.schemes layers.inventory layers.groups searching.pairs searching.latency.planned "
+    "searching.latency.savings searching.latency.slower searching.allocation.ladders searching.allocation.climbing "
+    "searching.allocation.knapsack searching.allocation.repair searching.allocation.threshold cli_options cli_ending"
+).split()
 # Each part may also use the library of its own extra.
 EXTRA_LIBRARIES = {"data": {"pyarrow"}}
 CORE_LIBRARIES = {"torch", "numpy", "scipy", "pydantic", "safetensors", "typer", "rich", "yaml", "precimap"}
 OPTIONAL = {"runtime/torchrec_tables.py": {"torchrec"}}  # imported inside functions, when it is asked for
 LONGEST_FILE, LONGEST_FUNCTION = 320, 80
+MOST_PARAMETERS, MOST_OF_THE_API, MOST_POSITIONAL = 5, 8, 4
+# Of these each parameter is an option of the command line, or one of torch's own operator.
+COMMANDS, OPERATORS = "cli.py", {"runtime/weights/products.py", "runtime/x86/rows.py", "runtime/compiling/attention.py"}
+LONG = {
+    "scaled_mm": "torch's operator, less what is always the same",
+    "quantize_layer": "what a layer is: name, weight, sums, scheme, range; and the grid of a rounding draw",
+    "Replay._run": "a call as torch hands it out",
+}
+# A user writes these by position, or they are what a Scheme is.
+BY_POSITION = {"Task", "Custom", "Rounding"}
 
 
 def part_of(path: Path) -> str:
@@ -103,16 +116,97 @@ def test_imports_run_one_way(path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("name", TORCH_FREE)
-def test_planning_needs_no_torch(name: str) -> None:
-    libraries = {module.split(".")[0] for module in imported(SOURCE / f"{name}.py")}
-    assert "torch" not in libraries
+@pytest.mark.parametrize("path", sorted((SOURCE / "searching").rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_step_of_a_search_looks_back(path: Path) -> None:
+    def step(name: str) -> int:
+        return next(number for number, parts in enumerate(STEPS) if name in parts)
+
+    own = path.relative_to(SOURCE / "searching").with_suffix("").parts[0]
+    if own != "__init__":
+        for name in imported(path):
+            if name.startswith("precimap.searching."):
+                other = name.split(".")[2]
+                assert step(other) <= step(own), f"{own} imports {other}, which is a later step"
+
+
+def test_planning_needs_no_torch() -> None:
+    """Asked of Python, so that what they import counts, too."""
+    ask = f"import sys; [__import__('precimap.' + name) for name in {TORCH_FREE}]; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def _functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    for node in ast.iter_child_nodes(tree):
+        name = f"{inside}{getattr(node, 'name', '')}"
+        if isinstance(node, ast.FunctionDef):
+            yield name, node
+        yield from _functions(node, f"{name}." if isinstance(node, ast.ClassDef | ast.FunctionDef) else inside)
+
+
+def _api() -> dict[str, str]:
+    """The names of the public API, and the module of each."""
+    nodes = [node for node in ast.parse((SOURCE / "api.py").read_text()).body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: node.module or "" for node in nodes for alias in node.names}
+
+
+def too_many(path: Path, tree: ast.Module) -> list[str]:
+    """Functions with more parameters than a reader holds in mind. `**` of a TypedDict are options with names."""
+    api, module = _api(), ".".join(("precimap", *path.relative_to(SOURCE).with_suffix("").parts))
+    found = []
+    for name, node in _functions(tree):
+        given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        count = len([one for one in given if one not in ("self", "cls")])
+        most = MOST_OF_THE_API if api.get(name) == module else MOST_PARAMETERS
+        if count > most and name not in LONG:
+            found.append(f"{name} has {count}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_parameters_are_few(path: Path) -> None:
+    if str(path.relative_to(SOURCE)) not in {COMMANDS, *OPERATORS}:
+        assert not too_many(path, ast.parse(path.read_text()))
+
+
+def by_position(tree: ast.Module) -> list[str]:
+    """Records of more than four fields that may be made by position: two floats swapped would pass the type checker."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name not in BY_POSITION:
+            said = [ast.unparse(one) for one in node.decorator_list if "dataclass" in ast.unparse(one)]
+            fields = [
+                n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)
+            ]
+            if said and len(fields) > MOST_POSITIONAL and "kw_only=True" not in said[0]:
+                found.append(node.name)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_large_records_are_made_by_name(path: Path) -> None:
+    assert not by_position(ast.parse(path.read_text()))
+
+
+def test_the_rules_of_size_find_what_breaks_them() -> None:
+    planted = ast.parse(
+        "@dataclass(frozen=True)\nclass Wide:\n    a: int\n    b: int\n    c: int\n    d: int\n    e: int\n"
+    )
+    assert by_position(planted) == ["Wide"]
+    planted = ast.parse("class K:\n    def f(self, a, b, c, *, d, e, f):\n        pass\n")
+    assert too_many(SOURCE / "errors.py", planted) == ["K.f has 6"]
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_a_folder_lists_its_files(folder: Path) -> None:
+    top = folder == SOURCE  # the package's own list is the page on the architecture
+    where = SOURCE.parents[1] / "docs" / "architecture.md" if top else folder / "__init__.py"
+    names = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    said = where.read_text()
+    assert not [name for name in names if name not in said and f"`{name.removesuffix('.py')}`" not in said]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_core_stands_on_few_libraries(path: Path) -> None:
-    import sys
-
     if part_of(path) == "demos":
         return
     libraries = {module.split(".")[0] for module in imported(path)}

@@ -18,7 +18,7 @@ from precimap.errors import InputError
 from precimap.layers.inventory import Inventory
 from precimap.metrics import Loss
 from precimap.numerics.schemes import scheme
-from precimap.searching.calibrate import Calibration
+from precimap.searching.calibrate import InputRanges
 from precimap.task import first_batch, score
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -29,7 +29,7 @@ from click_model import Recipe
 from click_training import ClickTraining, cached, train
 from synthetic_task import deep_task
 
-NO_CALIBRATION = Calibration({})
+NO_CALIBRATION = InputRanges({})
 
 
 # Real tasks

@@ -13,7 +13,7 @@ import pytest
 from precimap.cli import main
 from precimap.errors import InputError
 from precimap.metrics import NE, NE_MARGINS, Calibration, LogLoss
-from precimap.searching.limits import margin_of
+from precimap.searching.question import margin_of
 
 TASK = """
 from small_tasks import planted_task

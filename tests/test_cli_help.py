@@ -11,8 +11,8 @@ import precimap.cli_options as options
 from precimap.cli import app
 from precimap.metrics import NE_MARGINS
 from precimap.runtime.nvidia.target import EXPERIMENTAL
-from precimap.searching.evidence.known import BYTES_WORTH
-from precimap.searching.limits import USUAL_EFFORT
+from precimap.searching.allocation.table import BYTES_WORTH
+from precimap.searching.question import USUAL_EFFORT
 from precimap.targets import TARGETS
 
 VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from precimap.errors import TaskError
 from precimap.loaders import cut_in_order
 from precimap.metrics import NDCG, NE, Accuracy, HitRate, Loss, Metric
 from precimap.metrics.named import NAMES, metric_of
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
 from precimap.task import Task, score
 
 X = torch.randn(240, 8, generator=torch.Generator().manual_seed(0))

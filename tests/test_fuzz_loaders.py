@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from precimap import HardwareProfile, PrecisionMap, load_deployed
+from precimap import Effort, HardwareProfile, PrecisionMap, load_deployed, search
 from precimap.cli_options import margin_text
 from precimap.cli_values import allowed_of, sizes_of
 from precimap.errors import InputError, JournalError, MapError, PrecimapError, ProfileError
-from precimap.journal import open_journal, run_journal
+from precimap.journal import open_journal
 from precimap.numerics.schemes import SCHEMES, range_rule_from_row
 from precimap.report.run_record import read_run
 from precimap.runtime.checkpoint import DIGEST_KEY, METADATA_KEY, _digest
@@ -31,6 +31,7 @@ from precimap.runtime.deploy import deployed_layers, deployment_of
 from precimap.searching.certificate.ledger import AskedSplit, Ledger
 from precimap.task_file import load_task
 from small_maps import a_map, certified, decision
+from small_tasks import planted_task
 
 CASES = 5000
 WHOLE = certified(a_map(**{"a.weight": decision("fp8"), "b.weight": decision(), "c.weight": decision("int8-static")}))
@@ -250,12 +251,17 @@ def test_ledgers(folder: Path) -> None:
             Ledger.open(folder, split, 0.9)
 
 
+CONCLUDED = "preflight inventory floor evidence chain certificates summary".split()
+
+
+def finished_run(folder: Path) -> None:
+    task = planted_task(units=120)
+    search(task, schemes=["fp8"], margin=0.5, run=folder, ledger=folder / "ledger", effort=Effort(rounding_draws=0))
+
+
 def test_journals_as_bytes(folder: Path) -> None:
     chance, path = random.Random(SEED), folder / "measurements.sqlite"
-    with run_journal(folder, {"weights": "1"}) as journal:
-        for number in range(6):
-            journal.record("probe", f"layer {number}", {"drop": 0.1}, "fp8", {"rows": np.arange(40.0)})
-        journal.conclude("summary", "answer", {"answer": "no", "map": json.loads(WHOLE.text())})
+    finished_run(folder)
     with sqlite3.connect(path) as connection:
         connection.execute("pragma wal_checkpoint(truncate)")
     connection.close()
@@ -280,17 +286,10 @@ def test_journals_as_bytes(folder: Path) -> None:
 def test_journals_as_values(folder: Path) -> None:
     """A file whose pages are whole and whose rows are not what a search writes."""
     chance, path = random.Random(SEED), folder / "measurements.sqlite"
-    summary = {"answer": "no", "map": json.loads(WHOLE.text())}
-    certificate = summary["map"]["certificate"]
-    kinds = {
-        "summary": summary,
-        "certificates": {"certificates": [certificate]},
-        "chain": {"maps": []},
-        "whole model": {},
-    }
-    with run_journal(folder, {"weights": "1"}) as journal:
-        for kind, value in kinds.items():
-            journal.conclude(kind, "all", value)
+    finished_run(folder)
+    with open_journal(folder) as journal:
+        kinds = {kind: journal.conclusions(kind)[-1].value for kind in CONCLUDED}
+    assert read_run(folder).result is not None
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("pragma journal_mode = delete")
     connection.execute("pragma synchronous = off")

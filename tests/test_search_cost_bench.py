@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from precimap.numerics.schemes import scheme
-from precimap.searching.evidence.screen_plan import Pair
+from precimap.searching.pairs import Pair
 from small_tasks import planted_task
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -24,15 +24,15 @@ import search_turns
 import task_data
 from layer_ranking import Residuals, Truth, ranked
 from rival_scores import residual_error
-from search_work import Cost, Pass, Subject, default_search, plain_pass, replayed_loop, subject_of
+from search_work import Cost, Pass, Work, default_search, plain_pass, replayed_loop, work_of
 from synthetic_task import deep_task
 
 FP8, INT8 = scheme("fp8"), scheme("int8")
 
 
 @pytest.fixture(scope="module")
-def deep() -> Subject:
-    return subject_of(deep_task(40, 256), (FP8, INT8))
+def deep() -> Work:
+    return work_of(deep_task(40, 256), (FP8, INT8))
 
 
 def test_a_default_search_counts_every_forward_where_it_belongs() -> None:
@@ -73,7 +73,7 @@ def test_seconds_add_up_to_the_wall_and_end_at_certification() -> None:
     assert found.after.wall >= row.seconds["certify"] + row.seconds["draws"] > 0
 
 
-def test_the_replayed_loop_gives_the_bits_of_the_plain_one(deep: Subject) -> None:
+def test_the_replayed_loop_gives_the_bits_of_the_plain_one(deep: Work) -> None:
     row, probes = replayed_loop(deep, deep.of(FP8)[:3])
     singles: dict[Pair | None, Pass] = {None: plain_pass(deep, (), deep.task.splits.search)}
     singles |= {pair: plain_pass(deep, [pair], deep.task.splits.search) for pair in deep.of(FP8)[:3]}
@@ -88,7 +88,7 @@ def test_the_replayed_loop_gives_the_bits_of_the_plain_one(deep: Subject) -> Non
     assert (faulty.value, faulty.holds) == (1, False)
 
 
-def test_what_was_timed_in_part_is_scaled_by_scheme(deep: Subject) -> None:
+def test_what_was_timed_in_part_is_scaled_by_scheme(deep: Work) -> None:
     def single(wall: float) -> Pass:
         return Pass(Cost(wall, wall / 2), np.zeros(256), ())
 
@@ -103,7 +103,7 @@ def test_what_was_timed_in_part_is_scaled_by_scheme(deep: Subject) -> None:
     assert search_turns._plain_row(deep, singles, (FP8,)).note == ""
 
 
-def test_the_worst_layers_are_kept_and_the_error_left_is_measured(deep: Subject) -> None:
+def test_the_worst_layers_are_kept_and_the_error_left_is_measured(deep: Work) -> None:
     batches = list(deep.task.splits.search)
     layers = [layer for layer, _ in deep.of(FP8)]
     scores = {layer: float((7 * at) % 40) for at, layer in enumerate(layers)}
@@ -147,7 +147,7 @@ def test_r2_is_about_the_line_of_slope_one() -> None:
     assert (row.maps, row.n) == (30, 9)
 
 
-def test_random_maps_take_each_layer_once_under_a_scheme_it_allows(deep: Subject) -> None:
+def test_random_maps_take_each_layer_once_under_a_scheme_it_allows(deep: Work) -> None:
     pairs = [pair for pair in deep.pairs if pair != deep.of(INT8)[0]]
 
     maps = prediction.random_maps(pairs, 40)

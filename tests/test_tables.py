@@ -17,9 +17,14 @@ def test_a_name_keeps_what_tells_layers_apart() -> None:
 
 
 def test_products_of_activations_are_shown_within_80_columns() -> None:
-    many = tuple(ActivationProduct("bmm", (8, 1000 + i, 128), (8, 128, 64), 2, 1000 * (40 - i)) for i in range(40))
-    attention = ActivationProduct("scaled_dot_product_attention", (256, 12, 128, 64), (256, 12, 128, 64), 12, 10**12)
-    lines = shown(Inventory((), (), 8, (), (attention, *many)))
+    many = tuple(
+        ActivationProduct(op="bmm", left=(8, 1000 + i, 128), right=(8, 128, 64), calls=2, flops=1000 * (40 - i))
+        for i in range(40)
+    )
+    attention = ActivationProduct(
+        op="scaled_dot_product_attention", left=(256, 12, 128, 64), right=(256, 12, 128, 64), calls=12, flops=10**12
+    )
+    lines = shown(Inventory(layers=(), others=(), units=8, hidden_flops=(), products=(attention, *many)))
 
     assert max(map(len, lines)) <= 80
     (first,) = [line for line in lines if "256x12x128x64 256x12x128x64" in line]
@@ -30,7 +35,9 @@ def test_products_of_activations_are_shown_within_80_columns() -> None:
 
 
 def test_a_model_without_such_products_has_no_table_of_them() -> None:
-    assert not any("products" in line for line in shown(Inventory((), (), 8, (), ())))
+    assert not any(
+        "products" in line for line in shown(Inventory(layers=(), others=(), units=8, hidden_flops=(), products=()))
+    )
 
 
 def shown(inventory: Inventory) -> list[str]:
@@ -41,11 +48,33 @@ def shown(inventory: Inventory) -> list[str]:
 
 def test_every_share_is_of_the_whole_model() -> None:
     """An LSTM with nearly all of the bytes and FLOPs beside one small layer, some attention and a call nobody counts."""
-    layer = Layer("head.weight", (4, 8), "float32", 4, ("linear",), 1, 100, (1,), 8, 4)
-    lstm = OtherParameter("lstm.weight", (100, 100), "inside the fused recurrent call lstm, which is not supported")
-    attention = ActivationProduct("bmm", (8, 10, 4), (8, 4, 10), 1, 300)
+    layer = Layer(
+        name="head.weight",
+        shape=(4, 8),
+        dtype="float32",
+        element_bytes=4,
+        ops=("linear",),
+        calls=1,
+        flops=100,
+        contracted=(1,),
+        inputs=8,
+        outputs=4,
+    )
+    lstm = OtherParameter(
+        name="lstm.weight", shape=(100, 100), reason="inside the fused recurrent call lstm, which is not supported"
+    )
+    attention = ActivationProduct(op="bmm", left=(8, 10, 4), right=(8, 4, 10), calls=1, flops=300)
     hidden = (("lstm (LSTM): lstm / aten.mkldnn_rnn_layer", 600),)
-    lines = shown(Inventory((layer,), (lstm,), 8, hidden, (attention,), ("odd (Odd): mine.product",)))
+    lines = shown(
+        Inventory(
+            layers=(layer,),
+            others=(lstm,),
+            units=8,
+            hidden_flops=hidden,
+            products=(attention,),
+            uncounted=("odd (Odd): mine.product",),
+        )
+    )
 
     (row,) = [line for line in lines if line.startswith("head ")]
     assert row.split()[3:5] == ["10.0%", "0.3%"]

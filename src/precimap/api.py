@@ -29,12 +29,12 @@ from precimap.searching.allocation.rules import Knapsack as Knapsack
 from precimap.searching.allocation.rules import Threshold as Threshold
 from precimap.searching.certificate.one_map import certify as certify
 from precimap.searching.certificate.second_model import compare as compare
-from precimap.searching.latency.serving import Serving as Serving
-from precimap.searching.latency.timed import bench_device as bench_device
-from precimap.searching.limits import Effort as Effort
 from precimap.searching.pipeline import search as search
 from precimap.searching.planning import Plan as Plan
 from precimap.searching.planning import plan as plan
+from precimap.searching.question import Effort as Effort
+from precimap.searching.question import Serving as Serving
 from precimap.searching.result import SearchResult as SearchResult
+from precimap.searching.timing.timed import bench_device as bench_device
 from precimap.task import Splits as Splits
 from precimap.task import Task as Task

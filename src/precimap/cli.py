@@ -27,7 +27,7 @@ from precimap.report.progress_bar import progress_bar
 from precimap.report.terminal import Terminal, lines_of
 
 if TYPE_CHECKING:
-    from precimap.searching.preflight import Preflight
+    from precimap.searching.preflight.checks import Preflight
 
 app = typer.Typer(
     help="Find, prove and deploy the precision map that your own metric cannot tell from the original.",
@@ -58,14 +58,14 @@ def before_the_verb(versions: options.VersionOption = False) -> None:
 def layers(task: options.TaskArgument, as_json: options.JsonOption = False) -> Result:
     """List every layer of the model, and why the other parameters are none."""
     from precimap.report.inventory_table import inventory_table
-    from precimap.searching.inventories import inventory_of
-    from precimap.searching.preflight import check_weights
+    from precimap.searching.preflight.checks import check_weights
+    from precimap.searching.subject import inventory_of
     from precimap.task_file import load_task
 
     loaded = load_task(task)
     check_weights(loaded)
     inventory = inventory_of(loaded)
-    return Result(asdict(inventory), inventory_table(inventory), as_json)
+    return Result(row=asdict(inventory), page=inventory_table(inventory), as_json=as_json)
 
 
 @command
@@ -112,7 +112,7 @@ def search(
 
     def begun(found: "Preflight") -> None:
         write_config(context, run)
-        _errors.print(preflight_text(asdict(found)))
+        _errors.print(preflight_text(found))
 
     schemes = ranged_schemes(scheme, input_range)
     loaded = load_task(task)
@@ -128,7 +128,7 @@ def search(
             pinned=pin or (),
             allowed=allowed_of(allow or ()),
             alpha_budget=alpha_budget,
-            effort=effort_of(probe, screen_memory, replay_memory, rounding_draws, timing_seconds, max_minutes),
+            effort=effort_of(probe, rounding_draws, timing_seconds, max_minutes, (screen_memory, replay_memory)),
             serving=serving_of(batch_sizes, profile, peak_tflops),
             run=run,
             realign=realign,
@@ -145,7 +145,7 @@ def _recorded(run: Path, verbose: bool, width: int | None, as_json: bool, code: 
 
     record = read_run(run)
     page = run_page(record) if verbose else answer_page(record)
-    return Result(record.as_row(), page, as_json, code, width)
+    return Result(row=record.as_row(), page=page, as_json=as_json, code=code, width=width)
 
 
 @command
@@ -168,7 +168,7 @@ def plan(
         found = plan_task(
             loaded, margin, schemes=scheme or "fp8", confidence=confidence, target=target.value, progress=progress
         )
-    return Result(found.as_row(), plan_page(found), as_json, DONE if found.possible else NO)
+    return Result(row=found.as_row(), page=plan_page(found), as_json=as_json, code=DONE if found.possible else NO)
 
 
 @command
@@ -205,7 +205,9 @@ def certify(
     if output is not None:
         certified.save(output)
     code = DONE if certified.certificate.certified else NO
-    return Result(certified.certificate.model_dump(), certificate_text(certified.certificate), as_json, code)
+    return Result(
+        row=certified.certificate.model_dump(), page=certificate_text(certified.certificate), as_json=as_json, code=code
+    )
 
 
 @command
@@ -249,7 +251,7 @@ def deploy(
         f"saved {output}",
         *([] if given.not_certified is None else [f"NOT CERTIFIED: {given.not_certified}"]),
     ]
-    return Result(row, lines_of(lines), as_json)
+    return Result(row=row, page=lines_of(lines), as_json=as_json)
 
 
 @command
@@ -277,7 +279,7 @@ def bench_device(
     """Time the layers of a task's model on this machine, for `search --profile` here or elsewhere."""
     from precimap.cli_values import sizes_of
     from precimap.report.profile_table import profile_page
-    from precimap.searching.latency.timed import bench_device as time_layers
+    from precimap.searching.timing.timed import bench_device as time_layers
     from precimap.task_file import load_task
 
     loaded = load_task(task)
@@ -290,7 +292,7 @@ def bench_device(
             progress=progress,
         )
     found.save(output)
-    return Result(found.model_dump(mode="json"), profile_page(found, output), as_json)
+    return Result(row=found.model_dump(mode="json"), page=profile_page(found, output), as_json=as_json)
 
 
 @command
@@ -302,7 +304,7 @@ def demo(
 
     with progress_bar(_errors) as progress:
         result = run_demo(out or unused_directory(Path("precimap-runs/demo")), model, progress)
-    return Result(result.as_row(), result.page(), as_json)
+    return Result(row=result.as_row(), page=result.page(), as_json=as_json)
 
 
 def main() -> None:

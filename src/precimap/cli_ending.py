@@ -26,7 +26,7 @@ DONE, NO, WRONG_INPUT, INTERNAL, NOT_WRITTEN, INTERRUPTED = 0, 1, 2, 70, 74, 130
 Asked = ParamSpec("Asked")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What a command found: `row` for machines, `page` for people, the exit code, and how wide the page is; None: as the
     terminal, or as $COLUMNS, or 80."""
@@ -98,7 +98,7 @@ def _kept(error: BaseException) -> str:
     """Write the traceback down and say where."""
     text = "".join(traceback.format_exception(error))
     try:
-        from precimap.searching.limits import state_directory  # imports torch, which may be what failed
+        from precimap.searching.question import state_directory
 
         path = state_directory() / "last-error.txt"
         path.parent.mkdir(parents=True, exist_ok=True)

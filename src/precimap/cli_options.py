@@ -18,7 +18,7 @@ from precimap.cli_ending import Result, ended
 from precimap.numerics.schemes import SCHEMES
 from precimap.report.terminal import lines_of
 
-# Repeated from metrics.click, runtime.cuda_fp8, searching.evidence.known and searching.limits.
+# Repeated from metrics.click, runtime.nvidia.target, searching.allocation.table and searching.question.
 NE_MARGINS = ("0.02%", "0.05%", "0.1%")
 EXPERIMENTAL = "experimental: not yet measured on a GPU"
 BYTES_WORTH, TIMING_SECONDS, ROUNDING_DRAWS, MEMORY_MB = 1e-3, 10.0, 8, 4096
@@ -78,7 +78,7 @@ def _version(package: str) -> str:
 def _print_versions(asked: bool) -> None:
     if asked:
         said = f"precimap {_version('precimap')} (torch {_version('torch')}, Python {platform.python_version()})"
-        raise typer.Exit(ended(lambda: Result({}, lines_of([said]), as_json=False)))
+        raise typer.Exit(ended(lambda: Result(row={}, page=lines_of([said]), as_json=False)))
 
 
 VersionOption = Annotated[

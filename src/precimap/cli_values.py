@@ -12,8 +12,7 @@ from precimap.hardware_profile import HardwareProfile
 from precimap.numerics.schemes import Scheme, range_rule_from_row, schemes_of
 from precimap.searching.allocation.knapsack import Constraints
 from precimap.searching.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
-from precimap.searching.latency.serving import Serving
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort, Serving
 
 
 def ranged_schemes(names: Sequence[str], input_range: str) -> list[Scheme]:
@@ -61,13 +60,13 @@ def rule_of(
 
 
 def effort_of(
-    probe: Probes, screen_mb: int, replay_mb: int, rounding_draws: int, timing_seconds: float, minutes: float | None
+    probe: Probes, rounding_draws: int, timing_seconds: float, minutes: float | None, megabytes: tuple[int, int]
 ) -> Effort:
-    """How hard to look; memories in MB."""
+    """How hard to look. megabytes: of memory for the screen, and for replay."""
     return Effort(
         probe_all=probe is Probes.ALL,
-        screen_memory=screen_mb << 20,
-        replay_memory=replay_mb << 20,
+        screen_memory=megabytes[0] << 20,
+        replay_memory=megabytes[1] << 20,
         rounding_draws=rounding_draws,
         timing_seconds=timing_seconds,
         minutes=minutes,

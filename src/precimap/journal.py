@@ -54,7 +54,7 @@ _REMEDIES = {
 }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Measurement:
     """One row of a journal. A conclusion has no scheme and no arrays. made_at: UTC, ISO 8601."""
 
@@ -151,7 +151,14 @@ class Journal:
     def _measurement(self, row: Any) -> Measurement:
         kind, subject, scheme, value, names, blob, made_at = row
         try:
-            return Measurement(kind, subject, scheme, json.loads(value), unpacked(names, blob), made_at)
+            return Measurement(
+                kind=kind,
+                subject=subject,
+                scheme=scheme,
+                value=json.loads(value),
+                arrays=unpacked(names, blob),
+                made_at=made_at,
+            )
         except UNREADABLE as error:
             raise JournalError(f"{self._where}: {kind} of {subject} could not be read ({error}); {_DAMAGED}") from error
 

@@ -6,7 +6,7 @@ device. A trainer-like base class to inherit from was not taken: four functions 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -137,7 +137,7 @@ class Task:
         return max(sizes, key=lambda name: sizes[name]) if sizes else "none"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scored:
     """What the metric keeps of each unit ([units] or [units, columns]), its loss, and the same of the other metrics.
 
@@ -160,13 +160,11 @@ class Scored:
 
     def only(self, rows: np.ndarray) -> "Scored":
         """The chosen units. Raises TaskError for none."""
-        reported, guards, slices = (
-            {name: values[rows] for name, values in getattr(self, kind).items()} for kind in NAMED
-        )
-        return Scored(self.values[rows], self.losses[rows], reported, guards, slices, self.units.only(rows))
+        named = {kind: {name: values[rows] for name, values in getattr(self, kind).items()} for kind in NAMED}
+        return replace(self, values=self.values[rows], losses=self.losses[rows], units=self.units.only(rows), **named)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoredPart:
     """One batch, scored, as in `Scored`; `clusters` (int64) and `weights` are empty for a task without them."""
 
@@ -209,12 +207,12 @@ def join_parts(task: Task, parts: Sequence[ScoredPart]) -> Scored:
     clusters = None if task.clusters is None else join([p.clusters for p in parts])
     weights = None if task.weights is None else join([p.weights for p in parts])
     return Scored(
-        join([p.values for p in parts]),
-        join([p.losses for p in parts]),
-        _joined([p.reported for p in parts]),
-        _joined([p.guards for p in parts]),
-        _joined([p.slices for p in parts]),
-        Units(clusters=clusters, weights=weights, n=done),
+        values=join([p.values for p in parts]),
+        losses=join([p.losses for p in parts]),
+        reported=_joined([p.reported for p in parts]),
+        guards=_joined([p.guards for p in parts]),
+        slices=_joined([p.slices for p in parts]),
+        units=Units(clusters=clusters, weights=weights, n=done),
     )
 
 

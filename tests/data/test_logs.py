@@ -26,7 +26,7 @@ CRITEO_ROWS = (
     "\t".join(["1", *"2 -2 44 1 102 8 2 2 4 1 1".split(), "", "4", *HEX[26:]]),
     "0" + 39 * "\t",
 )
-SMALL = Columns("y", ("a", "b"), ("c",), user="u", time="t")
+SMALL = Columns(label="y", dense=("a", "b"), categorical=("c",), user="u", time="t")
 ENCODING = Encoding(dense=log_counts, categorical=hashed(50))
 
 
@@ -278,7 +278,7 @@ def test_a_vocabulary_knows_its_values_and_nothing_else(tmp_path: Path) -> None:
 def test_users_and_times_as_numbers_and_texts(tmp_path: Path) -> None:
     path = tmp_path / "logs.tsv"
     path.write_text(f"y\tu\tt\n1\t17\t5\n0\t007\t6.5\n1\t{2**60}\t7\n")
-    scan = Logs([path], Columns("y", user="u", time="t"), Encoding()).scan()
+    scan = Logs([path], Columns(label="y", user="u", time="t"), Encoding()).scan()
     assert scan.users is not None
     assert scan.users[0] == 17
     assert len(set(scan.users.tolist())) == 3
@@ -299,7 +299,7 @@ def test_users_and_times_as_numbers_and_texts(tmp_path: Path) -> None:
 )
 def test_times_of_any_kind_are_seconds(times: pa.Array, tmp_path: Path) -> None:
     parquet.write_table(pa.table({"y": [True, False], "t": times}), tmp_path / "logs.parquet")
-    scan = Logs([tmp_path / "logs.parquet"], Columns("y", time="t"), Encoding()).scan()
+    scan = Logs([tmp_path / "logs.parquet"], Columns(label="y", time="t"), Encoding()).scan()
     assert scan.times is not None
     assert scan.times.tolist() == pytest.approx([1_774_958_400, 1_774_951_201.5], abs=1e-6)
     assert scan.labels.tolist() == [1, 0]
@@ -309,8 +309,8 @@ def test_a_time_of_day_and_a_category_with_a_point_are_refused(tmp_path: Path) -
     path = tmp_path / "logs.parquet"
     parquet.write_table(pa.table({"y": [1.0], "t": pa.array([1], pa.time32("s")), "c": [17.0]}), path)
     with pytest.raises(DataError, match="row 1, column t: expected a number or a time"):
-        Logs([path], Columns("y", time="t"), Encoding()).load()
-    for columns in (Columns("y", categorical=("c",)), Columns("y", user="c")):
+        Logs([path], Columns(label="y", time="t"), Encoding()).load()
+    for columns in (Columns(label="y", categorical=("c",)), Columns(label="y", user="c")):
         with pytest.raises(DataError, match="column c: expected texts or integers, got double"):
             Logs([path], columns, ENCODING).load()
 
@@ -334,7 +334,7 @@ def test_columns_are_checked() -> None:
     with pytest.raises(DataError, match=r"a list of files, got 'logs.tsv'"):
         Logs("logs.tsv", CRITEO, ENCODING)
     with pytest.raises(DataError, match="I1 more than once"):
-        Columns("label", ("I1", "I1"))
+        Columns(label="label", dense=("I1", "I1"))
     with pytest.raises(DataError, match="out of the header given, got user"):
         replace(CRITEO, user="user")
 

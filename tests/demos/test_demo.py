@@ -19,7 +19,7 @@ from precimap.demos.semantic_search import Sizes, document_task, query_task
 from precimap.end_to_end import EndToEnd, FormTimes, SizeTimes
 from precimap.errors import InputError
 from precimap.hardware_profile import Device, Times
-from precimap.searching.preflight import check_task
+from precimap.searching.preflight.checks import check_task
 from precimap.searching.progress import silent
 from precimap.task import score
 from small_tasks import COUNTED_INT8
@@ -44,9 +44,11 @@ def test_it_makes_two_maps_and_deploys_one(demo: tuple[DemoResult, set[str]]) ->
     assert len(fp8.layers) == len(int8.layers) == 40
     assert "dead" in fp8.layers["transformer.pooler.dense.weight"].reason
     for run in (result.fp8, result.int8):
-        assert run.evidence is not None
-        assert len(run.evidence["layers"]) == 36
-        assert sum(row["probed"] is not None for row in run.evidence["layers"]) >= 8
+        assert run.result is not None
+        assert run.result.evidence is not None
+        known = run.result.evidence.known
+        assert len(known) == 36
+        assert sum(found.probed is not None for found in known) >= 8
     assert result.agreement is not None
     assert result.agreement.rms_difference < 1e-2 * result.agreement.largest_output
     assert all(Path(file).exists() for what, file in result.files.items() if what != "print a run again")
@@ -123,7 +125,9 @@ def test_the_verdict_goes_by_quartiles(
         peak_flops=1.0,
         peak_given=True,
     )
-    result = replace(demo[0], int8=replace(demo[0].int8, end_to_end=times))
+    int8 = demo[0].int8
+    assert int8.result is not None
+    result = replace(demo[0], int8=replace(int8, result=replace(int8.result, end_to_end=times)))
     screen = io.StringIO()
     Console(width=80, file=screen).print(result.page())
     assert verdict in screen.getvalue().partition("deployed")[2]

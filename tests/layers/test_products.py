@@ -15,15 +15,15 @@ N, SDPA = zoo.ROWS, "scaled_dot_product_attention"
 
 def product(op: str, left: tuple[int, ...], right: tuple[int, ...], calls: int = 1) -> ActivationProduct:
     """[..., m, k] x [..., k, n], as many as the left operand has matrices."""
-    return ActivationProduct(op, left, right, calls, calls * 2 * math.prod(left) * right[-1])
+    return ActivationProduct(op=op, left=left, right=right, calls=calls, flops=calls * 2 * math.prod(left) * right[-1])
 
 
 def attention(batch: int, heads: int, tokens: int, width: int, calls: int) -> tuple[ActivationProduct, ...]:
     each = (batch, heads, tokens, width)
     flops = calls * 2 * batch * heads * tokens * tokens * width
     return (
-        ActivationProduct(SDPA, each, each, calls, flops),
-        ActivationProduct(SDPA, (batch, heads, tokens, tokens), each, calls, flops),
+        ActivationProduct(op=SDPA, left=each, right=each, calls=calls, flops=flops),
+        ActivationProduct(op=SDPA, left=(batch, heads, tokens, tokens), right=each, calls=calls, flops=flops),
     )
 
 
@@ -31,8 +31,8 @@ def scores_by_einsum(batch: int, tokens: int, heads: int, width: int, calls: int
     each, weights = (batch, tokens, heads, width), (batch, heads, tokens, tokens)
     flops = calls * 2 * batch * heads * tokens * tokens * width
     return (
-        ActivationProduct("einsum", each, each, calls, flops),
-        ActivationProduct("einsum", weights, each, calls, flops),
+        ActivationProduct(op="einsum", left=each, right=each, calls=calls, flops=flops),
+        ActivationProduct(op="einsum", left=weights, right=each, calls=calls, flops=flops),
     )
 
 
@@ -44,7 +44,9 @@ PRODUCTS: dict[zoo.Builder, tuple[ActivationProduct, ...]] = {
     zoo.deepfm: (),  # the sum-square trick is elementwise
     zoo.mmoe: (),  # its weighed sum is elementwise too; PLE's is not
     zoo.ple: (product("bmm", (N, 1, 4), (N, 4, 32), calls=4), product("bmm", (N, 1, 6), (N, 6, 32))),
-    zoo.stacked_experts: (ActivationProduct("einsum", (N, 4), (4, N, 16), 1, 2 * N * 4 * 16),),
+    zoo.stacked_experts: (
+        ActivationProduct(op="einsum", left=(N, 4), right=(4, N, 16), calls=1, flops=2 * N * 4 * 16),
+    ),
     zoo.two_tower: (product("bmm", (N, 5, 16), (N, 16, 1)),),
     zoo.wukong: (product("bmm", (N, 32, 16), (N, 16, 16)), product("bmm", (N, 6, 16), (N, 16, 16))),
     zoo.hstu: scores_by_einsum(N, 6, 2, 16, calls=2),
@@ -119,8 +121,8 @@ def test_the_total_is_that_of_the_products_and_grouped_queries_share_keys() -> N
     inventory = discover(Grouped(), lambda model, x: model(x), torch.randn(3, 5, 8))
     scores, weighed = 2 * 3 * 4 * 5 * 5 * 8, 2 * 3 * 4 * 5 * 5 * 12
     assert inventory.products == (
-        ActivationProduct(SDPA, (3, 4, 5, 5), (3, 2, 5, 12), 1, weighed),
-        ActivationProduct(SDPA, (3, 4, 5, 8), (3, 2, 5, 8), 1, scores),
+        ActivationProduct(op=SDPA, left=(3, 4, 5, 5), right=(3, 2, 5, 12), calls=1, flops=weighed),
+        ActivationProduct(op=SDPA, left=(3, 4, 5, 8), right=(3, 2, 5, 8), calls=1, flops=scores),
     )
     assert inventory.activation_flops == scores + weighed
 

@@ -243,8 +243,10 @@ def test_what_was_seen_elsewhere_is_carried_in_the_weights_of_rows(seed: int, fa
     d, units = sample(seed)
     assert units.weights is not None
     other, other_units = sample(seed + 1)
-    far = bounded(PairedDrops(3 * other, other_units, other_units.n, 0, None), ALPHA).sight.farthest
-    here = PairedDrops(d, units, units.n, 0, None)
+    far = bounded(
+        PairedDrops(d=3 * other, units=other_units, rows=other_units.n, changed=0, worst=None), ALPHA
+    ).sight.farthest
+    here = PairedDrops(d=d, units=units, rows=units.n, changed=0, worst=None)
     scaled = replace(here, units=replace(units, weights=units.weights * factor))
     bounds = [bounded(case, ALPHA, far).upper for case in (here, scaled)]
     assert bounds[0] == pytest.approx(bounds[1])

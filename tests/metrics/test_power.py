@@ -81,7 +81,9 @@ def test_the_smallest_margin_is_certified_about_as_often_as_it_promises(n: int, 
     rng = np.random.default_rng(0)
     population = rng.normal(0, 0.1, 20_000)
     population -= population.mean()
-    margin = smallest_margin(PairedDrops(population[:512], Units(n=512), 512, 512, worst), n, ALPHA)
+    margin = smallest_margin(
+        PairedDrops(d=population[:512], units=Units(n=512), rows=512, changed=512, worst=worst), n, ALPHA
+    )
     assert 0.74 <= fraction_certified(population, n, margin, worst) <= 0.88
 
 
@@ -91,14 +93,14 @@ def test_the_smallest_margin_of_clusters_follows_their_weights() -> None:
     sizes = np.repeat([1, 30], [90, 10])
     clusters = np.repeat(np.arange(100), sizes)
     d = rng.normal(size=100)[clusters]
-    uneven = PairedDrops(d, Units(n=len(d), clusters=clusters), len(d), len(d), None)
-    even = PairedDrops(rng.normal(size=100), Units(n=100), 100, 100, None)
+    uneven = PairedDrops(d=d, units=Units(n=len(d), clusters=clusters), rows=len(d), changed=len(d), worst=None)
+    even = PairedDrops(d=rng.normal(size=100), units=Units(n=100), rows=100, changed=100, worst=None)
     assert smallest_margin(uneven, 200, ALPHA) > 2 * smallest_margin(even, 200, ALPHA)
 
 
 @pytest.mark.parametrize("n", [50, 1000, 40_000])
 def test_nothing_is_certified_below_the_least_margin(n: int) -> None:
-    pilot = PairedDrops(np.zeros(50), Units(n=50), 50, 0, 1.0)
+    pilot = PairedDrops(d=np.zeros(50), units=Units(n=50), rows=50, changed=0, worst=1.0)
     least = least_margin(pilot, n, ALPHA)
     assert least == pytest.approx(3 / n, rel=0.03)
     assert least == pytest.approx(upper_bound(np.zeros(n), Units(n=n), ALPHA, 1.0))
@@ -107,10 +109,17 @@ def test_nothing_is_certified_below_the_least_margin(n: int) -> None:
 
 
 def test_a_pilot_that_says_nothing_of_the_spread_promises_nothing() -> None:
-    one_cluster = PairedDrops(np.ones(5), Units(n=5, clusters=np.zeros(5, np.int64)), 5, 5, None)
+    one_cluster = PairedDrops(
+        d=np.ones(5), units=Units(n=5, clusters=np.zeros(5, np.int64)), rows=5, changed=5, worst=None
+    )
     assert smallest_margin(one_cluster, 1000, ALPHA) == math.inf
-    assert smallest_margin(PairedDrops(np.ones(5), Units(n=5), 5, 5, None), 1, ALPHA) == math.inf
-    assert least_margin(PairedDrops(np.zeros(5), Units(n=5), 5, 0, 1.0), 1, ALPHA) == math.inf
+    assert (
+        smallest_margin(PairedDrops(d=np.ones(5), units=Units(n=5), rows=5, changed=5, worst=None), 1, ALPHA)
+        == math.inf
+    )
+    assert (
+        least_margin(PairedDrops(d=np.zeros(5), units=Units(n=5), rows=5, changed=0, worst=1.0), 1, ALPHA) == math.inf
+    )
 
 
 def test_the_range_holds_the_number_and_is_open_where_the_estimate_may_lie_above_the_margin() -> None:
@@ -126,7 +135,10 @@ def test_the_range_holds_the_number_and_is_open_where_the_estimate_may_lie_above
 
 @pytest.mark.parametrize("level", [0.0, 1.0, -0.1, math.nan])
 def test_levels_out_of_range_are_refused(level: float) -> None:
-    drop, pilot = Drop(0.0, 1.0, 2, 2, 2), PairedDrops(np.zeros(3), Units(n=3), 3, 0, 1.0)
+    drop, pilot = (
+        Drop(estimate=0.0, error=1.0, n=2, clusters=2, changed=2),
+        PairedDrops(d=np.zeros(3), units=Units(n=3), rows=3, changed=0, worst=1.0),
+    )
     for call in (
         lambda: units_needed(drop, 1.0, ALPHA, level),
         lambda: smallest_margin(pilot, 10, ALPHA, level),

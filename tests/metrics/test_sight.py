@@ -87,7 +87,7 @@ def test_a_loss_as_the_sentence_says_is_missed_with_probability_alpha_and_breaks
 
 def test_what_every_unit_loses_at_most_leaves_no_blind_spot() -> None:
     rng = np.random.default_rng(0)
-    order = bounded(PairedDrops(rng.random(500) * 0.01, Units(n=500), 500, 500, 1.0), ALPHA)
+    order = bounded(PairedDrops(d=rng.random(500) * 0.01, units=Units(n=500), rows=500, changed=500, worst=1.0), ALPHA)
     assert order.sight.blind_spot(0.0, 0.02, ALPHA) is None
     assert judged(AUC(), 2000, 0.3).sight.blind_spot(0.0, 0.02, ALPHA) is None
     assert judged(LogLoss(worst=50.0), 2000, 0.3).sight.blind_spot(0.0, 0.02, ALPHA) is None
@@ -98,7 +98,9 @@ def test_clusters_of_unequal_weight_have_one_also_where_a_unit_s_loss_is_limited
     sizes = np.array([1] * 90 + [40] * 10)
     clusters = np.repeat(np.arange(100), sizes)
     n = len(clusters)
-    sample = PairedDrops(np.random.default_rng(0).random(n) * 0.01, Units(n=n, clusters=clusters), n, n, 1.0)
+    sample = PairedDrops(
+        d=np.random.default_rng(0).random(n) * 0.01, units=Units(n=n, clusters=clusters), rows=n, changed=n, worst=1.0
+    )
     found = bounded(replace(sample, units=Units(n=n, clusters=clusters)), ALPHA)
     spot = found.sight.blind_spot(0.01, 0.06, ALPHA)
     assert spot is not None
@@ -151,7 +153,9 @@ def test_one_more_of_what_matters_is_enough() -> None:
     for count, enough in ((LEAST_CLUSTERS - 1, False), (LEAST_CLUSTERS, True)):
         units = Units(n=10 * count, clusters=np.repeat(np.arange(count), 10))
         assert (judged(Loss(), 10 * count, 0.5, units).sight.shortage is None) is enough
-    order = PairedDrops(np.zeros(LEAST_CLUSTERS), Units(n=LEAST_CLUSTERS), LEAST_CLUSTERS, 0, 1.0)
+    order = PairedDrops(
+        d=np.zeros(LEAST_CLUSTERS), units=Units(n=LEAST_CLUSTERS), rows=LEAST_CLUSTERS, changed=0, worst=1.0
+    )
     assert bounded(order, ALPHA).sight.shortage is None, "a metric of order has a limit, and needs no more"
 
 

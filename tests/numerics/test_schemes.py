@@ -36,7 +36,9 @@ rules = st.one_of(
 def roundings(draw: st.DrawFn) -> Rounding:
     format = draw(st.sampled_from(list(FORMATS.values())))
     symmetric = draw(st.booleans()) if isinstance(format, IntegerFormat) else True
-    return Rounding(format, draw(st.sampled_from(Granularity)), draw(st.booleans()), symmetric, draw(rules))
+    return Rounding(
+        format, draw(st.sampled_from(Granularity)), draw(st.booleans()), symmetric=symmetric, range=draw(rules)
+    )
 
 
 @pytest.mark.parametrize("one", [*SCHEMES.values(), BF16_FLOOR], ids=lambda one: one.name)

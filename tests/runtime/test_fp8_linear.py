@@ -54,7 +54,14 @@ ROUNDINGS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 1e
 
 def layer_of(linear: nn.Linear, scheme: Scheme, name: str = "weight", phase: float = 1.0) -> QuantizedLayer:
     found = quantize_layer(name, linear.weight, (1,), scheme, InputRange(0.01, 0))
-    return QuantizedLayer(name, scheme, found.codes, found.weight_affine, found.input_range, phase)
+    return QuantizedLayer(
+        name=name,
+        scheme=scheme,
+        codes=found.codes,
+        weight_affine=found.weight_affine,
+        input_range=found.input_range,
+        input_phase=phase,
+    )
 
 
 def fp8(linear: nn.Linear, scheme: Scheme, phase: float = 1.0) -> nn.Linear:

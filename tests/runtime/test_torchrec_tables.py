@@ -20,7 +20,7 @@ from precimap.numerics.schemes import scheme
 from precimap.runtime.deploy import deployment_of
 from precimap.runtime.torchrec_tables import held_rows, quantized_collection
 from precimap.runtime.weights.placing import low_weights
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
 from zoo import torchrec_dlrm
 
 NAMES = ("int4-row", "int8-row-half")

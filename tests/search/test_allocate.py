@@ -19,7 +19,7 @@ def tables(draw: st.DrawFn) -> list[Candidate]:
         for scheme in draw(st.sets(st.sampled_from(SCHEMES), min_size=1)):
             lower = draw(st.floats(-1, 1))
             upper = lower + draw(st.one_of(st.floats(0, 2), st.just(float("inf"))))
-            candidates.append(Candidate(f"layer{number}", scheme, lower, upper, fused))
+            candidates.append(Candidate(layer=f"layer{number}", scheme=scheme, lower=lower, upper=upper, fused=fused))
     return candidates
 
 
@@ -56,29 +56,40 @@ def test_the_first_map_is_the_rule_at_its_cutoff(candidates: list[Candidate], cu
 
 
 def test_the_last_map_holds_all_but_the_sensitive() -> None:
-    candidates = [Candidate(f"l{i}", "first", -1.0, 2.0**i) for i in range(40)] + [Candidate("bad", "first", 0.5, 0.6)]
+    candidates = [Candidate(layer=f"l{i}", scheme="first", lower=-1.0, upper=2.0**i) for i in range(40)] + [
+        Candidate(layer="bad", scheme="first", lower=0.5, upper=0.6)
+    ]
     chain = threshold(candidates, SCHEMES, 0.1)
     assert len(chain) == LONGEST_CHAIN
     assert set(chain[-1].choice) == {f"l{i}" for i in range(40)}
 
 
 def test_the_preferred_scheme_wins_when_both_pass() -> None:
-    both = [Candidate("a", "second", -1, 0.01), Candidate("a", "first", -1, 0.02)]
+    both = [
+        Candidate(layer="a", scheme="second", lower=-1, upper=0.01),
+        Candidate(layer="a", scheme="first", lower=-1, upper=0.02),
+    ]
     assert threshold(both, SCHEMES, 0.05) == (Step({"a": "first"}, 0.05),)
     assert threshold(both, SCHEMES, 0.01)[0].choice == {"a": "second"}
 
 
 def test_a_group_whose_member_cannot_take_a_scheme_does_not_take_it() -> None:
-    table = [Candidate("q", "first", -1, 0.0, "qkv"), Candidate("k", "second", -1, 0.0, "qkv"),
-             Candidate("q", "second", -1, 0.0, "qkv")]  # fmt: skip
+    table = [
+        Candidate(layer=layer, scheme=scheme, lower=-1, upper=0.0, fused="qkv")
+        for layer, scheme in (("q", "first"), ("k", "second"), ("q", "second"))
+    ]
     assert threshold(table, SCHEMES, 0.1) == (Step({"q": "second", "k": "second"}, 0.1),)
 
 
 def test_nothing_to_choose_gives_no_map() -> None:
     assert threshold([], SCHEMES, 0.1) == ()
-    assert threshold([Candidate("a", "first", 0.2, 0.3)], SCHEMES, 0.1) == ()
+    assert threshold([Candidate(layer="a", scheme="first", lower=0.2, upper=0.3)], SCHEMES, 0.1) == ()
 
 
 def test_the_default_cutoff_shares_the_margin_over_layers() -> None:
-    table = [Candidate("a", "first", 0, 0), Candidate("a", "second", 0, 0), Candidate("b", "first", 0, 0)]
+    table = [
+        Candidate(layer="a", scheme="first", lower=0, upper=0),
+        Candidate(layer="a", scheme="second", lower=0, upper=0),
+        Candidate(layer="b", scheme="first", lower=0, upper=0),
+    ]
     assert default_cutoff(0.01, table) == pytest.approx(0.005)

@@ -16,18 +16,11 @@ from precimap import search
 from precimap.layers.inventory import Inventory, Layer
 from precimap.numerics.schemes import SCHEMES
 from precimap.searching.evidence import gather as evidence_module
-from precimap.searching.evidence.audit import (
-    LEAST_AUDITED,
-    MOST_AUDITED,
-    Audit,
-    Audited,
-    ambiguous,
-    to_audit,
-)
-from precimap.searching.evidence.gather import Evidence
+from precimap.searching.evidence.audit import LEAST_AUDITED, MOST_AUDITED, Audit, Audited, ambiguous, to_audit
+from precimap.searching.evidence.gather import EvidenceTable
 from precimap.searching.evidence.means import kind_of
 from precimap.searching.evidence.screen import Screen, screen
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
 from small_tasks import planted_task
 
 Changed = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -36,16 +29,36 @@ QUICK = Effort(rounding_draws=0)
 
 
 def audited(correlation: float, predicted: float = 1.0, probed: float = 1.0, error: float = 0.0) -> Audited:
-    return Audited("layer", "fp8", correlation, 1.0, predicted, probed, error, 10)
+    return Audited(
+        layer="layer",
+        scheme="fp8",
+        correlation=correlation,
+        ratio=1.0,
+        predicted=predicted,
+        probed=probed,
+        error=error,
+        n=10,
+    )
 
 
 def invented(kinds: list[int]) -> Inventory:
     """One layer for each entry; layers of one entry's number have one shape."""
     layers = tuple(
-        Layer(f"l{i}", (16, 16 * (1 + kind)), "float32", 4, ("linear",), 1, 1, (1,), 16, 16)
+        Layer(
+            name=f"l{i}",
+            shape=(16, 16 * (1 + kind)),
+            dtype="float32",
+            element_bytes=4,
+            ops=("linear",),
+            calls=1,
+            flops=1,
+            contracted=(1,),
+            inputs=16,
+            outputs=16,
+        )
         for i, kind in enumerate(kinds)
     )
-    return Inventory(layers, (), 1, (), ())
+    return Inventory(layers=layers, others=(), units=1, hidden_flops=(), products=())
 
 
 @given(st.integers(0, 20), st.integers(0, 20))
@@ -136,7 +149,7 @@ def test_nothing_is_ambiguous_where_all_or_none_is_taken() -> None:
     assert ambiguous(costs | {("b", "fp8"): float("inf")}, gains, {"a": "fp8"}, 1.0, 9) == ()
 
 
-def searched(folder: Path, schemes: list[str]) -> Evidence:
+def searched(folder: Path, schemes: list[str]) -> EvidenceTable:
     return search(planted_task(), schemes=schemes, margin=MARGIN, ledger=folder, effort=QUICK).evidence
 
 

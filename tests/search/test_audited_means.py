@@ -17,11 +17,11 @@ from precimap.metrics.metric import PairedDrops
 from precimap.metrics.units import Units
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
+from precimap.searching.comparison import Differences
 from precimap.searching.evidence import gather as evidence_module
-from precimap.searching.evidence.means import FALSE_ALARMS, GATE, MATERIAL, MeanAgreement, mean_agreement
-from precimap.searching.evidence.probe import Differences
+from precimap.searching.evidence.means import FALSE_ALARMS, GATE, MATERIAL, MeanAgreement, MeanTest, mean_agreement
 from precimap.searching.evidence.screen import Screen, screen
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
 from small_tasks import planted_task
 
 QUICK = Effort(rounding_draws=0)
@@ -30,7 +30,11 @@ LEVEL = FALSE_ALARMS / 2
 
 
 def differences(d: np.ndarray, units: Units | None = None) -> Differences:
-    return Differences(PairedDrops(d, units or Units(n=len(d)), len(d), int(np.count_nonzero(d)), None), {}, {})
+    return Differences(
+        PairedDrops(d=d, units=units or Units(n=len(d)), rows=len(d), changed=int(np.count_nonzero(d)), worst=None),
+        {},
+        {},
+    )
 
 
 def agreement(
@@ -38,7 +42,7 @@ def agreement(
 ) -> MeanAgreement:
     """Rows are layers."""
     pairs = [(differences(p, units), differences(q, units)) for p, q in zip(predicted, probed, strict=True)]
-    return mean_agreement(("fp8", None), GATE, pairs, of or len(pairs), margin, LEVEL)
+    return mean_agreement(("fp8", None), MeanTest(GATE, margin, LEVEL), pairs, of or len(pairs))
 
 
 # Against scipy
@@ -153,8 +157,8 @@ def test_a_shifted_mean_is_caught_and_the_probe_decides(tmp_path: Path, monkeypa
     Console(width=80, file=page).print(run_page(read_run(tmp_path / "run")))
     said = " ".join(page.getvalue().split())
     assert "3 of 3 agree unit by unit, but not in the mean" in said
-    assert "predicted +0.013, measured +0.003 (DISAGREE" in said
-    assert "screen not believed for linear 128x64 under fp8: probed instead" in said
+    assert "predicted to change the gate by +0.013, and measured to change it by +0.003: they DISAGREE" in said
+    assert "The screen is not believed for linear 128x64 under fp8: those layers were probed." in said
 
 
 def test_a_shift_that_the_margin_does_not_feel_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +177,8 @@ def test_a_good_screen_agrees_in_the_mean_and_the_report_says_with_what_error(tm
     page = io.StringIO()
     Console(width=80, file=page).print(run_page(read_run(tmp_path / "run")))
     said = " ".join(page.getvalue().split())
-    assert "audit by direct probes: 3 of 3 agree (at least" in said
-    assert "mean drop of 3 audited (fp8, the gate): predicted +0.018, measured +0.021 (agree; n = 125" in said
+    assert "3 layers were drawn at random and measured one by one: 3 of 3 agree (with 95 % confidence at least" in said
+    assert "predicted to change the gate by +0.018, and measured to change it by +0.021: they agree (n = 125" in said
 
 
 def test_the_mean_of_a_guard_is_audited_against_its_own_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

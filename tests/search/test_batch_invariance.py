@@ -13,20 +13,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from precimap import Splits, Task, discover, search
+from precimap.journal import run_journal
 from precimap.layers.emulation import quantized
 from precimap.metrics import Loss
 from precimap.numerics.schemes import scheme
 from precimap.report.run_record import read_run
 from precimap.report.tables import preflight_text
-from precimap.searching.batch_invariance import BatchDependence, batch_dependence
-from precimap.searching.batches import along_units, cut
-from precimap.searching.calibrate import Calibration
-from precimap.searching.evidence.probe import prepare
+from precimap.searching.calibrate import InputRanges, prepare
+from precimap.searching.preflight.batch_invariance import BatchDependence, batch_dependence
+from precimap.searching.preflight.batches import along_units, cut
+from precimap.searching.progress import silent
+from precimap.searching.run import Run
 from precimap.task import first_batch
-from small_tasks import planted_task
+from small_tasks import planted_task, subject_on
 
 UNITS, WIDTH = 8, 16
-NO_RANGES = Calibration({})
+NO_RANGES = InputRanges({})
 Floats = NDArray[np.float64]
 
 
@@ -49,10 +51,8 @@ def _task(batch: Any, forward: Callable[[Any, Any], Tensor] = lambda model, batc
 
 
 def _measured(task: Task, *names: str) -> tuple[BatchDependence, ...]:
-    inventory = discover(task.model, task.forward, first_batch(task, task.splits.search))
-    schemes = [scheme(name) for name in names]
-    pairs = [(layer.name, each.name) for layer in inventory.layers for each in schemes]
-    return batch_dependence(task, inventory, NO_RANGES, schemes, pairs)
+    with run_journal(None, {}) as journal:
+        return batch_dependence(subject_on(Run(task, journal, silent), [scheme(name) for name in names]))
 
 
 def _fp8(values: NDArray[np.float32]) -> Floats:
@@ -195,6 +195,6 @@ def test_a_search_says_it_and_writes_it_down(tmp_path: Path) -> None:
     assert all(each.rms is not None and each.rms > 0 for each in measured.cuts)
     written = read_run(run).as_row()["preflight"]
     assert written["batch_dependence"][0]["cuts"][1]["rms"] == measured.cuts[1].rms
-    assert measured.note in str(preflight_text(written))
+    assert measured.note in str(preflight_text(found.preflight))
     other = search(replace(task, name="other"), schemes=["fp8"], margin=0.2, ledger=tmp_path / "second")
     assert (other.preflight.notes, other.preflight.batch_dependence) == ((), ())

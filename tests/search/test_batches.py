@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from precimap.searching.batches import chosen, cut, resized
+from precimap.searching.preflight.batches import chosen, cut, resized
 
 FORMS = ("ends", "starts", "lengths")
 Unit = tuple[float, list[int]]

@@ -12,13 +12,13 @@ from precimap import search
 from precimap.metrics.metric import PairedDrops
 from precimap.metrics.paired import paired_drop
 from precimap.metrics.units import Units
+from precimap.searching.allocation.price import Currency, Price, cost
+from precimap.searching.comparison import Differences
 from precimap.searching.evidence import gather as evidence_module
-from precimap.searching.evidence.gather import Evidence
-from precimap.searching.evidence.known import Currency, Price, cost
-from precimap.searching.evidence.probe import Differences
+from precimap.searching.evidence.bound import bound
+from precimap.searching.evidence.gather import EvidenceTable
 from precimap.searching.evidence.screen import Screen, screen
-from precimap.searching.limits import Effort
-from precimap.searching.whole.whole_maps import bound
+from precimap.searching.question import Effort
 from small_tasks import planted_task
 
 MARGIN = 0.2
@@ -29,7 +29,7 @@ KEY = (
 
 
 def sample(d: np.ndarray, worst: float | None = None) -> PairedDrops:
-    return PairedDrops(d, Units(n=len(d)), len(d), int(np.count_nonzero(d)), worst)
+    return PairedDrops(d=d, units=Units(n=len(d)), rows=len(d), changed=int(np.count_nonzero(d)), worst=worst)
 
 
 @given(st.integers(0, 1000), st.integers(1, 5), st.sampled_from([None, 0.5, 1.0]))
@@ -54,7 +54,7 @@ def test_only_what_all_hold_is_added() -> None:
 
 
 @pytest.fixture(scope="module")
-def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> EvidenceTable:
     """The screen is silent about the layer that per-tensor FP8 wrecks."""
 
     def silent(*args: object) -> Screen:
@@ -75,7 +75,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     return asked.evidence
 
 
-def test_a_bound_rests_on_the_probe_of_what_is_not_believed(evidence: Evidence) -> None:
+def test_a_bound_rests_on_the_probe_of_what_is_not_believed(evidence: EvidenceTable) -> None:
     known, predictor = evidence.by_key(), evidence.predictor
     assert predictor is not None
     row = known[KEY]
@@ -88,7 +88,7 @@ def test_a_bound_rests_on_the_probe_of_what_is_not_believed(evidence: Evidence) 
     assert cost(row, Price(Currency.MEAN, MARGIN)) > 3 * MARGIN
 
 
-def test_a_map_is_predicted_by_adding_what_its_probes_measured(evidence: Evidence) -> None:
+def test_a_map_is_predicted_by_adding_what_its_probes_measured(evidence: EvidenceTable) -> None:
     """To the unit: the predicted drop of two layers is that of the one, and the probe of the other."""
     predictor, known = evidence.predictor, evidence.by_key()
     assert predictor is not None
@@ -103,7 +103,7 @@ def test_a_map_is_predicted_by_adding_what_its_probes_measured(evidence: Evidenc
     assert known[KEY].probed is not None
 
 
-def test_without_its_probe_it_cannot_be_in_any_plan(evidence: Evidence) -> None:
+def test_without_its_probe_it_cannot_be_in_any_plan(evidence: EvidenceTable) -> None:
     """Time ran out before it: nothing is known, whatever the screen said."""
     predictor, known = evidence.predictor, evidence.by_key()
     assert predictor is not None
@@ -119,7 +119,7 @@ def test_without_its_probe_it_cannot_be_in_any_plan(evidence: Evidence) -> None:
     assert bound(forgotten, missing, choice, MARGIN) < MARGIN, "what is believed is planned as before"
 
 
-def test_a_probe_of_fewer_units_adds_its_upper_bound(evidence: Evidence) -> None:
+def test_a_probe_of_fewer_units_adds_its_upper_bound(evidence: EvidenceTable) -> None:
     predictor, known = evidence.predictor, evidence.by_key()
     assert predictor is not None
     probed = known[KEY].probed

@@ -17,7 +17,7 @@ from precimap.numerics.schemes import SCHEMES
 from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.certificate.one_map import certify
 from precimap.searching.certificate.second_model import compare
-from precimap.searching.limits import Effort, margin_of
+from precimap.searching.question import Effort, margin_of
 from precimap.targets import TARGETS, target_of
 from small_tasks import Planted, planted_task
 

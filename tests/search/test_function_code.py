@@ -18,7 +18,7 @@ from precimap import Effort, SearchResult, Splits, Task, search
 from precimap.errors import AlphaSpent, JournalError
 from precimap.metrics import NE, LogLoss, Loss, Perplexity
 from precimap.searching.function_code import code_of
-from precimap.searching.preflight import check_task
+from precimap.searching.preflight.checks import check_task
 from precimap.searching.same_task import question_terms
 from precimap.searching.splits.three_splits import fingerprint_splits
 

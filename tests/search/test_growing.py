@@ -1,7 +1,7 @@
 """What is added to the best map: credit in the plan, layers that break a map, nested sequences, few looks."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,24 @@ from precimap.metrics import LogLoss
 from precimap.metrics.paired import Drop
 from precimap.numerics.schemes import scheme
 from precimap.searching.allocation.knapsack import Constraints, Step
+from precimap.searching.allocation.layer_evidence import LayerEvidence
+from precimap.searching.allocation.price import Currency, Price
 from precimap.searching.allocation.rules import KNAPSACK, Knapsack, Threshold
+from precimap.searching.allocation.table import Table
+from precimap.searching.comparison import Comparison
 from precimap.searching.evidence import gather
-from precimap.searching.evidence.gather import Evidence
-from precimap.searching.evidence.known import Currency, Known, Price, options
-from precimap.searching.evidence.probe import Comparison
-from precimap.searching.whole import choosing, growing
-from precimap.searching.whole.growing import MOST_CONFIRMED, MOST_GROWTH, eager, grown
-from precimap.searching.whole.whole_maps import CERTIFIED_BELOW, MOST_LOOKS, Chosen, Joint, choose, sequence
+from precimap.searching.evidence.gather import EvidenceTable
+from precimap.searching.maps import choosing, growing
+from precimap.searching.maps.candidates import (
+    CERTIFIED_BELOW,
+    MOST_LOOKS,
+    Chain,
+    Looking,
+    MapCandidate,
+    choose,
+    sequence,
+)
+from precimap.searching.maps.growing import MOST_CONFIRMED, MOST_GROWTH, eager, grown
 from small_tasks import planted_task
 
 MARGIN = 1.0
@@ -35,7 +45,13 @@ ERROR = 0.01
 
 
 def compared(drop: float) -> Comparison:
-    return Comparison(Drop(drop, ERROR, 100, 100, 100), drop - 2 * ERROR, drop + 2 * ERROR, {}, 1.0)
+    return Comparison(
+        drop=Drop(estimate=drop, error=ERROR, n=100, clusters=100, changed=100),
+        lower=drop - 2 * ERROR,
+        upper=drop + 2 * ERROR,
+        reported={},
+        largest=1.0,
+    )
 
 
 @dataclass
@@ -71,31 +87,71 @@ class Invented:
         chosen = list(names)
         return self.summed(chosen) + sum(self.added.get(name, 0.0) for name in chosen)
 
-    def look(self, joint: Joint) -> Joint:
+    def look(self, joint: MapCandidate) -> MapCandidate:
         self.looks.append(frozenset(joint.step.choice))
         found = compared(self.truth(joint.step.choice))
         return replace(joint, measured=found, on_screened=found)
 
-    def searched(self, known: Mapping[str, Known] | None = None, suspects: Any = None, rule: Any = KNAPSACK) -> Chosen:
+    def searched(
+        self, known: Mapping[str, LayerEvidence] | None = None, suspects: Any = None, rule: Any = KNAPSACK
+    ) -> Chain:
         """The chain, the looks, and what is grown, as `chosen_maps` does it."""
-        layers = tuple(Layer(n, (16, 16), "float32", 4, ("linear",), 1, 1, (1,), 16, 16) for n in self.predicted)
-        inventory = Inventory(layers, (), 1, (), ())
-        rows = tuple(Known(n, "fp8", compared(d), None, 0.0, None, None, True) for n, d in self.predicted.items())
-        evidence = Evidence(rows, self, None, suspects=suspects or (lambda keys: frozenset()))  # type: ignore[arg-type]
+        layers = tuple(
+            Layer(
+                name=n,
+                shape=(16, 16),
+                dtype="float32",
+                element_bytes=4,
+                ops=("linear",),
+                calls=1,
+                flops=1,
+                contracted=(1,),
+                inputs=16,
+                outputs=16,
+            )
+            for n in self.predicted
+        )
+        inventory = Inventory(layers=layers, others=(), units=1, hidden_flops=(), products=())
+        rows = tuple(
+            LayerEvidence(
+                layer=n,
+                scheme="fp8",
+                predicted=compared(d),
+                probed=None,
+                loss_square=0.0,
+                output_error=None,
+                drift=None,
+                trusted=True,
+            )
+            for n, d in self.predicted.items()
+        )
+        evidence = EvidenceTable(
+            known=rows, predictor=self, audit=None, suspects=suspects or (lambda keys: frozenset())
+        )  # type: ignore[arg-type]
         price = Price(Currency.MEAN, MARGIN)
-        findings = type("Bare", (), {"inventory": inventory})()
-        table = options(inventory, rows, {"fp8": scheme("fp8")}, price)
-        joints = [
-            Joint(step, self.comparison(step.choice.items()), None, None)
-            for step in rule.steps(inventory, LogLoss(), rows, {"fp8": scheme("fp8")}, MARGIN, 0.1)
+        table = table_of(inventory, rows)
+        candidates = [
+            MapCandidate(step=step, predicted=self.comparison(step.choice.items())) for step in rule.steps(table)
         ]
-        chosen = choose(joints, self, evidence.by_key(), MARGIN, self.look, lambda: False)  # type: ignore[arg-type]
-        made = eager(table, evidence.by_key(), price)
-        return grown(findings, rule, chosen, evidence, made, MARGIN, self.look, lambda: False)
+        known = evidence.by_key()
+        looking = Looking(inventory=inventory, rule=rule, known=known, margin=MARGIN, look=self.look)
+        chosen = choose(candidates, self, looking)  # type: ignore[arg-type]
+        return grown(looking, chosen, evidence, eager(table.options(rule.bytes_worth, price), known, price))
 
 
-def names(chosen: Chosen) -> set[str]:
-    return set() if chosen.best is None else set(chosen.joints[chosen.best].step.choice)
+def table_of(inventory: Inventory, rows: Sequence[LayerEvidence]) -> Table:
+    return Table(
+        inventory=inventory,
+        metric=LogLoss(),
+        schemes={"fp8": scheme("fp8")},
+        known=tuple(rows),
+        margin=MARGIN,
+        given_cutoff=0.1,
+    )
+
+
+def names(chosen: Chain) -> set[str]:
+    return set() if chosen.best is None else set(chosen.candidates[chosen.best].step.choice)
 
 
 def test_an_improvement_buys_room_in_the_plan() -> None:
@@ -195,11 +251,37 @@ def test_the_plain_rule_never_adds_a_sensitive_layer(tmp_path: Path) -> None:
 
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=8, unique=True))
 def test_layers_are_ordered_by_their_mean_alone(drops: list[float]) -> None:
-    rows = [Known(f"l{k}", "fp8", compared(d), None, 0.0, None, None, True) for k, d in enumerate(drops)]
-    layers = tuple(Layer(row.layer, (16, 16), "float32", 4, ("linear",), 1, 1, (1,), 16, 16) for row in rows)
+    rows = [
+        LayerEvidence(
+            layer=f"l{k}",
+            scheme="fp8",
+            predicted=compared(d),
+            probed=None,
+            loss_square=0.0,
+            output_error=None,
+            drift=None,
+            trusted=True,
+        )
+        for k, d in enumerate(drops)
+    ]
+    layers = tuple(
+        Layer(
+            name=row.layer,
+            shape=(16, 16),
+            dtype="float32",
+            element_bytes=4,
+            ops=("linear",),
+            calls=1,
+            flops=1,
+            contracted=(1,),
+            inputs=16,
+            outputs=16,
+        )
+        for row in rows
+    )
     price = Price(Currency.MEAN, MARGIN)
-    table = options(Inventory(layers, (), 1, (), ()), rows, {"fp8": scheme("fp8")}, price)
-    costs = [row.cost for row in eager(table, {(row.layer, row.scheme): row for row in rows}, price)]
+    table = table_of(Inventory(layers=layers, others=(), units=1, hidden_flops=(), products=()), rows)
+    costs = [row.cost for row in eager(table.options(1e-3, price), table.by_key(), price)]
     assert min(costs) > 0, "a knapsack takes what costs nothing all at once"
     assert list(np.argsort(costs)) == list(np.argsort(drops)) or len(set(costs)) < len(costs)
 
@@ -291,8 +373,8 @@ def test_without_growing_the_step_costs_more(tmp_path: Path, monkeypatch: pytest
 def test_below_a_map_that_was_given_back_to_there_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the largest map is looked at, and fails; what is left when its worst layers are gone is not sent alone."""
 
-    def top_only(joints: Any, predictor: Any, known: Any, margin: float, look: Any, out_of_time: Any) -> Chosen:
-        return Chosen((*joints[:-1], look(joints[-1])), None, predictor)
+    def top_only(candidates: Any, predictor: Any, looking: Looking) -> Chain:
+        return Chain((*candidates[:-1], looking.look(candidates[-1])), None, predictor)
 
     monkeypatch.setattr(choosing, "choose", top_only)
     monkeypatch.setattr(growing, "MOST_GROWTH", 0)

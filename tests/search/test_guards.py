@@ -19,7 +19,7 @@ from precimap.metrics import AUC, GAUC, NE, Calibration, Custom, Head, LogLoss, 
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
 from precimap.searching.certificate.one_map import certify
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
 from precimap.task import score
 
 INPUTS, HIDDEN = 16, 32
@@ -224,8 +224,10 @@ def test_the_page_of_a_run_says_which_guard_kept_a_map_back(tmp_path: Path) -> N
     console.print(run_page(read_run(tmp_path / "run")))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
-    text = "\n".join(lines)
-    assert re.search(r"2 low: guard calibration is predicted to reach \d\.\d times its margin on the", text)
+    text = " ".join("\n".join(lines).split())
+    assert re.search(
+        r"with 2 layers low is predicted to have a bound of \d\.\d times the margin for the guard calibration", text
+    )
     assert re.search(r"guard calibration held: [+-]0\.\d+ ± 0\.\d+ of the baseline's, baseline", text)
 
 

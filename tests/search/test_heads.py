@@ -16,23 +16,22 @@ from precimap import Splits, Task, search
 from precimap.journal import open_journal, run_journal
 from precimap.layers.discover import discover
 from precimap.layers.emulation import quantized
-from precimap.layers.target import EMULATED
 from precimap.metrics import Head, LogLoss
 from precimap.numerics.schemes import SCHEMES
 from precimap.searching.allocation.knapsack import Step
-from precimap.searching.calibrate import Calibration
-from precimap.searching.eligibility import eligibility
+from precimap.searching.calibrate import InputRanges, prepare
+from precimap.searching.comparison import compare
 from precimap.searching.evidence.predict import Predictor
-from precimap.searching.evidence.probe import compare, prepare
 from precimap.searching.evidence.screen import Screen, screen
 from precimap.searching.evidence.screen_plan import MOST_HEADS, Differentiated, located
+from precimap.searching.maps.rescore import contributions
 from precimap.searching.progress import silent
-from precimap.searching.run import Run, scored
-from precimap.searching.whole.rescore import contributions
+from precimap.searching.run import Run, scored_baseline
 from precimap.task import Scored, score
+from small_tasks import subject_on
 from zoo_ranking_models import MultiGateExperts
 
-INPUTS, HEADS, NONE = 32, 2, Calibration({})
+INPUTS, HEADS, NONE = 32, 2, InputRanges({})
 
 
 def log_loss_of(head: int) -> Head:
@@ -82,21 +81,18 @@ def task_of(**changes: Any) -> Task:
 
 def screened(task: Task, schemes: tuple[str, ...] = ("fp8",)) -> tuple[Predictor, Callable[[dict[str, str]], Scored]]:
     """The screen's predictor, and what measures a map."""
-    inventory = discover(task.model, task.forward, next(iter(task.splits.search)))
-    chosen = [SCHEMES[name] for name in schemes]
-    pairs = eligibility(inventory, chosen, EMULATED, ()).open_pairs()
     with run_journal(None, {"a": "test"}) as journal:
         run = Run(task, journal, silent)
-        split = task.splits.search
-        baseline = scored(run, "baseline", "search", split, lambda: EMULATED.running(task.model, {}))
-        found = screen(run, inventory, NONE, [(n, SCHEMES[s]) for n, s in pairs], 2**32, baseline.sizes, 250)
+        subject, split = subject_on(run, [SCHEMES[name] for name in schemes]), task.splits.search
+        baseline = scored_baseline(run)
+        found = screen(subject, subject.pairs, 2**32, 250, baseline.scattered)
 
     def measure(choice: dict[str, str]) -> Scored:
-        layers = prepare(task, inventory, NONE, {name: SCHEMES[s] for name, s in choice.items()})
+        layers = subject.quantized({name: SCHEMES[s] for name, s in choice.items()})
         with quantized(task.model, layers):
             return score(task, task.model, split)
 
-    return Predictor(task, found, baseline, dict(enumerate(split)), 0.05), measure
+    return Predictor(task=task, screen=found, baseline=baseline, batches=dict(enumerate(split)), alpha=0.05), measure
 
 
 def direct_changes(task: Task, found: Screen, choice: dict[str, str]) -> np.ndarray:

@@ -12,9 +12,9 @@ from precimap.fingerprints import of_weights
 from precimap.journal import open_journal
 from precimap.metrics import Loss
 from precimap.precision_map import OfModel, PrecisionMap
-from precimap.searching.inventories import inventory_of
-from precimap.searching.limits import Effort
 from precimap.searching.pipeline import search
+from precimap.searching.question import Effort
+from precimap.searching.subject import inventory_of
 from precimap.task import Splits, Task
 
 

@@ -42,7 +42,18 @@ def tables(draw: st.DrawFn, layers: int = 6, grouped: bool = False, schemes: Seq
             cost = draw(st.one_of(quarters, quarters, st.just(math.inf)))
             size = draw(st.integers(1, BASE))
             saved = shared.get((siblings or "", scheme), 0.0)
-            options.append(Option(f"l{number}", scheme, gain, cost, size, fused, siblings, saved))
+            options.append(
+                Option(
+                    layer=f"l{number}",
+                    scheme=scheme,
+                    gain=gain,
+                    cost=cost,
+                    bytes=size,
+                    fused=fused,
+                    siblings=siblings,
+                    shared=saved,
+                )
+            )
     return options
 
 
@@ -160,9 +171,9 @@ def test_a_map_is_found_whenever_one_is_small_enough(options: list[Option], most
 
 def test_bytes_are_bought_where_they_are_cheapest_and_gain_follows() -> None:
     options = [
-        Option("cheap", "w4", 0.0, 1.0, 2),
-        Option("dear", "w4", 0.0, 3.0, 2),
-        Option("fast", "fp8", 5.0, 1.0, 4),
+        Option(layer="cheap", scheme="w4", gain=0.0, cost=1.0, bytes=2),
+        Option(layer="dear", scheme="w4", gain=0.0, cost=3.0, bytes=2),
+        Option(layer="fast", scheme="fp8", gain=5.0, cost=1.0, bytes=4),
     ]
     steps = chain(options, sizes(options), Constraints(maximum_bytes=18))
     assert [step.choice for step in steps] == [{"cheap": "w4"}, {"cheap": "w4", "fast": "fp8"}]
@@ -171,14 +182,21 @@ def test_bytes_are_bought_where_they_are_cheapest_and_gain_follows() -> None:
 
 def test_a_step_waits_until_there_is_room() -> None:
     # From 4 bits to FP8 the weight grows again: only after another layer has made room for it.
-    options = [Option("a", "w4", 0.0, 0.0, 2), Option("a", "fp8", 9.0, 1.0, 6), Option("b", "fp8", 1.0, 1.0, 4)]
+    options = [
+        Option(layer="a", scheme="w4", gain=0.0, cost=0.0, bytes=2),
+        Option(layer="a", scheme="fp8", gain=9.0, cost=1.0, bytes=6),
+        Option(layer="b", scheme="fp8", gain=1.0, cost=1.0, bytes=4),
+    ]
     steps = chain(options, sizes(options), Constraints(maximum_bytes=10))
     assert [step.choice for step in steps] == [{"a": "w4"}, {"a": "w4", "b": "fp8"}, {"a": "fp8", "b": "fp8"}]
 
 
 def test_two_steps_that_fit_alone_are_not_both_taken() -> None:
-    options = [Option(layer, "w4", 0.0, 0.0, 2) for layer in "ab"]
-    options += [Option("a", "fp8", 9.0, 1.0, 6), Option("b", "fp8", 8.0, 1.0, 6)]
+    options = [Option(layer=layer, scheme="w4", gain=0.0, cost=0.0, bytes=2) for layer in "ab"]
+    options += [
+        Option(layer="a", scheme="fp8", gain=9.0, cost=1.0, bytes=6),
+        Option(layer="b", scheme="fp8", gain=8.0, cost=1.0, bytes=6),
+    ]
     steps = chain(options, sizes(options), Constraints(maximum_bytes=8))
     assert [step.choice for step in steps] == [{"a": "w4", "b": "w4"}, {"a": "fp8", "b": "w4"}]
     assert [step.bytes for step in steps] == [4, 8]
@@ -186,11 +204,14 @@ def test_two_steps_that_fit_alone_are_not_both_taken() -> None:
 
 def read(layers: str, scheme: str, gain: float, cost: float, shared: float) -> list[Option]:
     """Siblings of one input."""
-    return [Option(layer, scheme, gain, cost, 4, siblings="x", shared=shared) for layer in layers]
+    return [
+        Option(layer=layer, scheme=scheme, gain=gain, cost=cost, bytes=4, siblings="x", shared=shared)
+        for layer in layers
+    ]
 
 
 def test_siblings_that_only_pay_together_go_together() -> None:
-    narrow, other = read("qkv", "fp8", -1.0, 1.0, 4.0), Option("wide", "fp8", 1.0, 1.0, 4)
+    narrow, other = read("qkv", "fp8", -1.0, 1.0, 4.0), Option(layer="wide", scheme="fp8", gain=1.0, cost=1.0, bytes=4)
     unshared = [*read("qkv", "fp8", -1.0, 1.0, 0.0), other]
     assert [step.choice for step in chain(unshared, sizes(unshared))] == [{"wide": "fp8"}]
     steps = chain([*narrow, other], sizes([*narrow, other]))
@@ -202,7 +223,11 @@ def test_siblings_that_only_pay_together_go_together() -> None:
 
 def test_the_first_siblings_are_those_that_pay_best_together() -> None:
     """a and b: 2 for 2; c alone with the sharing 1 for 4, so that it comes after d, which gains .5 a unit of cost."""
-    options = [*read("ab", "fp8", -0.5, 1.0, 3.0), *read("c", "fp8", -2.0, 4.0, 3.0), Option("d", "fp8", 1.0, 2.0, 4)]
+    options = [
+        *read("ab", "fp8", -0.5, 1.0, 3.0),
+        *read("c", "fp8", -2.0, 4.0, 3.0),
+        Option(layer="d", scheme="fp8", gain=1.0, cost=2.0, bytes=4),
+    ]
     steps = chain(options, sizes(options))
     assert [sorted(step.choice) for step in steps] == [["a", "b"], ["a", "b", "d"], ["a", "b", "c", "d"]]
     assert [step.gain for step in steps] == [2.0, 3.0, 4.0]
@@ -214,10 +239,18 @@ def test_siblings_share_within_each_scheme() -> None:
 
 
 def test_a_sibling_that_leaves_gives_the_sharing_back() -> None:
-    options = [*read("pq", "a", 1.0, 1.0, 3.0), *read("p", "b", 3.0, 2.0, 0.0), Option("z", "a", 1.0, 9.0, 4)]
+    options = [
+        *read("pq", "a", 1.0, 1.0, 3.0),
+        *read("p", "b", 3.0, 2.0, 0.0),
+        Option(layer="z", scheme="a", gain=1.0, cost=9.0, bytes=4),
+    ]
     last = chain(options, sizes(options))[-1]
     assert last == Step({"p": "a", "q": "a", "z": "a"}, 6.0, 11.0, 12)
-    options = [*read("pq", "a", 1.0, 1.0, 1.0), *read("p", "b", 3.0, 2.0, 0.0), Option("z", "a", 1.0, 9.0, 4)]
+    options = [
+        *read("pq", "a", 1.0, 1.0, 1.0),
+        *read("p", "b", 3.0, 2.0, 0.0),
+        Option(layer="z", scheme="a", gain=1.0, cost=9.0, bytes=4),
+    ]
     last = chain(options, sizes(options))[-1]
     assert last == Step({"p": "b", "q": "a", "z": "a"}, 5.0, 12.0, 12)
 
@@ -225,7 +258,7 @@ def test_a_sibling_that_leaves_gives_the_sharing_back() -> None:
 def test_siblings_that_only_pay_to_leave_together_do() -> None:
     # The first to leave pays the sharing (2 per cost), the second does not (5): together (3.5) they come before z (3).
     options = [*read("pq", "a", 10.0, 1.0, 3.0), *read("p", "b", 15.0, 2.0, 0.0), *read("q", "c", 15.0, 2.0, 0.0)]
-    options.append(Option("z", "a", 3.0, 1.0, 4))
+    options.append(Option(layer="z", scheme="a", gain=3.0, cost=1.0, bytes=4))
     steps = chain(options, sizes(options))
     assert [step.choice for step in steps[:2]] == [{"p": "a", "q": "a"}, {"p": "b", "q": "c"}]
     assert [step.gain for step in steps] == [23.0, 30.0, 33.0]
@@ -241,10 +274,16 @@ def test_what_leaving_costs_is_seen_before_the_layer_leaves() -> None:
 
 def test_a_fused_group_shares_within_itself_and_with_others() -> None:
     """Experts that read two inputs: each layer after the first of its input saves, whoever it is fused with."""
-    fused = [Option(layer, "a", 1.0, 1.0, 4, "qk", "x", 5.0) for layer in "qk"]
+    fused = [
+        Option(layer=layer, scheme="a", gain=1.0, cost=1.0, bytes=4, fused="qk", siblings="x", shared=5.0)
+        for layer in "qk"
+    ]
     assert chain(fused, sizes(fused))[-1].gain == 7.0
-    fused.append(Option("d", "a", 1.0, 1.0, 4, "qk", "y", 2.0))
-    fused += [Option("v", "a", -1.0, 1.0, 4, None, "x", 5.0), Option("e", "a", -1.0, 1.0, 4, None, "y", 2.0)]
+    fused.append(Option(layer="d", scheme="a", gain=1.0, cost=1.0, bytes=4, fused="qk", siblings="y", shared=2.0))
+    fused += [
+        Option(layer="v", scheme="a", gain=-1.0, cost=1.0, bytes=4, fused=None, siblings="x", shared=5.0),
+        Option(layer="e", scheme="a", gain=-1.0, cost=1.0, bytes=4, fused=None, siblings="y", shared=2.0),
+    ]
     assert chain(fused, sizes(fused))[-1].gain == 3.0 - 2.0 + 2 * 5.0 + 2.0
 
 
@@ -271,27 +310,22 @@ def test_no_sibling_is_left_that_loses(options: list[Option], data: st.DataObjec
     assert gain(left) == max(gain(m) for m in inside)
 
 
-def test_a_group_costs_what_was_measured_for_the_group() -> None:
-    options = [Option(layer, "a", 1.0, 1.0, 4, "qk") for layer in "qk"]
-    assert chain(options, sizes(options))[-1].cost == 2.0
-    assert chain(options, sizes(options), group_costs={("qk", "a"): 0.5})[-1].cost == 0.5
-    assert chain(options, sizes(options), group_costs={("qk", "a"): math.inf}) == ()
-    never = [Option("q", "a", 1.0, math.inf, 4, "qk"), options[1]]
-    assert chain(never, sizes(never), group_costs={("qk", "a"): 0.5}) == ()
-
-
 def test_a_long_path_is_spaced_evenly_in_gain() -> None:
-    options = [Option(f"l{number:03}", "a", 1.0, float(number), 4) for number in range(301)]
+    options = [
+        Option(layer=f"l{number:03}", scheme="a", gain=1.0, cost=float(number), bytes=4) for number in range(301)
+    ]
     gains = [step.gain for step in chain(options, sizes(options))]
     assert gains == [1.0 + 20 * place for place in range(16)]
     # A layer that is most of the gain does not use up the places of the others.
-    options[5] = Option("l005", "a", 10_000.0, 5.0, 4)
+    options[5] = Option(layer="l005", scheme="a", gain=10_000.0, cost=5.0, bytes=4)
     assert len(chain(options, sizes(options))) == 16
     assert [step.gain for step in chain(options, sizes(options), longest=1)] == [1.0]
 
 
 def test_what_is_free_is_all_in_the_first_map() -> None:
-    options = [Option(layer, "a", 1.0, 0.0, 4) for layer in "xyz"] + [Option("w", "a", 9.0, 1.0, 4)]
+    options = [Option(layer=layer, scheme="a", gain=1.0, cost=0.0, bytes=4) for layer in "xyz"] + [
+        Option(layer="w", scheme="a", gain=9.0, cost=1.0, bytes=4)
+    ]
     assert chain(options, sizes(options))[0].choice == dict.fromkeys("xyz", "a")
 
 
@@ -299,7 +333,14 @@ def test_a_thousand_layers_and_six_schemes() -> None:
     draw = random.Random(0)
     options = [
         Option(
-            f"l{n:04}", f"s{s}", draw.random() * s, draw.random() * s, draw.choice([1, 2, 4]), None, f"g{n // 4}", 0.5
+            layer=f"l{n:04}",
+            scheme=f"s{s}",
+            gain=draw.random() * s,
+            cost=draw.random() * s,
+            bytes=draw.choice([1, 2, 4]),
+            fused=None,
+            siblings=f"g{n // 4}",
+            shared=0.5,
         )
         for n, s in itertools.product(range(1000), range(1, 7))
     ]
@@ -314,25 +355,34 @@ def test_effective_bits_are_bytes_of_all_weights() -> None:
         bytes_at(0, {"a": 1})
 
 
-GOOD = Option("x", "a", 1.0, 1.0, 4)
+GOOD = Option(layer="x", scheme="a", gain=1.0, cost=1.0, bytes=4)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([Option("x", "a", 1.0, -0.1, 4)], "no credit"),
-        ([Option("x", "a", 1.0, math.nan, 4)], "cost of x"),
-        ([Option("x", "a", math.inf, 1.0, 4)], "gain of x"),
-        ([Option("x", "a", 1.0, 1.0, -4)], "size of x"),
-        ([Option("elsewhere", "a", 1.0, 1.0, 4)], "size of elsewhere"),
+        ([Option(layer="x", scheme="a", gain=1.0, cost=-0.1, bytes=4)], "no credit"),
+        ([Option(layer="x", scheme="a", gain=1.0, cost=math.nan, bytes=4)], "cost of x"),
+        ([Option(layer="x", scheme="a", gain=math.inf, cost=1.0, bytes=4)], "gain of x"),
+        ([Option(layer="x", scheme="a", gain=1.0, cost=1.0, bytes=-4)], "size of x"),
+        ([Option(layer="elsewhere", scheme="a", gain=1.0, cost=1.0, bytes=4)], "size of elsewhere"),
         ([GOOD, GOOD], "twice"),
-        ([GOOD, Option("x", "b", 1.0, 1.0, 4, "g")], "different groups"),
+        ([GOOD, Option(layer="x", scheme="b", gain=1.0, cost=1.0, bytes=4, fused="g")], "different groups"),
         (
-            [Option("x", "a", 1.0, 1.0, 4, None, "s", 1.0), Option("y", "a", 1.0, 1.0, 4, None, "s")],
+            [
+                Option(layer="x", scheme="a", gain=1.0, cost=1.0, bytes=4, fused=None, siblings="s", shared=1.0),
+                Option(layer="y", scheme="a", gain=1.0, cost=1.0, bytes=4, fused=None, siblings="s"),
+            ],
             "two different times",
         ),
-        ([Option("x", "a", 1.0, 1.0, 4, None, "s", -1.0)], "shared input of x"),
-        ([Option("x", "a", 1.0, 1.0, 4, None, "s", math.inf)], "shared input of x"),
+        (
+            [Option(layer="x", scheme="a", gain=1.0, cost=1.0, bytes=4, fused=None, siblings="s", shared=-1.0)],
+            "shared input of x",
+        ),
+        (
+            [Option(layer="x", scheme="a", gain=1.0, cost=1.0, bytes=4, fused=None, siblings="s", shared=math.inf)],
+            "shared input of x",
+        ),
     ],
 )
 def test_a_table_that_contradicts_itself_is_refused(options: list[Option], message: str) -> None:
@@ -341,7 +391,5 @@ def test_a_table_that_contradicts_itself_is_refused(options: list[Option], messa
 
 
 def test_other_numbers_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(InputError, match="group cost"):
-        chain([GOOD], {"x": BASE}, group_costs={("g", "a"): math.nan})
     with pytest.raises(InputError, match="at least one map"):
         chain([GOOD], {"x": BASE}, longest=0)

@@ -24,10 +24,10 @@ from precimap.numerics.schemes import SCHEMES, Percentile, scheme
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
 from precimap.runtime.x86.layer_timer import CpuTimer
-from precimap.searching.evidence.known import gain
+from precimap.searching.allocation.table import gain
 from precimap.searching.latency.planned import planned
-from precimap.searching.latency.serving import foreseen
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
+from precimap.searching.timing.times import times_from_profile
 from small_tasks import planted_task
 
 HERE = Device(name="a", capability="b", threads=1, allocator="default", clock="processor time", torch="2", precimap="0")
@@ -134,11 +134,11 @@ def test_the_report_says_where_times_are_from(first: SearchResult, folder: Path)
     console.print(run_page(read_run(folder / "run")))
     text = " ".join(console.export_text().split())
     assert (
-        "20.0% [19.0%, 21.0%] saved, the sum of layers timed one by one (quartiles of n = 5 turns; batch 125: 0.1 ms"
-        in text
+        "Of the time of the layers, 20.0% [19.0%, 21.0%] is saved: the sum of layers timed one by one (quartiles of n = 5 "
+        "turns; at batch size 125 all of them take 0.1 ms" in text
     )
     assert "1 x fp8 takes 1.20 [1.14, 1.26]" in text
-    assert "of the layers' time, timed" in text
+    assert "of the time of all timed layers" in text
     assert "layers timed here: a, b, 1 thread" in text
 
 
@@ -277,11 +277,25 @@ def test_nothing_is_said_outside_what_was_measured(asked: Any, message: str) -> 
 
 def _layer(name: str, module: str | None = "m", fused: str | None = None) -> Layer:
     read = (Read((4, 16), 4),)
-    return Layer(name, (16, 16), "float32", 4, ("linear",), 1, 1, (1,), 16, 16, module=module, reads=read, fused=fused)
+    return Layer(
+        name=name,
+        shape=(16, 16),
+        dtype="float32",
+        element_bytes=4,
+        ops=("linear",),
+        calls=1,
+        flops=1,
+        contracted=(1,),
+        inputs=16,
+        outputs=16,
+        module=module,
+        reads=read,
+        fused=fused,
+    )
 
 
 def _inventory(*layers: Layer) -> Inventory:
-    return Inventory(layers, (), 4, (), ())
+    return Inventory(layers=layers, others=(), units=4, hidden_flops=(), products=())
 
 
 FP8 = scheme("fp8")
@@ -354,24 +368,24 @@ def test_a_profile_that_does_not_fit_is_refused_by_name() -> None:
     inventory, pairs = _inventory(_layer("a"), _layer("b", None)), [("a", FP8)]
     given = profile(row("m", 10, 1.0, fp8=0.8), row("m", 1000, 9.0, fp8=0.2))
     here = Timed(TableTimer(PLANTED, where=HERE.model_copy(update={"torch": "3"})))
-    found = foreseen(inventory, pairs, here, Serving((100,), given))
+    found = times_from_profile(inventory, pairs, here, Serving((100,), given))
     assert found is not None
     assert found.notes == (
         "the profile is of another machine than this: torch 2, not 3; no map is timed end to end",
         "times of 1 layers are interpolated between measured batch sizes",
     )
     with pytest.raises(ProfileError, match="no times for a: m was measured at 10 to 1,000 rows, not at 5"):
-        foreseen(inventory, pairs, here, Serving((5,), given))
+        times_from_profile(inventory, pairs, here, Serving((5,), given))
     with pytest.raises(
         ProfileError,
         match=r"no times for b: Linear\(in_features=16.* in float32 was not measured",
     ):
-        foreseen(inventory, [*pairs, ("b", FP8)], here, Serving((), given))
+        times_from_profile(inventory, [*pairs, ("b", FP8)], here, Serving((), given))
     with pytest.raises(ProfileError, match="a profile of timed, or the target emulated, got one of other"):
-        foreseen(inventory, pairs, here, Serving((), given.model_copy(update={"target": "other"})))
+        times_from_profile(inventory, pairs, here, Serving((), given.model_copy(update={"target": "other"})))
     other = replace(scheme("int8-static"), name="fp8")
     with pytest.raises(ProfileError, match="another scheme"):
-        foreseen(inventory, [("a", other)], here, Serving((), given))
+        times_from_profile(inventory, [("a", other)], here, Serving((), given))
     with pytest.raises(InputError, match="at least 1, each once, got 4, 4"):
         Serving((4, 4))
 
@@ -380,7 +394,7 @@ def test_how_a_range_was_chosen_is_nothing_to_a_kernel() -> None:
     static = scheme("fp8-static")
     given = profile(row("m", 4, 1.0, **{"fp8-static": 0.8}))
     pairs = [("a", static.with_range(Percentile(99.0)))]
-    assert foreseen(_inventory(_layer("a")), pairs, EMULATED, Serving((4,), given)) is not None
+    assert times_from_profile(_inventory(_layer("a")), pairs, EMULATED, Serving((4,), given)) is not None
 
 
 # The real thing

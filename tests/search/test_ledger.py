@@ -436,7 +436,7 @@ OLDER = "4ada801e3684ae01"
 
 def test_answers_before_a_question_are_told_and_its_own_are_not(tmp_path: Path) -> None:
     def row(chain: str, certified: bool) -> Answer:
-        return Answer(chain, "map", 0.1, 0.05, 0.2, certified)
+        return Answer(chain=chain, map="map", margin=0.1, alpha=0.05, upper=0.2, certified=certified)
 
     one, two = opened(tmp_path, "one", 0.2), opened(tmp_path, "two", 0.2)
     one.spend("a", 0.05, "a")

@@ -12,7 +12,7 @@ from precimap import Splits, Task
 from precimap.errors import TaskError
 from precimap.fingerprints import of_value
 from precimap.metrics import LogLoss
-from precimap.searching.preflight import check_task
+from precimap.searching.preflight.checks import check_task
 from precimap.searching.splits.reads import Reads
 from precimap.searching.splits.split_print import SplitPrint, split_print
 from precimap.searching.splits.three_splits import fingerprint_splits

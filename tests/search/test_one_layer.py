@@ -18,7 +18,7 @@ from precimap.errors import SchemeError, TaskError
 from precimap.layers.discover import discover
 from precimap.layers.quantized import QuantizedLayer
 from precimap.metrics import Loss
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
 
 calibrating = import_module("precimap.searching.calibrate")
 EFFORT = Effort(rounding_draws=0, screen_units=100, audit_units=50, check_units=100)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from precimap import Effort, Splits, Task, search
 from precimap.errors import TaskError
 from precimap.metrics import Loss
-from precimap.searching.own_model import check_given_model
-from precimap.searching.preflight import check_task
+from precimap.searching.preflight.checks import check_task
+from precimap.searching.preflight.own_model import check_given_model
 from small_tasks import COUNTED_INT8
 
 

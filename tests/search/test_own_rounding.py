@@ -21,9 +21,9 @@ from precimap.layers.views import parameter_names
 from precimap.metrics import Loss
 from precimap.searching.evidence import gather as evidence_module
 from precimap.searching.evidence.audit import LEAST_CORRELATION, Audited
-from precimap.searching.evidence.gather import Evidence
+from precimap.searching.evidence.gather import EvidenceTable
 from precimap.searching.evidence.screen import Screen, screen
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
 from small_tasks import INPUTS, Planted, batches, loss, planted_task
 
 QUICK = Effort(rounding_draws=0)
@@ -106,14 +106,14 @@ def test_what_is_written_into_is_nudged_there() -> None:
 def audited(predicted: np.ndarray, probed: np.ndarray, rounding: float) -> Audited:
     norms = float(np.linalg.norm(predicted) * np.linalg.norm(probed))
     return Audited(
-        "layer",
-        "fp8",
-        float(predicted @ probed) / norms,
-        float(np.linalg.norm(predicted) / np.linalg.norm(probed)),
-        float(predicted.mean()),
-        float(probed.mean()),
-        0.0,
-        len(probed),
+        layer="layer",
+        scheme="fp8",
+        correlation=float(predicted @ probed) / norms,
+        ratio=float(np.linalg.norm(predicted) / np.linalg.norm(probed)),
+        predicted=float(predicted.mean()),
+        probed=float(probed.mean()),
+        error=0.0,
+        n=len(probed),
         missed=float(np.mean((probed - predicted) ** 2)),
         foretold=float(np.mean(predicted**2)),
         rounding=rounding,
@@ -188,7 +188,7 @@ def planted_task_of(model: nn.Module, splits: Splits) -> Task:
     )
 
 
-def evidence_of(folder: Path, scheme: str) -> Evidence:
+def evidence_of(folder: Path, scheme: str) -> EvidenceTable:
     effort = replace(QUICK, audit_units=200)
     return search(bf16_task(), schemes=[scheme], margin=0.2, run=folder / "run", ledger=folder, effort=effort).evidence
 

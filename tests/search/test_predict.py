@@ -12,28 +12,25 @@ import torch
 
 from precimap import Task
 from precimap.journal import run_journal
-from precimap.layers.discover import discover
 from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
-from precimap.layers.target import EMULATED
 from precimap.metrics import NDCG, LogLoss, Loss
 from precimap.metrics.paired import Drop
 from precimap.numerics.schemes import SCHEMES
 from precimap.searching.allocation.knapsack import Step
-from precimap.searching.calibrate import Calibration
-from precimap.searching.eligibility import eligibility
+from precimap.searching.calibrate import InputRanges, prepare
+from precimap.searching.comparison import Comparison, compare
 from precimap.searching.evidence.predict import Predictor
-from precimap.searching.evidence.probe import Comparison, compare, prepare
 from precimap.searching.evidence.screen import screen
 from precimap.searching.evidence.screen_plan import MOST_HEADS
+from precimap.searching.maps.rescore import contributions, halved, reverted
 from precimap.searching.progress import silent
-from precimap.searching.run import Run, scored
-from precimap.searching.whole.rescore import contributions, halved, reverted
+from precimap.searching.run import Run, scored_baseline
 from precimap.task import Scored, judge_scores, score
-from small_tasks import planted_task
+from small_tasks import planted_task, subject_on
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-NONE = Calibration({})
+NONE = InputRanges({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +58,17 @@ class Screened:
 @contextmanager
 def screening(task: Task, schemes: tuple[str, ...]) -> Iterator[Screened]:
     """All batches, all open pairs."""
-    inventory = discover(task.model, task.forward, next(iter(task.splits.search)))
-    chosen = {name: SCHEMES[name] for name in schemes}
-    pairs = [(name, chosen[s]) for name, s in eligibility(inventory, list(chosen.values()), EMULATED, ()).open_pairs()]
     with run_journal(None, {"a": "test"}) as journal:
         run = Run(task, journal, silent)
-        split = task.splits.search
-        baseline = scored(run, "baseline", "search", split, lambda: EMULATED.running(task.model, {}))
-        found = screen(run, inventory, NONE, pairs, 4 * 2**30, baseline.sizes, sum(baseline.sizes))
-        yield Screened(task, inventory, run, Predictor(task, found, baseline, dict(enumerate(split)), 0.05))
+        subject, split = subject_on(run, [SCHEMES[name] for name in schemes]), task.splits.search
+        baseline = scored_baseline(run)
+        found = screen(subject, subject.pairs, 4 * 2**30, sum(baseline.sizes), baseline.scattered)
+        yield Screened(
+            task,
+            subject.inventory,
+            run,
+            Predictor(task=task, screen=found, baseline=baseline, batches=dict(enumerate(split)), alpha=0.05),
+        )
 
 
 def planted(**changes: object) -> Task:
@@ -214,7 +213,13 @@ def test_contributions_at_moderate_errors_add_up_to_the_joint_change() -> None:
 
 
 def comparison(upper: float) -> Comparison:
-    return Comparison(Drop(upper - 0.1, 0.05, 10, 10, 10), 0.0, upper, {}, 1.0)
+    return Comparison(
+        drop=Drop(estimate=upper - 0.1, error=0.05, n=10, clusters=10, changed=10),
+        lower=0.0,
+        upper=upper,
+        reported={},
+        largest=1.0,
+    )
 
 
 STEP = Step({"a": "s", "b": "s", "c": "s", "d": "s"}, 1.0, 1.0, 1)

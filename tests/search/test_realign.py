@@ -20,8 +20,8 @@ from precimap.layers.quantized import quantize_map
 from precimap.layers.realign import realigned, score_layer
 from precimap.metrics import Calibration, Guard, Head, LogLoss
 from precimap.precision_map import Realignment
-from precimap.searching.limits import Effort
-from precimap.searching.realign import realigning
+from precimap.searching.question import Effort
+from precimap.searching.realigner import realigning
 from precimap.task import first_batch
 from search.test_guards import Clicks, click_task
 

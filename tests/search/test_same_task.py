@@ -17,7 +17,7 @@ from precimap.journal import open_journal, run_journal
 from precimap.metrics import NDCG, NE, Custom, LogLoss, Loss
 from precimap.metrics.metric import UnitMean
 from precimap.searching.certificate.one_map import certify
-from precimap.searching.preflight import check_task
+from precimap.searching.preflight.checks import check_task
 from precimap.searching.result import SearchResult
 from precimap.searching.same_task import check_first_batch, terms
 from precimap.searching.splits.three_splits import fingerprint_splits

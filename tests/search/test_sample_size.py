@@ -14,7 +14,7 @@ from precimap import plan
 from precimap.errors import InputError
 from precimap.metrics import AUC, GAUC, NDCG, NE, Calibration, Loss, Metric
 from precimap.report.run_record import read_run
-from precimap.searching.sample_size import Outlook
+from precimap.searching.preflight.sample_size import Outlook
 
 CLASSES = 50
 QUICK = pm.Effort(rounding_draws=0)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,13 @@ from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.views import parameter_names
 from precimap.metrics import Loss
 from precimap.numerics.schemes import SCHEMES
-from precimap.searching.calibrate import Calibration
-from precimap.searching.evidence.probe import prepare
+from precimap.searching.calibrate import InputRanges, prepare
 from precimap.searching.evidence.screen import Screen, screen
 from precimap.searching.evidence.screen_plan import plan_screen
 from precimap.searching.progress import silent
 from precimap.searching.run import Run, scattered
 from precimap.task import score
-from small_tasks import planted_task
+from small_tasks import planted_task, subject_on
 
 PLENTY = 4 * 2**30
 UNITS = 32
@@ -110,7 +110,8 @@ def screened(task: Task, schemes: Sequence[str] = ("fp8",), memory: int = PLENTY
     pairs = [(name, SCHEMES[scheme]) for name in names for scheme in schemes]
     sizes = [len(batch["x"]) for batch in task.splits.search]
     with run_journal(None, {"a": "test"}) as journal:
-        return screen(Run(task, journal, silent), inventory, Calibration({}), pairs, memory, sizes, units)
+        subject = subject_on(Run(task, journal, silent), [SCHEMES[scheme] for scheme in schemes], inventory)
+        return screen(subject, pairs, memory, units, partial(scattered, sizes))
 
 
 def changes(found: Screen, key: tuple[str, str]) -> np.ndarray:
@@ -120,7 +121,7 @@ def changes(found: Screen, key: tuple[str, str]) -> np.ndarray:
 def probed(task: Task, key: tuple[str, str]) -> np.ndarray:
     """The change of every unit's loss when the layer really is quantised."""
     inventory = discover(task.model, task.forward, next(iter(task.splits.search)))
-    layers = prepare(task, inventory, Calibration({}), {key[0]: SCHEMES[key[1]]})
+    layers = prepare(task, inventory, InputRanges({}), {key[0]: SCHEMES[key[1]]})
     losses = []
     for choice in ({}, layers):
         with quantized(task.model, choice):
@@ -291,7 +292,7 @@ def test_the_output_error_is_unbiased() -> None:
     found = screened(task)
     inventory = discover(model, task.forward, many[0])
     for name in ("first.weight", "left.weight"):
-        layer = prepare(task, inventory, Calibration({}), {name: SCHEMES["fp8"]})[name]
+        layer = prepare(task, inventory, InputRanges({}), {name: SCHEMES["fp8"]})[name]
         exact = np.concatenate([_squares(model, name, layer, batch["x"]) for batch in many])
         estimate, error = found.output_error((name, "fp8"))
         assert abs(estimate - exact.mean()) < 4 * error
@@ -345,7 +346,8 @@ def test_planning_leaves_no_trace() -> None:
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
     inventory = discover(task.model, task.forward, next(iter(task.splits.search)))
     pairs = [(layer.name, SCHEMES["fp8"]) for layer in inventory.layers]
-    plan_screen(task, inventory, Calibration({}), pairs, PLENTY)
+    with run_journal(None, {}) as journal:
+        plan_screen(subject_on(Run(task, journal, silent), [SCHEMES["fp8"]], inventory), pairs, PLENTY)
     assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in task.model.parameters())
 

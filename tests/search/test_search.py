@@ -20,8 +20,8 @@ from precimap.precision_map import Verdict
 from precimap.report.run_record import STAGES, read_run
 from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.certificate.one_map import certify
-from precimap.searching.limits import Effort
-from precimap.searching.preflight import Preflight
+from precimap.searching.preflight.checks import Preflight
+from precimap.searching.question import Effort
 from precimap.task import score
 from small_tasks import COUNTED_INT8, batches, planted_task
 
@@ -414,7 +414,8 @@ def test_a_spent_split_hides_nothing_of_the_search(tmp_path: Path) -> None:
     record = read_run(tmp_path / "run")
     assert record.answer is not None
     assert "alpha of the certify split is spent" in record.answer
-    assert any(row["measured"] is not None for row in record.chain)
+    assert record.result is not None
+    assert any(one.measured is not None for one in record.result.chain)
     assert not record.certificates
 
 

@@ -1,5 +1,6 @@
 """What people see of the values: one line each, a table in a notebook, and a result that goes through a file."""
 
+import json
 import pickle
 from dataclasses import fields
 from html.parser import HTMLParser
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from precimap import SearchResult, plan, search
-from precimap.searching.limits import Effort
+from precimap.errors import JournalError
+from precimap.journal import run_journal
+from precimap.searching.evidence.gather import EvidenceTable
+from precimap.searching.question import Effort
 from small_tasks import planted_task
 
 MARGIN = 0.2
@@ -85,3 +89,39 @@ def test_a_result_goes_through_a_file(result: SearchResult, tmp_path: Path) -> N
     assert read.evidence.rates == result.evidence.rates
     assert read.evidence.predictor is None, "it holds the model and the data"
     assert path.stat().st_size < 200_000
+
+
+def test_a_run_is_read_back_as_what_the_search_returned(tmp_path: Path) -> None:
+    """All values but those that hold the task: the predictor, and the maps that the run names by their fingerprints."""
+    found = search(
+        planted_task(guards={"accuracy": 0.05}),
+        schemes=["fp8", "fp8-tensor", "int8-static"],
+        margin=0.2,
+        run=tmp_path / "run",
+        ledger=tmp_path,
+        effort=Effort(rounding_draws=2),
+    )
+    read = SearchResult.load(tmp_path / "run")
+    assert found.evidence is not None
+    assert read.evidence is not None
+    kept = [one.name for one in fields(EvidenceTable) if one.name not in ("predictor", "suspects")]
+    for name in kept:
+        assert getattr(read.evidence, name) == getattr(found.evidence, name), name
+    for one in fields(SearchResult):
+        if one.name != "evidence":
+            assert getattr(read, one.name) == getattr(found, one.name), one.name
+    assert [one.map is not None for one in found.chain] != [False] * len(found.chain)
+    assert all(one.map is None for one in read.chain)
+
+
+def test_a_run_that_is_none_or_not_finished_is_refused(result: SearchResult, tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="expected a run directory"):
+        SearchResult.load(tmp_path)
+    with run_journal(tmp_path / "begun", {"weights": "w"}):
+        pass
+    with pytest.raises(JournalError, match="has not finished; the same command goes on"):
+        SearchResult.load(tmp_path / "begun")
+    with run_journal(tmp_path / "older", {"weights": "w"}) as journal:
+        journal.conclude("summary", "answer", {"answer": "no", "map": json.loads(result.map.model_dump_json())})
+    with pytest.raises(JournalError, match="an older precimap wrote this run"):
+        SearchResult.load(tmp_path / "older")

@@ -30,9 +30,9 @@ from precimap.searching.allocation.rules import KNAPSACK
 from precimap.searching.latency.planned import planned
 from precimap.searching.latency.savings import Quantising, Saved, Savings
 from precimap.searching.latency.slower import too_slow
-from precimap.searching.limits import Effort
-from precimap.searching.whole import choosing
-from precimap.searching.whole.assemble import Findings
+from precimap.searching.maps import choosing
+from precimap.searching.maps.assemble import MapWriter
+from precimap.searching.question import Effort
 
 HERE = Device(name="a", capability="b", threads=1, allocator="default", clock="processor time", torch="2", precimap="0")
 FP8 = scheme("fp8")
@@ -41,16 +41,16 @@ FP8 = scheme("fp8")
 def layer(name: str, module: str, siblings: str | None = None, fused: str | None = None) -> Layer:
     read = (Read((4, 16), 4),)
     return Layer(
-        name,
-        (16, 16),
-        "float32",
-        4,
-        ("linear",),
-        1,
-        1,
-        (1,),
-        16,
-        16,
+        name=name,
+        shape=(16, 16),
+        dtype="float32",
+        element_bytes=4,
+        ops=("linear",),
+        calls=1,
+        flops=1,
+        contracted=(1,),
+        inputs=16,
+        outputs=16,
         module=module,
         reads=read,
         siblings=siblings,
@@ -74,7 +74,13 @@ def profile(spread: float = 0.01, **modules: tuple[float, float, float | None]) 
 
 
 def plan(given: HardwareProfile, *layers: Layer) -> Any:
-    return planned(Inventory(layers, (), 4, (), ()), [(one.name, FP8) for one in layers], given, (4,), ())
+    return planned(
+        Inventory(layers=layers, others=(), units=4, hidden_flops=(), products=()),
+        [(one.name, FP8) for one in layers],
+        given,
+        (4,),
+        (),
+    )
 
 
 def of_x(*names: str, module: str = "narrow") -> list[Layer]:
@@ -176,7 +182,9 @@ def invented(draw: st.DrawFn) -> tuple[Savings, dict[str, float]]:
     names = [f"l{number}" for number in range(len(after))]
 
     def saved(share: float) -> Saved:
-        return Saved(share, share, share, 1 - share, 1 - share, 1 - share, 1)
+        return Saved(
+            share=share, lower=share, upper=share, ratio=1 - share, ratio_lower=1 - share, ratio_upper=1 - share, n=1
+        )
 
     alone = {(name, "s"): saved(gain - once) for name, gain in zip(names, after, strict=True)}
     shared = {(name, "s"): saved(float(gain)) for name, gain in zip(names, after, strict=True)}
@@ -192,7 +200,9 @@ def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
 def test_candidates_are_the_best_of_all_subsets(case: tuple[Savings, dict[str, float]]) -> None:
     """Brute force: of the subset that saves most, those that add to it; nobody where none saves."""
     savings, base = case
-    inventory = Inventory(tuple(layer(name, "m", "x") for name in base), (), 4, (), ())
+    inventory = Inventory(
+        layers=tuple(layer(name, "m", "x") for name in base), others=(), units=4, hidden_flops=(), products=()
+    )
 
     def gain(names: Sequence[str]) -> float:
         return savings.total([(name, "s") for name in names])[0]
@@ -207,7 +217,16 @@ def test_candidates_are_the_best_of_all_subsets(case: tuple[Savings, dict[str, f
 def test_the_plan_and_the_knapsack_count_alike(case: tuple[Savings, dict[str, float]]) -> None:
     savings, base = case
     rows = [
-        Option(n, "s", savings.counted((n, "s")), 0.0, 1, None, "x", savings.sharing((n, "s")).share)  # type: ignore[union-attr]
+        Option(
+            layer=n,
+            scheme="s",
+            gain=savings.counted((n, "s")),
+            cost=0.0,
+            bytes=1,
+            fused=None,
+            siblings="x",
+            shared=savings.sharing((n, "s")).share,
+        )  # type: ignore[union-attr]
         for n in base
     ]
     for names in subsets(list(base)):
@@ -355,11 +374,11 @@ def test_the_threshold_takes_no_sibling_alone(tmp_path: Path) -> None:
 
 
 def test_a_map_that_gives_siblings_back_keeps_none_that_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[Findings] = []
+    kept: list[MapWriter] = []
 
-    def recorded(run: Any, findings: Findings, *rest: Any) -> Any:
-        kept.append(findings)
-        return choosing.chosen_maps(run, findings, *rest)
+    def recorded(writer: MapWriter, *rest: Any) -> Any:
+        kept.append(writer)
+        return choosing.chosen_maps(writer, *rest)
 
     monkeypatch.setattr(pipeline, "chosen_maps", recorded)
     searched(TABLE, tmp_path)
@@ -370,7 +389,7 @@ def test_a_map_that_gives_siblings_back_keeps_none_that_loses(tmp_path: Path, mo
         (("red", "green", "blue"), ("red", "green", "blue")),
     ):
         choice = {f"{name}.weight": low for name in names}
-        step = choosing._priced(kept[0], KNAPSACK, Loss(), choice, 0.5)
+        step = choosing._priced(kept[0].table, choice, KNAPSACK.bytes_worth)
         assert step.choice == {f"{name}.weight": low for name in left}
     bytes_saved = 1e-3 * 3 * (3 * 64 * 16) / (4 * (32 * 64 + 3 * 64 * 16 + 2 * 48 * 24 + 2 * 24 * 8))
     assert step.gain == pytest.approx((3 * (10 - 12) + 2 * 6) / 110 + bytes_saved)

@@ -16,10 +16,10 @@ from precimap import Guard, Splits, Task, search
 from precimap.errors import TaskError
 from precimap.metrics import AUC, NDCG, NE, Loss
 from precimap.searching.certificate.one_map import certify
-from precimap.searching.in_place import check_tables, written_by
-from precimap.searching.limits import Effort
-from precimap.searching.preflight import check_task
-from precimap.searching.split_checks import check_splits
+from precimap.searching.preflight.checks import check_task
+from precimap.searching.preflight.in_place import check_tables, written_by
+from precimap.searching.preflight.split_checks import check_splits
+from precimap.searching.question import Effort
 from precimap.task import score
 from small_tasks import batches, forward, loss, planted_task
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from precimap import Guard, Splits, Task
 from precimap.errors import TaskError
 from precimap.metrics import NE, LogLoss, Loss
-from precimap.searching.preflight import check_task
+from precimap.searching.preflight.checks import check_task
 from precimap.searching.splits.reads import Reads, WatchedDict
 from precimap.searching.splits.rows import of_rows, of_segments
 from precimap.searching.splits.split_print import SplitPrint, counted_once, split_print

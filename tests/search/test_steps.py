@@ -19,18 +19,22 @@ from precimap.layers.target import EMULATED, Emulated
 from precimap.metrics.paired import upper_bound
 from precimap.numerics.schemes import MinimumError, Percentile, scheme
 from precimap.precision_map import PrecisionMap
-from precimap.searching.calibrate import Calibration, calibrate
-from precimap.searching.certificate.certify import Question, certify
+from precimap.searching.calibrate import InputRanges, calibrate
+from precimap.searching.certificate.certify import Look, certify
+from precimap.searching.comparison import compare
 from precimap.searching.eligibility import eligibility
 from precimap.searching.evidence.floor import rounding_floor
-from precimap.searching.evidence.probe import compare, probe
+from precimap.searching.evidence.gather import table_of
+from precimap.searching.evidence.probe import probe
+from precimap.searching.maps.assemble import MapWriter, assemble, premise_of
 from precimap.searching.progress import silent
-from precimap.searching.run import Parts, Run, scored
+from precimap.searching.question import Effort, Question
+from precimap.searching.run import Run, scored_baseline
 from precimap.searching.splits.three_splits import fingerprint_splits
-from precimap.searching.whole.assemble import Findings, assemble, premise_of
 from precimap.task import Task, score
-from small_tasks import planted_task
+from small_tasks import baseline_named, planted_task, subject_on
 
+QUESTION = Question(margin=0.1)
 NAMES = ("first.weight", "outlier.weight", "last.weight")
 
 
@@ -45,7 +49,7 @@ def inventory(task: Task) -> Inventory:
 
 
 @pytest.fixture(scope="module")
-def calibration(task: Task) -> Calibration:
+def calibration(task: Task) -> InputRanges:
     return calibrate(task, NAMES, silent)
 
 
@@ -53,10 +57,6 @@ def calibration(task: Task) -> Calibration:
 def run(task: Task) -> Iterator[Run]:
     with run_journal(None, {}) as journal:
         yield Run(task, journal, silent)
-
-
-def baseline_of(run: Run, name: str = "search") -> Parts:
-    return scored(run, "baseline", name, run.task.splits.search, lambda: EMULATED.running(run.task.model, {}))
 
 
 def inputs_of_last(task: Task) -> Tensor:
@@ -68,7 +68,7 @@ def inputs_of_last(task: Task) -> Tensor:
     return torch.cat(rows)
 
 
-def test_amax_ranges_reach_the_extremes(task: Task, calibration: Calibration) -> None:
+def test_amax_ranges_reach_the_extremes(task: Task, calibration: InputRanges) -> None:
     values = inputs_of_last(task)
     found = calibration.input_range("last.weight", scheme("int8-static"))
     assert found is not None
@@ -84,7 +84,7 @@ def test_amax_ranges_reach_the_extremes(task: Task, calibration: Calibration) ->
     assert symmetric.scale == pytest.approx(float(signed.abs().max()) / 448, rel=1e-6)
 
 
-def test_other_rules_clip(calibration: Calibration) -> None:
+def test_other_rules_clip(calibration: InputRanges) -> None:
     plain = calibration.input_range("last.weight", scheme("int8-static"))
     clipped = calibration.input_range("last.weight", scheme("int8-static").with_range(Percentile(99.0)))
     least = calibration.input_range("last.weight", scheme("int8-static").with_range(MinimumError()))
@@ -95,21 +95,22 @@ def test_other_rules_clip(calibration: Calibration) -> None:
     assert clipped.scale < least.scale <= plain.scale
 
 
-def test_dynamic_schemes_need_no_range(calibration: Calibration) -> None:
+def test_dynamic_schemes_need_no_range(calibration: InputRanges) -> None:
     assert calibration.input_range("last.weight", scheme("fp8")) is None
 
 
 def test_an_unquantised_model_probes_to_exactly_zero(run: Run) -> None:
-    again = compare(run.task, baseline_of(run).whole, baseline_of(run, "again").whole, 0.05)
+    again = compare(run.task, scored_baseline(run).whole, baseline_named(run, "again").whole, 0.05)
     assert (again.drop.estimate, again.drop.error, again.drop.changed) == (0, 0, 0)
 
 
 def test_a_probe_is_the_paired_difference_of_the_quantised_layer(
-    task: Task, run: Run, inventory: Inventory, calibration: Calibration
+    task: Task, run: Run, inventory: Inventory, calibration: InputRanges
 ) -> None:
     """By hand: the last layer's weight alone in FP8, weight only, computed without any interception."""
     pairs, numbers = [("last.weight", scheme("fp8-weight"))], range(len(task.splits.search))
-    (found,) = probe(run, inventory, calibration, baseline_of(run), pairs, numbers, 0.05, 2**30)
+    subject = subject_on(run, [scheme("fp8-weight")], inventory, calibration)
+    (found,) = probe(subject, QUESTION, scored_baseline(run), pairs, numbers)
     weight = task.model.last.weight.detach()
     scale = weight.abs().amax(1, keepdim=True) / 448
     coded = ((weight * (1 / scale)).clamp(-448, 448).to(torch.float8_e4m3fn).float()) * scale
@@ -122,18 +123,33 @@ def test_a_probe_is_the_paired_difference_of_the_quantised_layer(
 
 
 def test_the_floor_is_what_rounding_to_bf16_does(run: Run, inventory: Inventory) -> None:
-    floor = rounding_floor(run, inventory, baseline_of(run), 250, 0.05)
+    question = replace(QUESTION, effort=Effort(check_units=250))
+    floor = rounding_floor(subject_on(run, [scheme("fp8")], inventory), question, scored_baseline(run))
     assert floor.drop.changed == floor.drop.n == 250
     assert 0 < abs(floor.drop.estimate) < 0.01
 
 
 def _layer(name: str, fused: str | None = None, outputs: int = 32) -> Layer:
-    return Layer(name, (outputs, 32), "float32", 4, ("linear",), 1, 1, (1,), 32, outputs, fused=fused)
+    return Layer(
+        name=name,
+        shape=(outputs, 32),
+        dtype="float32",
+        element_bytes=4,
+        ops=("linear",),
+        calls=1,
+        flops=1,
+        contracted=(1,),
+        inputs=32,
+        outputs=outputs,
+        fused=fused,
+    )
 
 
 def test_a_fused_group_is_out_when_one_member_is() -> None:
     layers = (_layer("q", "qkv"), _layer("k", "qkv", outputs=24), _layer("o"))
-    found = eligibility(Inventory(layers, (), 1, (), ()), (scheme("fp8"),), EMULATED, ())
+    found = eligibility(
+        Inventory(layers=layers, others=(), units=1, hidden_flops=(), products=()), (scheme("fp8"),), EMULATED, ()
+    )
     assert found.open_pairs() == (("o", "fp8"),)
     assert found.reasons("q") == ("engines fuse it with k, which stays in base precision",)
     assert "24" in found.reasons("k")[0]
@@ -141,7 +157,9 @@ def test_a_fused_group_is_out_when_one_member_is() -> None:
 
 def test_a_pin_pins_the_group() -> None:
     layers = (_layer("q", "qkv"), _layer("k", "qkv"), _layer("o"))
-    found = eligibility(Inventory(layers, (), 1, (), ()), (scheme("fp8"),), EMULATED, ("q",))
+    found = eligibility(
+        Inventory(layers=layers, others=(), units=1, hidden_flops=(), products=()), (scheme("fp8"),), EMULATED, ("q",)
+    )
     assert found.open_pairs() == (("o", "fp8"),)
 
 
@@ -172,7 +190,9 @@ _FEATURES = (
     ],
 )
 def test_a_name_means_that_layer_whatever_it_holds(asked: str, kept: set[str]) -> None:
-    inventory = Inventory(tuple(_layer(name) for name in _FEATURES), (), 1, (), ())
+    inventory = Inventory(
+        layers=tuple(_layer(name) for name in _FEATURES), others=(), units=1, hidden_flops=(), products=()
+    )
     assert eligibility(inventory, (scheme("fp8"),), EMULATED, (asked,)).pinned == kept
     allowed = eligibility(inventory, (scheme("fp8"),), EMULATED, (), {asked: ()})
     assert {layer for (layer, _), reason in allowed.refusals.items() if reason is not None} == kept
@@ -180,7 +200,12 @@ def test_a_name_means_that_layer_whatever_it_holds(asked: str, kept: set[str]) -
 
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     with pytest.raises(InputError, match=r"expected a name or a pattern that matches a layer.*got 't\.nobody'"):
-        eligibility(Inventory(tuple(map(_layer, _FEATURES)), (), 1, (), ()), (scheme("fp8"),), EMULATED, ("t.nobody",))
+        eligibility(
+            Inventory(layers=tuple(map(_layer, _FEATURES)), others=(), units=1, hidden_flops=(), products=()),
+            (scheme("fp8"),),
+            EMULATED,
+            ("t.nobody",),
+        )
 
 
 class _Scripted(Emulated):
@@ -206,7 +231,7 @@ class _Scripted(Emulated):
 def test_the_sequence_stops_at_the_first_failure(
     task: Task,
     inventory: Inventory,
-    calibration: Calibration,
+    calibration: InputRanges,
     drops: dict[int, float],
     asked: list[int],
     answers: list[bool],
@@ -216,9 +241,9 @@ def test_the_sequence_stops_at_the_first_failure(
     noise = torch.Generator().manual_seed(0)
 
     scripted = _scripted(task, 0.001, noise)
-    question = Question(margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
+    look = Look(target=target, margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
     with run_journal(None, {}) as journal:
-        certificates = certify(Run(scripted, journal, silent), target, chain, question, [None] * 3)
+        certificates = certify(Run(scripted, journal, silent), look, [(one, None) for one in chain])
     assert target.asked == asked
     assert [c.certified for c in certificates] == answers
     for certificate, joint in zip(certificates, chain, strict=False):
@@ -241,32 +266,29 @@ def _scripted(task: Task, sd: float, generator: torch.Generator) -> Task:
     )
 
 
-def _map(task: Task, inventory: Inventory, calibration: Calibration, names: tuple[str, ...]) -> PrecisionMap:
-    chosen = scheme("fp8")
-    findings = Findings(
-        inventory=inventory,
-        schemes=(chosen,),
-        eligibility=eligibility(inventory, (chosen,), EMULATED, ()),
-        calibration=calibration,
-        known=(),
-        cutoff=0.01,
-        target="emulated",
+def _map(task: Task, inventory: Inventory, calibration: InputRanges, names: tuple[str, ...]) -> PrecisionMap:
+    with run_journal(None, {}) as journal:
+        subject = subject_on(Run(task, journal, silent), [scheme("fp8")], inventory, calibration)
+    writer = MapWriter(
+        subject=subject,
+        table=table_of(subject, QUESTION, ()),
         premise=premise_of(task, "w", fingerprint_splits(task), "0"),
         alpha=0.05,
+        cutoff=0.01,
     )
-    return assemble(findings, dict.fromkeys(names, "fp8"))
+    return assemble(writer, dict.fromkeys(names, "fp8"))
 
 
-def test_too_few_units_is_an_answer_with_a_number(task: Task, inventory: Inventory, calibration: Calibration) -> None:
+def test_too_few_units_is_an_answer_with_a_number(task: Task, inventory: Inventory, calibration: InputRanges) -> None:
     """60 units, a small drop and much noise: not certified, and the sample size that would do certifies indeed."""
     generator = torch.Generator().manual_seed(3)
     few = replace(task, splits=replace(task.splits, certify=[{k: v[:60] for k, v in task.splits.certify[0].items()}]))
 
     scripted = _scripted(few, 0.4, generator)
-    chain = [_map(task, inventory, calibration, NAMES[:1])]
-    question = Question(margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
+    only = _map(task, inventory, calibration, NAMES[:1])
+    look = Look(target=_Scripted({0: 0.0, 1: 0.01}), margin=0.1, alpha=0.05, spent_alpha=0.05, split="s")
     with run_journal(None, {}) as journal:
-        (found,) = certify(Run(scripted, journal, silent), _Scripted({0: 0.0, 1: 0.01}), chain, question, [None])
+        (found,) = certify(Run(scripted, journal, silent), look, [(only, None)])
     assert not found.certified
     assert found.needed is not None
     fewest, most = found.needed

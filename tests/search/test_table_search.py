@@ -21,10 +21,9 @@ from precimap.report.tables import run_page
 from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.allocation.knapsack import Constraints
 from precimap.searching.allocation.rules import Knapsack, Rule, Threshold
+from precimap.searching.allocation.table import Table, gain
 from precimap.searching.eligibility import eligibility
-from precimap.searching.evidence.known import gain, options
-from precimap.searching.limits import Effort
-from precimap.searching.whole import choosing
+from precimap.searching.question import Effort
 from small_tasks import COUNTED_INT8
 
 EFFORT = Effort(rounding_draws=2)
@@ -113,11 +112,12 @@ def test_every_gain_of_a_search_has_the_worth_that_was_asked_for(
     """Also where room that the chain leaves is filled up: gains of two worths could not be compared."""
     worths = []
 
-    def recorded(inventory: Any, known: Any, schemes: Any, counted: Any, worth: float = 1e-3) -> Any:
+    def recorded(table: Table, worth: float, counted: Any) -> Any:
         worths.append(worth)
-        return options(inventory, known, schemes, counted, worth)
+        return options(table, worth, counted)
 
-    monkeypatch.setattr(choosing, "options", recorded)
+    options = Table.options
+    monkeypatch.setattr(Table, "options", recorded)
     found(task, tmp_path, ["fp8", "int8-row", "int4-row"], rule=Knapsack(bytes_worth=0.7))
     assert worths
     assert set(worths) == {0.7}
@@ -258,7 +258,8 @@ def test_tables_show_where_the_bytes_are(task: Task, tmp_path: Path) -> None:
     page = console.export_text()
     before, after = result.map.bytes_before, result.map.bytes_after
     rest = sum(p.nbytes for p in task.model.parameters()) - before
-    assert f"bytes of all parameters: {(before + rest) / 1e3:.1f} kB -> {(after + rest) / 1e3:.1f} kB, 99.9% of" in page
-    assert "int4-row below int8-row in 0 of 2 layers" in page
-    assert "fp8 below" not in page
+    flat = " ".join(page.split())
+    assert f"shrink from {(before + rest) / 1e3:.1f} kB to {(after + rest) / 1e3:.1f} kB; 99.9% of" in flat
+    assert "In 0 of 2 layers int4-row is predicted to change the scores less than int8-row" in flat
+    assert "layers fp8 is predicted" not in flat
     assert "96.2% in embedding tables" in page

@@ -26,7 +26,7 @@ from precimap.runtime.compiling.compiled import no_compiler
 from precimap.runtime.x86.target import CPU_INT8, has_qlinear, int8_scheme
 from precimap.searching.allocation.knapsack import Constraints
 from precimap.searching.allocation.rules import Knapsack
-from precimap.searching.batches import resized
+from precimap.searching.preflight.batches import resized
 from precimap.task import score
 from small_tasks import planted_task
 
@@ -387,9 +387,9 @@ def test_another_batch_size_is_another_measurement(tmp_path: Path) -> None:
 
 def test_a_report_shows_the_times_of_its_own_question(tmp_path: Path) -> None:
     searched(TableWhole(PAYS), tmp_path, run=tmp_path / "run")
-    assert read_run(tmp_path / "run").end_to_end is not None
+    assert SearchResult.load(tmp_path / "run").end_to_end is not None
     searched(TableWhole(PAYS), tmp_path, run=tmp_path / "run", effort=replace(QUIET, timing_seconds=0))
-    assert read_run(tmp_path / "run").end_to_end is None
+    assert SearchResult.load(tmp_path / "run").end_to_end is None
 
 
 @needs_compiler

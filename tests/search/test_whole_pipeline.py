@@ -75,7 +75,7 @@ def kept(found: Count, alpha: float, least: int = 30) -> bool:
 
 
 def whole_chain(seen: Seen, margin: float) -> tuple[Choice, ...]:
-    return tuple(joint.step.choice for joint in chosen_at(seen, margin).joints)
+    return tuple(one.step.choice for one in chosen_at(seen, margin).candidates)
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(200, 0.05), (500, 0.025), (2000, 0.05)])

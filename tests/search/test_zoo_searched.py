@@ -17,7 +17,7 @@ from precimap.layers.quantized import quantize_map
 from precimap.metrics import Loss
 from precimap.runtime.weights.placing import low_weights
 from precimap.runtime.x86.target import int8_scheme
-from precimap.searching.limits import Effort
+from precimap.searching.question import Effort
 from small_tasks import COUNTED_INT8
 from specimen import Builder, Specimen, run
 from zoo_deployed import by_half, rms

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from precimap.errors import DataError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
     """The roles of the columns; those not named are not read.
 
@@ -49,4 +49,4 @@ _CATEGORIES = tuple(f"C{number}" for number in range(1, 27))
 # Criteo's click logs (Display Advertising Challenge, 2014, readme.txt; the Terabyte logs are the same): tab-separated, no
 # header, label, 13 integers (counts), 26 hashed values of 32 bits in hexadecimal, empty where missing, rows in the order
 # of time. They name neither user nor time: `dataclasses.replace(CRITEO, header=(*CRITEO.header, "user", "time"), ...)`.
-CRITEO = Columns("label", _INTEGERS, _CATEGORIES, header=("label", *_INTEGERS, *_CATEGORIES))
+CRITEO = Columns(label="label", dense=_INTEGERS, categorical=_CATEGORIES, header=("label", *_INTEGERS, *_CATEGORIES))

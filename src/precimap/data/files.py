@@ -77,8 +77,9 @@ def _text(path: Path, columns: Columns, told: Told) -> Iterator[Chunk]:
             if names is None:
                 names, line = _header(path, lines.readline(), comma), 2
             _check_names(path, names, columns.needed)
+            file = _Lines(path, names, comma)
             while block := lines.read(BLOCK_BYTES):
-                table = _parsed(path, block + lines.readline(), line, names, columns, comma)
+                table = _parsed(file, block + lines.readline(), line, columns)
                 yield Chunk(path, table, "line", np.arange(line, line + len(table)))
                 line += len(table)
                 told(raw.tell(), size)
@@ -98,8 +99,18 @@ def _header(path: Path, line: bytes, comma: bool) -> tuple[str, ...]:
         raise DataError(f"{path}: the names of the columns in the first line cannot be read: {error}") from error
 
 
-def _parsed(path: Path, block: bytes, line: int, names: Sequence[str], columns: Columns, comma: bool) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """A file of lines, the names of its columns, and whether commas part them."""
+
+    path: Path
+    names: Sequence[str]
+    comma: bool
+
+
+def _parsed(file: _Lines, block: bytes, line: int, columns: Columns) -> Any:
     """A block of lines, the first with this number, as a RecordBatch of texts."""
+    path, names, comma = file.path, file.names, file.comma
     import pyarrow as pa
     from pyarrow import csv
 

@@ -54,7 +54,7 @@ class Logs:
     def scan(self, progress: Progress | None = None) -> Scan:
         """Labels, users and times of all rows: 20 bytes a row in memory. Raises DataError, ImportError."""
         own = self.columns
-        light = Columns(own.label, user=own.user, time=own.time, header=own.header, missing=own.missing)
+        light = Columns(label=own.label, user=own.user, time=own.time, header=own.header, missing=own.missing)
         parts = [_converted(chunk, light, self.encoding) for chunk in _chunks(self.files, light, progress)]
         if not parts:
             raise DataError(f"expected rows in {_named(self.files)}, got none")

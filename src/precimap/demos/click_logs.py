@@ -36,7 +36,7 @@ BASE_LOGIT = -1.55  # about a quarter of the rows are clicks, as in Criteo's log
 LINES_AT_ONCE = 10_000
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Clicks:
     """Rows in order of time. dense int64 [n, 13], -1 where missing; categorical int64 [n, 26], -1 where missing;
 
@@ -67,7 +67,14 @@ def generate(rows: int, seed: int = 0) -> Clicks:
     # What the log loses: a value that was there when the user decided.
     dense[pick.random((rows, DENSE)) < pick.uniform(0, 0.4, DENSE)] = -1
     categorical[pick.random((rows, FIELDS)) < np.where(np.arange(FIELDS) < 11, 0.0, pick.uniform(0, 0.4, FIELDS))] = -1
-    return Clicks(dense, categorical, label, user, START + (day * SECONDS_A_DAY).astype(np.int64), logit)
+    return Clicks(
+        dense=dense,
+        categorical=categorical,
+        label=label,
+        user=user,
+        time=START + (day * SECONDS_A_DAY).astype(np.int64),
+        logit=logit,
+    )
 
 
 def _visits(pick: np.random.Generator, rows: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -25,9 +25,9 @@ from precimap.report.terminal import lines_of
 from precimap.runtime.checkpoint import save_deployed
 from precimap.runtime.deploy import Agreement, deploy, deployment_of
 from precimap.runtime.x86.target import CPU_INT8, int8_scheme
-from precimap.searching.limits import Effort
 from precimap.searching.pipeline import search
 from precimap.searching.progress import Progress
+from precimap.searching.question import Effort
 from precimap.task import Task
 
 # Nats of log-loss, of a baseline of about 3.2 over 1,536 documents: the right one loses 1 % of its probability.
@@ -88,7 +88,7 @@ class DemoResult:
 
     def _verdict(self) -> str:
         """Whether INT8 pays here, as a whole: the map may beat the model that it was searched for, and not its rivals."""
-        times = self.int8.end_to_end
+        times = None if self.int8.result is None else self.int8.result.end_to_end
         if times is None:
             return "not timed end to end"
         rival = next(((name, speed) for name, speed in times.faster() if not name.startswith((MAP, BLANKET))), None)

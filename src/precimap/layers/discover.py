@@ -71,20 +71,27 @@ def discover(model: nn.Module, forward: Forward, batch: Any, further: Iterable[A
     layers = _all_layers(first, later, weights)
     others = [
         OtherParameter(
-            name, tuple(weight.shape), _reason(name, (first, *later), said), tied.get(name, ()), weight.element_size()
+            name=name,
+            shape=tuple(weight.shape),
+            reason=_reason(name, (first, *later), said),
+            tied=tied.get(name, ()),
+            element_bytes=weight.element_size(),
         )
         for name, weight in weights.items()
         if name not in layers
     ]
-    products = [ActivationProduct(*what, *counted) for what, counted in first.mode.products.items()]
+    products = [
+        ActivationProduct(op=op, left=left, right=right, calls=calls, flops=flops)
+        for (op, left, right), (calls, flops) in first.mode.products.items()
+    ]
     products.sort(key=lambda product: -product.flops)
     return Inventory(
-        tuple(replace(layer, tied=tied.get(layer.name, ())) for layer in layers.values()),
-        tuple(others),
-        first.units,
-        tuple(sorted(first.mode.hidden_flops.items(), key=lambda hidden: (-hidden[1], hidden[0]))),
-        tuple(products),
-        tuple(first.mode.uncounted),
+        layers=tuple(replace(layer, tied=tied.get(layer.name, ())) for layer in layers.values()),
+        others=tuple(others),
+        units=first.units,
+        hidden_flops=tuple(sorted(first.mode.hidden_flops.items(), key=lambda hidden: (-hidden[1], hidden[0]))),
+        products=tuple(products),
+        uncounted=tuple(first.mode.uncounted),
     )
 
 

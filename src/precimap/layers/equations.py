@@ -30,7 +30,7 @@ def _multi_dot(arguments: Arguments) -> Parsed | None:
     tensors = arguments.get((0, "tensors"))
     if not isinstance(tensors, list | tuple) or len(tensors) != 2 or arguments.kwargs.get("out") is not None:
         return None
-    op = Op("multi_dot", (0, ""), (1, ""), matmul_contraction)
+    op = Op(name="multi_dot", left=(0, ""), right=(1, ""), contraction=matmul_contraction)
     return op, _dot_of_two, Arguments(tuple(tensors), {})
 
 
@@ -71,7 +71,7 @@ def einsum_op(arguments: Arguments) -> tuple[Op, Arguments] | None:
         tuple(left.index(i) for i in summed),
         tuple(right.index(i) for i in summed),
     )
-    op = Op("einsum", (1, ""), (2, ""), lambda _left, _right, _arguments: dims)
+    op = Op(name="einsum", left=(1, ""), right=(2, ""), contraction=lambda _left, _right, _arguments: dims)
     return op, Arguments(args, arguments.kwargs)
 
 

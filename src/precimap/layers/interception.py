@@ -35,7 +35,7 @@ unfolded_attention = types.FunctionType(
 unfolded_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WeightCall:
     """One call that contracts a known weight with another tensor (or looks rows of it up).
 
@@ -153,7 +153,9 @@ class Interception(TorchFunctionMode):
             return None  # arguments in a form that the table does not know: then it is another call
         if not op.lookup and not (contraction.left and contraction.right):
             return None  # an outer product: nothing is summed, so there is no channel and no product of a matrix unit
-        return WeightCall(op, func, arguments, contraction, view, weight_on_left=view is left_view)
+        return WeightCall(
+            op=op, func=func, arguments=arguments, contraction=contraction, view=view, weight_on_left=view is left_view
+        )
 
     def __enter__(self) -> Self:
         surroundings = ExitStack()

@@ -27,7 +27,7 @@ class Read:
         return max(1, round(math.prod(self.input) / self.rows)) if self.rows else 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """A weight parameter and the op it feeds.
 
@@ -103,7 +103,7 @@ class Layer:
         return f"Linear(in_features={self.inputs}, out_features={self.outputs}, bias=False)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OtherParameter:
     """A parameter for which precision is not chosen, and why."""
 
@@ -122,7 +122,7 @@ class OtherParameter:
         return self.numel * self.element_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationProduct:
     """A product of two activations: no weight is in it, so no map reaches it and it stays in base precision.
 
@@ -138,7 +138,7 @@ class ActivationProduct:
     flops: int
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Inventory:
     """All parameters of a model and where its FLOPs are, for one batch.
 

@@ -51,7 +51,7 @@ class Nudged(Replay):
         if not (self._reached and isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16)):
             return output
         moved = partial(call.written, nudged(output, self._generator))
-        return self._computed(call.func, kind_of(call.func), args, kwargs, None, moved)
+        return self._computed(self._run(call.func, kind_of(call.func), args, kwargs, moved), None)
 
 
 def nudged(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ class Contraction:
     right: Dims
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
     """One kind of call.
 
@@ -110,7 +110,7 @@ def _by_lists(left: Tensor, right: Tensor, arguments: Arguments) -> Contraction:
 
 
 def _op(name: str, left: tuple[int, str], right: tuple[int, str], contraction: Any, **traits: Any) -> Op:
-    return Op(name, left, right, contraction, **traits)
+    return Op(name=name, left=left, right=right, contraction=contraction, **traits)
 
 
 _T, _ATEN = torch.Tensor, torch.ops.aten

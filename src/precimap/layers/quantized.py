@@ -32,7 +32,7 @@ class InputRange:
     zero: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedLayer:
     """A layer in low precision: what a map ships for it.
 
@@ -88,7 +88,9 @@ def quantize_layer(
         # A float32 value, as every shipped scale.
         scale = float(torch.tensor(input_range.scale, dtype=torch.float32) * phase)
         own_range, own_phase = InputRange(scale, input_range.zero), 1.0
-    layer = QuantizedLayer(name, scheme, codes, affine, own_range, own_phase)
+    layer = QuantizedLayer(
+        name=name, scheme=scheme, codes=codes, weight_affine=affine, input_range=own_range, input_phase=own_phase
+    )
     if kept is not None and codes.element_size() == 1:  # not the noise floor's, two bytes each and used once
         kept[key] = (weight, layer)  # with the weight, so that its id stays its own
     return layer

@@ -18,7 +18,7 @@ from torch import Tensor
 from precimap.layers.contents import Content, Contents, address_of, tensors_in
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Call:
     """One recorded call: the contents it wrote, by number, and its result while the recording holds it.
 
@@ -87,7 +87,7 @@ class Recording:
 
     def add(self, key: Any, written: int) -> Call:
         """A call seen for the first time, which wrote so many storages."""
-        call = self._calls[key] = Call(tuple(next(self._numbers) for _ in range(written)))
+        call = self._calls[key] = Call(numbers=tuple(next(self._numbers) for _ in range(written)))
         return call
 
     def keep(self, call: Call, output: Any, seconds: float) -> None:

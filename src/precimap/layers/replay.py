@@ -84,7 +84,8 @@ class Replay(Emulation):
             # Emulation leaves such a lookup as it is, so it can be a result already known.
             return self.on_other(call.func, call.arguments.args, call.arguments.kwargs)
         func, emulate = call.func, functools.partial(super().on_weight, call)
-        return self._computed(func, kind_of(func), call.arguments.args, call.arguments.kwargs, None, emulate)
+        args, kwargs = call.arguments.args, call.arguments.kwargs
+        return self._computed(self._run(func, kind_of(func), args, kwargs, emulate), None)
 
     def on_other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = kind_of(func)
@@ -115,19 +116,11 @@ class Replay(Emulation):
                 self._recording.replayed += 1
                 self._given[call] = None
                 return output
-        return self._computed(func, kind, args, kwargs, call, None)
+        return self._computed(self._run(func, kind, args, kwargs, None), call)
 
-    def _computed(
-        self,
-        func: Any,
-        kind: Kind,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        call: Call | None,
-        run: Callable[[], Any] | None,
-    ) -> Any:
-        """Run a call of a probe. What it writes has the numbers of the recorded call, if there is one."""
-        output, read, changed = self._run(func, kind, args, kwargs, run)
+    def _computed(self, ran: tuple[Any, Any, Any], call: Call | None) -> Any:
+        """What `_run` gave of a call of a probe. What it wrote has the numbers of the recorded call, if there is one."""
+        output, read, changed = ran
         self._recording.computed += 1
         written = [] if call is None else _written(read, changed, output)
         if call is not None and len(call.numbers) == len(written):

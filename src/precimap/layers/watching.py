@@ -32,7 +32,7 @@ Shape = tuple[int, ...]
 _NORMALISING, _MAX_NORM = (F.embedding, F.embedding_bag), (3, "max_norm")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Seen:
     """What was seen of one layer so far. before_batch: FLOPs of its calls that read nothing of the batch, by place."""
 

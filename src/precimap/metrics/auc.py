@@ -85,9 +85,12 @@ class AUC:
         limits = whole / np.where(positive, own, whole - own)
         # The influences are counted from each model's own area, which moved by the drop.
         limits += max(0.0, -drop) * (limits - 1)
-        stakes = Stakes("of its placement", 1.0, *rarer(positive.astype(np.float64), np.ones(units.n)))
+        rare, named = rarer(positive.astype(np.float64), np.ones(units.n))
+        stakes = Stakes(unit="of its placement", rare=rare, named=named)
         changed = count_changed(baseline, other)
-        return PairedDrops(d, units, units.n, changed, float(limits.max()), stakes=stakes, limits=limits)
+        return PairedDrops(
+            d=d, units=units, rows=units.n, changed=changed, worst=float(limits.max()), stakes=stakes, limits=limits
+        )
 
     def _area(self, kept: Floats, units: Units) -> tuple[float, Floats]:
         positive, weights = kept[:, 1] == 1, units.known_weights
@@ -131,8 +134,15 @@ class GAUC:
         if not len(before):
             return untold(units, self.worst)
         groups = Units(n=len(before), weights=weights)
-        stakes = Stakes("of its AUC", noun=CLUSTER)
-        return PairedDrops(before - after, groups, units.n, count_changed(baseline, other), self.worst, stakes=stakes)
+        stakes = Stakes(unit="of its AUC", noun=CLUSTER)
+        return PairedDrops(
+            d=before - after,
+            units=groups,
+            rows=units.n,
+            changed=count_changed(baseline, other),
+            worst=self.worst,
+            stakes=stakes,
+        )
 
     def _areas(self, kept: Floats, units: Units) -> tuple[Floats, Floats]:
         if units.clusters is None:

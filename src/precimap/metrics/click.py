@@ -25,6 +25,7 @@ from precimap.errors import TaskError
 from precimap.metrics.metric import (
     RELATIVE,
     PairedDrops,
+    Smooth,
     Stakes,
     UnitMean,
     check_declared,
@@ -119,9 +120,12 @@ class LogLoss(UnitMean):
     def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
         """The difference of each row."""
         check_paired(self.name, baseline, other, 2)
-        stakes = Stakes(self.unit, 1.0, *rarer(baseline[:, 1], np.ones(units.n)))
+        rare, named = rarer(baseline[:, 1], np.ones(units.n))
+        stakes = Stakes(unit=self.unit, rare=rare, named=named)
         d = other[:, 0] - baseline[:, 0]
-        return PairedDrops(d, units, units.n, int(np.count_nonzero(d)), self.worst, stakes=stakes)
+        return PairedDrops(
+            d=d, units=units, rows=units.n, changed=int(np.count_nonzero(d)), worst=self.worst, stakes=stakes
+        )
 
 
 @dataclass(frozen=True)
@@ -173,10 +177,11 @@ class NE(_Sampled):
     def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
         """The ratio of the two mean losses - 1, linearised. Raises TaskError for a baseline without any loss."""
         check_paired(self.name, baseline, other, 2)
-        stakes = Stakes("nats", 1.0, *rarer(baseline[:, 1], baseline[:, 2]))
+        rare, named = rarer(baseline[:, 1], baseline[:, 2])
+        stakes = Stakes(unit="nats", rare=rare, named=named)
         most = None if self.worst is None else self.worst * baseline[:, 2]
-        changed = count_changed(baseline, other)
-        return ratio_drops(self.name, baseline[:, 0], other[:, 0], units, changed, stakes, most)
+        drops = ratio_drops(self.name, (baseline[:, 0], other[:, 0]), units, stakes, most)
+        return replace(drops, changed=count_changed(baseline, other))
 
 
 @dataclass(frozen=True)
@@ -202,34 +207,36 @@ class Calibration(_Sampled):
     def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
         """The ratio of the two mean predictions - 1, linearised, with its sign."""
         check_paired(self.name, baseline, other, 2)
-        changed = count_changed(baseline, other)
-        stakes = Stakes("of a prediction", 1.0, baseline[:, 1], "positive")
+        stakes = Stakes(unit="of a prediction", scale=1.0, rare=baseline[:, 1], named="positive")
         # A negative stands for 1 / kept rows of the full world.
         most = None if self.worst is None else np.full(units.n, self.worst / self.kept)
-        drops = ratio_drops(self.name, baseline[:, 0], other[:, 0], units, changed, stakes, most)
-        return replace(drops, two_sided=True)
+        drops = ratio_drops(self.name, (baseline[:, 0], other[:, 0]), units, stakes, most)
+        return replace(drops, changed=count_changed(baseline, other), two_sided=True)
 
 
 def ratio_drops(
-    name: str,
-    baseline: Floats,
-    other: Floats,
-    units: Units,
-    changed: int,
-    stakes: Stakes,
-    most: Floats | None,
+    name: str, values: tuple[Floats, Floats], units: Units, stakes: Stakes, most: Floats | None
 ) -> PairedDrops:
     """sum w other / sum w baseline - 1, linearised (Cochran 1977, ch. 6): R - 1 + (other - R baseline) / mean.
 
-    R: the ratio; mean: of the baseline. most: what each of `other` may at most lie above `baseline`, None without a limit.
+    values: of the baseline and of the other model. R: the ratio; mean: of the baseline. most: what each of `other` may at
+    most lie above `baseline`, None without a limit. Units count as changed by these values alone.
     """
+    baseline, other = values
     mean = weighted_mean(baseline, units)
     if mean <= 0:
         raise TaskError(f"{name} of the baseline is {mean:g}; a drop relative to it is not defined")
     ratio = weighted_mean(other, units) / mean
     d = ratio - 1 + (other - ratio * baseline) / mean
     worst = None if most is None else ratio - 1 + float(((1 - ratio) * baseline + most).max()) / mean
-    return PairedDrops(d, units, units.n, changed, worst, stakes=replace(stakes, scale=1 / mean))
+    return PairedDrops(
+        d=d,
+        units=units,
+        rows=units.n,
+        changed=count_changed(baseline, other),
+        worst=worst,
+        stakes=replace(stakes, scale=1 / mean),
+    )
 
 
 @dataclass(frozen=True)
@@ -266,7 +273,7 @@ class RMSE:
         def slope(mean: float) -> float:
             return 0.5 / math.sqrt(mean) if mean > 0 else 0.0
 
-        return of_a_mean(self, math.sqrt, slope, baseline, other, units, "of the squared difference")
+        return of_a_mean(self, Smooth(math.sqrt, slope, "of the squared difference"), baseline, other, units)
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,11 @@ class Custom:
         d += whole - float(d @ rows_of) / units.n
         sizes = np.unique(groups, return_counts=True)[1].astype(np.float64)
         noun = UNIT if units.clusters is None else CLUSTER
-        stakes = Stakes(f"of {self.name}", noun=noun, within=sizes)
+        stakes = Stakes(unit=f"of {self.name}", noun=noun, within=sizes)
         of_blocks = Units(n=blocks, weights=rows_of)
-        return PairedDrops(d, of_blocks, units.n, count_changed(baseline, other), self.worst, stakes=stakes)
+        return PairedDrops(
+            d=d, units=of_blocks, rows=units.n, changed=count_changed(baseline, other), worst=self.worst, stakes=stakes
+        )
 
     def _called(self, kept: Floats, groups: NDArray[np.int64], rows: NDArray[np.int64]) -> float:
         width = 1 + int(kept[0, 0])

@@ -24,7 +24,7 @@ UNIT, CLUSTER = "unit", "cluster"  # what is resampled, as reports call one of t
 RELATIVE = "of the baseline's"  # the `unit` of a metric whose drop is a share of the baseline's value
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stakes:
     """What one unit can lose, in words a person uses: for what is said of losses that a split may not hold.
 
@@ -42,7 +42,7 @@ class Stakes:
     within: Floats | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PairedDrops:
     """The drop of each of `units`, float64 [units.n]; their weighted mean is the drop, positive is worse.
 
@@ -128,8 +128,10 @@ class UnitMean(ABC):
         check_paired(self.name, baseline, other, 1)
         sign = -1.0 if self.higher_is_better else 1.0
         d = sign * (np.asarray(other, np.float64) - np.asarray(baseline, np.float64))
-        stakes = Stakes(self.unit or f"of {self.name}")
-        return PairedDrops(d, units, len(d), int(np.count_nonzero(d)), self.worst, stakes=stakes)
+        stakes = Stakes(unit=self.unit or f"of {self.name}")
+        return PairedDrops(
+            d=d, units=units, rows=len(d), changed=int(np.count_nonzero(d)), worst=self.worst, stakes=stakes
+        )
 
 
 @dataclass(frozen=True)
@@ -172,31 +174,39 @@ class Perplexity(Loss):
 
     def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
         """The derivative of exp at a mean m is exp(m)."""
-        return of_a_mean(self, np.exp, np.exp, baseline, other, units, "nats")
+        return of_a_mean(self, Smooth(np.exp, np.exp, "nats"), baseline, other, units)
 
 
-def of_a_mean(
-    metric: Metric,
-    function: Callable[[float], float],
-    derivative: Callable[[float], float],
-    baseline: Floats,
-    other: Floats,
-    units: Units,
-    unit: str,
-) -> PairedDrops:
-    """The drops of a smooth, growing function of a mean, such as a root; lower is better.
+@dataclass(frozen=True, slots=True)
+class Smooth:
+    """A growing function of a mean, its derivative, and the unit of the values that the mean is of."""
 
-    unit: of the values that the mean is of; the metric's `worst` is the most that one of them can rise by.
+    function: Callable[[float], float]
+    derivative: Callable[[float], float]
+    unit: str
+
+
+def of_a_mean(metric: Metric, of: Smooth, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
+    """The drops of a smooth function of a mean, such as a root; lower is better.
+
+    The metric's `worst` is the most that one of the values can rise by.
     """
     check_paired(metric.name, baseline, other, 1)
     before, after = weighted_mean(baseline, units), weighted_mean(other, units)
-    drop = function(after) - function(before)
-    slope = derivative(after)
-    influence = slope * (other - after) - derivative(before) * (baseline - before)
+    drop = of.function(after) - of.function(before)
+    slope = of.derivative(after)
+    influence = slope * (other - after) - of.derivative(before) * (baseline - before)
     d = drop + influence
     # The largest drop of a unit like one of these: its value after is at most its value before plus the worst.
     limit = None if metric.worst is None else float((d + slope * (baseline + metric.worst - other)).max())
-    return PairedDrops(d, units, units.n, count_changed(baseline, other), limit, stakes=Stakes(unit, slope))
+    return PairedDrops(
+        d=d,
+        units=units,
+        rows=units.n,
+        changed=count_changed(baseline, other),
+        worst=limit,
+        stakes=Stakes(unit=of.unit, scale=slope),
+    )
 
 
 def weighted_mean(values: Floats, units: Units) -> float:
@@ -207,7 +217,7 @@ def weighted_mean(values: Floats, units: Units) -> float:
 
 def untold(units: Units, worst: float | None) -> PairedDrops:
     """What units say that cannot tell a drop at all: one value without a spread, so that its error is infinite."""
-    return PairedDrops(np.zeros(1), Units(n=1), units.n, 0, worst)
+    return PairedDrops(d=np.zeros(1), units=Units(n=1), rows=units.n, changed=0, worst=worst)
 
 
 def check_declared(name: str, worst: float | None) -> None:

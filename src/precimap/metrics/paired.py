@@ -32,7 +32,7 @@ from precimap.metrics.totals import Cluster, Farthest, Totals, summed, totals_of
 from precimap.metrics.units import Floats, Units
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Drop:
     """How much worse the metric got: weighted mean over units, in the metric's own units; positive is worse.
 
@@ -54,7 +54,7 @@ def paired_drop(d: Floats, units: Units) -> Drop:
     return _drop(totals_of(d, units), n=units.n, changed=int(np.count_nonzero(d)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bounded:
     """A drop with its one-sided bounds, each at confidence 1 - alpha, and the largest drop of one unit, `largest`.
 
@@ -91,14 +91,23 @@ def bounded(sample: PairedDrops, alpha: float, seen: Farthest | None = None) -> 
     """
     d = sample.d
     totals = totals_of(d, sample.units)
-    sides = [(d, totals), (-d, totals.mirrored)] if sample.two_sided else [(d, totals)]
+    sides = [totals, totals.mirrored] if sample.two_sided else [totals]
+    if sample.worst is not None:
+        _check_worst(np.abs(d) if sample.two_sided else d, sample.worst)
     scale = totals.whole / sample.rows
     elsewhere = None if seen is None else Farthest(seen.above * scale, seen.weight * scale)
     lost = worst_cluster(sample, totals)
-    upper = max(_upper(drops, side, alpha, sample.worst, elsewhere, lost) for drops, side in sides)
-    lower = max(_lower(side, alpha) for _, side in sides)
+    upper = max(_upper(side, alpha, elsewhere, lost) for side in sides)
+    lower = max(_lower(side, alpha) for side in sides)
     drop = _drop(totals, n=sample.rows, changed=sample.changed)
-    return Bounded(drop, lower, upper, float(np.abs(d).max()), sight_of(sample, totals), sample.two_sided)
+    return Bounded(
+        drop=drop,
+        lower=lower,
+        upper=upper,
+        largest=float(np.abs(d).max()),
+        sight=sight_of(sample, totals),
+        two_sided=sample.two_sided,
+    )
 
 
 def worst_cluster(sample: PairedDrops, totals: Totals) -> Cluster | None:
@@ -143,18 +152,17 @@ def upper_bound(d: Floats, units: Units, alpha: float, worst: float | None, else
     """
     totals = totals_of(d, units)
     lost = None if worst is None else Cluster(worst * totals.typical, totals.typical)
-    return _upper(d, totals, alpha, worst, elsewhere, lost)
-
-
-def _upper(
-    d: Floats, totals: Totals, alpha: float, worst: float | None, elsewhere: Farthest | None, lost: Cluster | None
-) -> float:
-    check_alpha(alpha)
     if worst is not None:
         _check_worst(d, worst)
+    return _upper(totals, alpha, elsewhere, lost)
+
+
+def _upper(totals: Totals, alpha: float, elsewhere: Farthest | None, lost: Cluster | None) -> float:
+    """lost: the cluster that loses all it can, None without a limit."""
+    check_alpha(alpha)
     if totals.count < 2:
         return math.inf
-    far = _farthest(totals, either_side=worst is None)
+    far = _farthest(totals, either_side=lost is None)
     if elsewhere is not None and elsewhere.above > far.above:
         far = elsewhere
     unseen = [Cluster(totals.mean * far.weight + far.above, far.weight), *(() if lost is None else (lost,))]
@@ -178,7 +186,7 @@ def _lower(totals: Totals, alpha: float) -> float:
 
 
 def _drop(totals: Totals, *, n: int, changed: int) -> Drop:
-    return Drop(totals.mean, totals.error, n, totals.count, changed)
+    return Drop(estimate=totals.mean, error=totals.error, n=n, clusters=totals.count, changed=changed)
 
 
 def quantile(alpha: float, freedom: float, skewness: float) -> float:

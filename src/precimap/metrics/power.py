@@ -49,7 +49,7 @@ def units_for(pilot: PairedDrops, margin: float, alpha: float) -> int | None:
     totals = totals_of(pilot.d, pilot.units)
     if totals.count < 2:
         return None
-    noise = Drop(0.0, totals.error, pilot.rows, totals.count, pilot.changed)
+    noise = Drop(estimate=0.0, error=totals.error, n=pilot.rows, clusters=totals.count, changed=pilot.changed)
     return units_needed(noise, margin, alpha, worst=_unseen(pilot, totals).drop * totals.count / totals.whole or None)
 
 

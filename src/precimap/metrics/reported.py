@@ -5,7 +5,7 @@ first k), or takes a repair for granted that nobody ships (a recalibration on th
 metric; `value` of one model is what it is against itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -48,8 +48,10 @@ class RecalibratedNE:
         """As NE on the recalibrated losses: where the fit is best, moving it changes nothing to first order."""
         check_paired(self.name, baseline, other, 2)
         losses = _recalibrated(baseline, units), _recalibrated(other, units)
-        stakes = Stakes("nats", 1.0, *rarer(baseline[:, 1], np.ones(units.n)))
-        return ratio_drops(self.name, *losses, units, count_changed(baseline, other), stakes, None)
+        rare, named = rarer(baseline[:, 1], np.ones(units.n))
+        stakes = Stakes(unit="nats", rare=rare, named=named)
+        drops = ratio_drops(self.name, losses, units, stakes, None)
+        return replace(drops, changed=count_changed(baseline, other))
 
 
 def _recalibrated(kept: Floats, units: Units) -> Floats:
@@ -87,7 +89,7 @@ class OrderFlips(UnitMean):
         """The share of each unit; 0 where the baseline orders no pair."""
         check_paired(self.name, baseline, other, 2)
         d = np.array([_flipped(*rows) for rows in zip(baseline, other, strict=True)])
-        return PairedDrops(d, units, units.n, count_changed(baseline, other), self.worst)
+        return PairedDrops(d=d, units=units, rows=units.n, changed=count_changed(baseline, other), worst=self.worst)
 
 
 def _flipped(before: Floats, after: Floats) -> float:
@@ -125,7 +127,7 @@ class TopKOverlap(UnitMean):
         """1 - overlap of each unit."""
         check_paired(self.name, baseline, other, 2)
         shared = (baseline[:, :, None] == other[:, None, :]).any(2).mean(1)
-        return PairedDrops(1 - shared, units, units.n, int((shared < 1).sum()), self.worst)
+        return PairedDrops(d=1 - shared, units=units, rows=units.n, changed=int((shared < 1).sum()), worst=self.worst)
 
 
 def _candidates(name: str, scores: Tensor) -> Tensor:

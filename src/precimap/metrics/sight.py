@@ -19,7 +19,7 @@ LEAST_RARE = 20  # rows of the rarer class, for a metric of clicks
 _UNEQUAL = 0.8  # clusters that are worth fewer than this share of their number may hide heavier ones
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sight:
     """What one sample can see.
 

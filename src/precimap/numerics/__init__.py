@@ -3,6 +3,7 @@
 formats.py   the formats, as rows of plain numbers
 schemes.py   formats, granularities and range rules of one layer's weight and input
 quantize.py  values to codes and back: the one quantiser, written to be read
+large.py     large weights, some rows at a time
 fast.py      the same bits at the speed that a search needs
 ranges.py    how a scale is chosen: from a tensor, or from calibrated limits
 rows.py      the scale and offset of an embedding table's packed rows

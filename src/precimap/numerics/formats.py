@@ -11,7 +11,7 @@ Graphcore/AMD FNUZ forms as in torch and ml_dtypes.
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FloatFormat:
     """A binary floating-point format with subnormals; rounding is to nearest, ties to even.
 
@@ -42,7 +42,7 @@ class FloatFormat:
         return -self.maximum
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IntegerFormat:
     """Whole numbers from `minimum` to `maximum`, stored as `torch_dtype`."""
 
@@ -65,24 +65,69 @@ class ExponentFormat:
 
 Format = FloatFormat | IntegerFormat  # what a weight or an input may be rounded to
 
-E4M3 = FloatFormat("e4m3", 8, 4, 3, bias=7, maximum=448.0, torch_dtype="float8_e4m3fn")
-E5M2 = FloatFormat("e5m2", 8, 5, 2, bias=15, maximum=57344.0, torch_dtype="float8_e5m2", has_infinity=True)
+E4M3 = FloatFormat(
+    name="e4m3", bits=8, exponent_bits=4, mantissa_bits=3, bias=7, maximum=448.0, torch_dtype="float8_e4m3fn"
+)
+E5M2 = FloatFormat(
+    name="e5m2",
+    bits=8,
+    exponent_bits=5,
+    mantissa_bits=2,
+    bias=15,
+    maximum=57344.0,
+    torch_dtype="float8_e5m2",
+    has_infinity=True,
+)
 E4M3_FNUZ = FloatFormat(
-    "e4m3-fnuz", 8, 4, 3, bias=8, maximum=240.0, torch_dtype="float8_e4m3fnuz", has_negative_zero=False
+    name="e4m3-fnuz",
+    bits=8,
+    exponent_bits=4,
+    mantissa_bits=3,
+    bias=8,
+    maximum=240.0,
+    torch_dtype="float8_e4m3fnuz",
+    has_negative_zero=False,
 )
 E5M2_FNUZ = FloatFormat(
-    "e5m2-fnuz", 8, 5, 2, bias=16, maximum=57344.0, torch_dtype="float8_e5m2fnuz", has_negative_zero=False
+    name="e5m2-fnuz",
+    bits=8,
+    exponent_bits=5,
+    mantissa_bits=2,
+    bias=16,
+    maximum=57344.0,
+    torch_dtype="float8_e5m2fnuz",
+    has_negative_zero=False,
 )
-E2M1 = FloatFormat("e2m1", 4, 2, 1, bias=1, maximum=6.0, torch_dtype=None)
-BF16 = FloatFormat("bf16", 16, 8, 7, bias=127, maximum=3.3895313892515355e38, torch_dtype="bfloat16", has_infinity=True)
-FP16 = FloatFormat("fp16", 16, 5, 10, bias=15, maximum=65504.0, torch_dtype="float16", has_infinity=True)
+E2M1 = FloatFormat(name="e2m1", bits=4, exponent_bits=2, mantissa_bits=1, bias=1, maximum=6.0, torch_dtype=None)
+BF16 = FloatFormat(
+    name="bf16",
+    bits=16,
+    exponent_bits=8,
+    mantissa_bits=7,
+    bias=127,
+    maximum=3.3895313892515355e38,
+    torch_dtype="bfloat16",
+    has_infinity=True,
+)
+FP16 = FloatFormat(
+    name="fp16",
+    bits=16,
+    exponent_bits=5,
+    mantissa_bits=10,
+    bias=15,
+    maximum=65504.0,
+    torch_dtype="float16",
+    has_infinity=True,
+)
 
 # Symmetric: -128 is left out, so that negating a weight never saturates (as compressed-tensors and oneDNN users do).
-INT8 = IntegerFormat("int8", 8, -127, 127, "int8")
-UINT8 = IntegerFormat("uint8", 8, 0, 255, "uint8")
+INT8 = IntegerFormat(name="int8", bits=8, minimum=-127, maximum=127, torch_dtype="int8")
+UINT8 = IntegerFormat(name="uint8", bits=8, minimum=0, maximum=255, torch_dtype="uint8")
 # x86 without VNNI sums pairs of u8 x s8 products in 16 bits with saturation (vpmaddubsw): only 7-bit inputs are exact.
-UINT7 = IntegerFormat("uint7", 7, 0, 127, "uint8")
-UINT4 = IntegerFormat("uint4", 4, 0, 15, "uint8")  # one code in each element; packed where a kernel wants it
+UINT7 = IntegerFormat(name="uint7", bits=7, minimum=0, maximum=127, torch_dtype="uint8")
+UINT4 = IntegerFormat(
+    name="uint4", bits=4, minimum=0, maximum=15, torch_dtype="uint8"
+)  # one code in each element; packed where a kernel wants it
 
 E8M0 = ExponentFormat("e8m0", 8, bias=127, torch_dtype="float8_e8m0fnu")
 

@@ -48,7 +48,7 @@ def fit(x: Tensor, rounding: Rounding, contracted: tuple[int, ...]) -> Affine:
         reach = _percentile(x, rounding.range.percentile, dims)
         low, high = low.maximum(-reach), high.minimum(reach)
     elif isinstance(rounding.range, MinimumError):
-        factor = _least_error_factor(x, low, high, rounding, rounding.range.steps, dims)
+        factor = _least_error_factor(x, (low, high), rounding, rounding.range.steps, dims)
         low, high = low * factor, high * factor
     return affine_from_range(low, high, rounding)
 
@@ -103,9 +103,10 @@ def _percentile(x: Tensor, percentile: float, dims: tuple[int, ...]) -> Tensor:
 
 
 def _least_error_factor(
-    x: Tensor, low: Tensor, high: Tensor, rounding: Rounding, steps: int, dims: tuple[int, ...]
+    x: Tensor, limits: tuple[Tensor, Tensor], rounding: Rounding, steps: int, dims: tuple[int, ...]
 ) -> Tensor:
     """For each scale, the factor k / steps of the range with the least sum of squared errors; ties keep the widest."""
+    low, high = limits
     best = torch.ones_like(low)
     least = torch.full_like(low, math.inf, dtype=torch.float64)
     for k in range(steps, 0, -1):

@@ -1,7 +1,11 @@
-"""The pages a person reads: tables of a run on a terminal of 80 columns.
+"""The pages a person reads, on a terminal of any width.
 
 run_record.py   a run directory, read back into values
-tables.py       those values as tables
+answer_page.py  the answer in a box, then each layer with its reason
+tables.py       the values of a run as tables
+proof.py        the certificate in words
+end_to_end_table.py, inventory_table.py, plan_table.py, profile_table.py  whole models timed; a model's layers; units for a
+                margin; a hardware profile
 progress_bar.py progress with an ETA, on stderr
 terminal.py     names and texts of others, shown so that they do nothing to the terminal
 """

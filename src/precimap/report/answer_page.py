@@ -20,22 +20,24 @@ from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.run_record import RunRecord
 from precimap.report.tables import megabytes
 from precimap.report.terminal import Rows, lines_of, shown
+from precimap.searching.result import SearchResult
 
 MOST_DIGITS = 9
 
 
 def answer_page(run: RunRecord) -> RenderableType:
     """The page; of a run that did not finish, what it holds and how to go on."""
-    if run.map is None or run.answer is None:
+    result = run.result
+    if result is None:
         done = ", ".join(f"{count} of {kind}" for kind, count in run.batches.items()) or "none"
         return lines_of(
             [f"This run is not finished. The same command goes on. Batches scored so far: {done}."], "yellow"
         )
-    certified = run.map.not_certified is None
-    shown_first = run.map.certificate or (run.certificates[0] if run.certificates else None)
-    digits = _digits(_margin(run, shown_first))
-    lines = [run.answer[:1].upper() + run.answer[1:] + "."]
-    lines += _proof(shown_first, digits) + _changes(run) + _next(run, certified)
+    certified = result.map.not_certified is None
+    shown_first = result.map.certificate or next(iter(result.certificates), None)
+    digits = _digits(result.preflight.outlook[0].margin if shown_first is None else shown_first.margin)
+    lines = [result.answer[:1].upper() + result.answer[1:] + "."]
+    lines += _proof(shown_first, digits) + _changes(result) + _next(run, result)
     panel = Panel(
         lines_of(lines),
         title=Text("certified" if certified else "keep the model as it is"),
@@ -43,19 +45,12 @@ def answer_page(run: RunRecord) -> RenderableType:
         border_style="green" if certified else "yellow",
         box=box.ROUNDED,
     )
-    parts: list[RenderableType] = [panel, Text(), _layers(run, digits)]
-    if run.end_to_end is not None:
-        parts += [Text(), end_to_end_page(run.end_to_end), Text()]
+    parts: list[RenderableType] = [panel, Text(), _layers(result, digits)]
+    if result.end_to_end is not None:
+        parts += [Text(), end_to_end_page(result.end_to_end), Text()]
     return Group(
-        *parts, *_notes(run), lines_of(["--verbose prints all that was measured, with its statistics."], "dim")
+        *parts, *_notes(result), lines_of(["--verbose prints all that was measured, with its statistics."], "dim")
     )
-
-
-def _margin(run: RunRecord, certificate: Certificate | None) -> float:
-    if certificate is not None:
-        return certificate.margin
-    outlook = (run.preflight or {}).get("outlook") or [{"margin": 1.0}]
-    return float(outlook[0]["margin"])
 
 
 def _digits(margin: float) -> int:
@@ -93,16 +88,16 @@ def _proof(found: Certificate | None, digits: int) -> list[str]:
     return [*lines, *found.blind_spots]
 
 
-def _changes(run: RunRecord) -> list[str]:
+def _changes(result: SearchResult) -> list[str]:
     """What deploying the map changes: bytes, and time where it was taken."""
-    found = run.map
-    if found is None or not found.low:
+    found = result.map
+    if not found.low:
         return []
     before, after = (megabytes(size + found.other_bytes) for size in (found.bytes_before, found.bytes_after))
     lines = [f"The parameters shrink from {before} to {after}."]
-    if run.end_to_end is not None:  # the answer says it
+    if result.end_to_end is not None:  # the answer says it
         return lines
-    if run.latency is None:
+    if result.latency is None:
         return [
             *lines,
             f"The speed-up is not known: nothing is timed for the target {found.target}; its gains are in FLOPs.",
@@ -110,39 +105,37 @@ def _changes(run: RunRecord) -> list[str]:
     return [*lines, "Single layers were timed; the whole model was not."]
 
 
-def _next(run: RunRecord, certified: bool) -> list[str]:
+def _next(run: RunRecord, result: SearchResult) -> list[str]:
     """What to type, with the task that the run itself names."""
     task = str(run.asked.get("task", "TASK"))
-    if not certified:
+    if result.map.not_certified is not None:
         return [
             f"Next: precimap plan {task} --margin M says how many units a margin takes. More units, or a wider margin, may "
             "be enough for a certificate."
         ]
-    slow = run.map is not None and run.map.target == EMULATED.name
     lines = [f"Next: precimap deploy {task} {run.directory / 'map.json'} --output deployed.safetensors"]
-    if slow:
+    if result.map.target == EMULATED.name:
         lines.append(
             "This map is for the emulation, which is exact and slow. For speed, search with --target cpu-int8."
         )
     return lines
 
 
-def _notes(run: RunRecord) -> list[RenderableType]:
-    notes = (run.preflight or {}).get("notes", ())
+def _notes(result: SearchResult) -> list[RenderableType]:
+    notes = result.preflight.notes
     return [lines_of([f"Note: {note}" for note in notes], "dim")] if notes else []
 
 
-def _layers(run: RunRecord, digits: int) -> RenderableType:
+def _layers(result: SearchResult, digits: int) -> RenderableType:
     """Each layer: what it runs in, what it alone costs the metric, its share of the FLOPs, and why."""
-    found = run.map
-    assert found is not None
+    found = result.map
     table = Rows(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("layer", overflow="fold")
     table.add_column("runs in", no_wrap=True)
     table.add_column("drop alone", justify="right", no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold", ratio=1)
-    common, drops = shared_prefix(found.layers), _drops(run)
+    common, drops = shared_prefix(found.layers), _drops(result)
     for name, decision in found.layers.items():
         runs = Text(decision.scheme or "as it is", style="green" if decision.scheme else "")
         scheme = decision.scheme or next((one for layer, one in drops if layer == name), "")
@@ -157,18 +150,11 @@ def _layers(run: RunRecord, digits: int) -> RenderableType:
     return Group(table, lines_of(said, "dim"))
 
 
-def _drops(run: RunRecord) -> dict[tuple[str, str], tuple[float, float]]:
-    """By layer and scheme the drop that decided, and its error: the prediction, corrected where a probe was made, or else
-    the probe (`Known.decisive`)."""
-    drops = {}
-    for row in (run.evidence or {"layers": ()})["layers"]:
-        trusted = row["trusted"] and row["predicted"] is not None
-        found = row["predicted"] if trusted else row["probed"]
-        if found is not None:
-            by, error = row["correction"] if trusted and row["correction"] is not None else (0.0, 0.0)
-            drop = found["drop"]
-            drops[row["layer"], row["scheme"]] = (drop["estimate"] + by, math.hypot(drop["error"], error))
-    return drops
+def _drops(result: SearchResult) -> dict[tuple[str, str], tuple[float, float]]:
+    """By layer and scheme the drop that decided, and its error."""
+    known = () if result.evidence is None else result.evidence.known
+    decided = {found.key: found.decisive.drop for found in known if found.decisive is not None}
+    return {key: (drop.estimate, drop.error) for key, drop in decided.items()}
 
 
 def shared_prefix(names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from rich.console import Group, RenderableType
 
 from precimap.report.terminal import Rows, lines_of
 from precimap.searching.planning import Plan
-from precimap.searching.sample_size import Outlook
+from precimap.searching.preflight.sample_size import Outlook
 
 
 def plan_page(plan: Plan) -> RenderableType:

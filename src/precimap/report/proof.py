@@ -27,7 +27,10 @@ def certificate_text(certificate: Certificate) -> RenderableType:
         drop, error, upper = _told(plain.error, plain.drop, plain.error, plain.upper)
         lines.append(f"without the realigned last logit: {drop} ± {error.lstrip('+')}, upper bound {upper}")
         lines += [f"  guard {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in plain.guards.items()]
-    lines += [f"beside it, {name}: {d:+.5f} ± {e:.5f}" for name, (d, e) in certificate.reported.items()]
+    lines += [
+        f"reported beside it, deciding nothing: {name} {d:+.5f} ± {e:.5f}"
+        for name, (d, e) in certificate.reported.items()
+    ]
     lines += [*certificate.blind_spots, *([certificate.history] if certificate.earlier else []), certificate.claim]
     head = lines_of([certificate.verdict.upper()], "bold green" if certificate.certified else "bold yellow")
     return Group(head, lines_of(f"  {line}" for line in lines))
@@ -64,11 +67,11 @@ def rounding_text(rounding: Rounding) -> RenderableType:
     here = _told(rounding.error_over_units, rounding.shipped, rounding.error_over_units)
     there = _told(rounding.sd, rounding.mean, rounding.sd, rounding.common)
     lines = [
-        f"two uncertainties of its drop, on n = {rounding.n:,} units of the search split:",
-        f"  this artefact, its own grids: {here[0]} ± {here[1].lstrip('+')} (over units)",
-        f"  this policy, the next retrain: {there[0]} ± {there[1].lstrip('+')} (over {len(rounding.drops)} shifted "
-        "grids),",
-        f"    of which {there[2].lstrip('+')} does not average out over more units",
+        f"How sure is its drop? On n = {rounding.n:,} units of the search split:",
+        f"  These very weights, for other units: {here[0]} ± {here[1].lstrip('+')}.",
+        f"  Weights of a next training, rounded elsewhere: {there[0]} ± {there[1].lstrip('+')} (over {len(rounding.drops)} "
+        "shifted rounding grids).",
+        f"  More units do not make the second smaller than {there[2].lstrip('+')}.",
     ]
     return lines_of(lines)
 

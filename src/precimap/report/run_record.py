@@ -1,65 +1,67 @@
-"""A run directory, read back into values: what `report` prints, and `search` too.
+"""A run directory, read back: the result of its search, and what else the directory holds.
 
-Invariant: a finished search prints from here, so that what is printed is what was written down.
+Invariant: a finished search prints from here, so that what is printed is what was written down. What pages show is the
+`SearchResult`; `as_row` hands the rows of the journal to machines as they are.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from precimap.certificate import Certificate
-from precimap.end_to_end import EndToEnd
-from precimap.errors import JournalError, MapError
+from precimap.errors import JournalError
 from precimap.journal import Journal, open_journal
 from precimap.precision_map import PrecisionMap
+from precimap.searching.result import SearchResult
 
 SAVED = "search.yaml"  # the options of the command line, beside the measurements
 STAGES = ("baseline", "floor", "screen", "probe", "nudge", "joint", "certify", "draw")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """Everything a run found. `map` and `answer` are None for a run that did not finish.
+    """Everything a run found. result: None for a run that did not finish.
 
-    evidence: what was predicted and probed of single layers, and the audit. chain: the maps as wholes, safest first.
-    latency: what layers take and save, None where time is counted in FLOPs. end_to_end: of the last map that was timed.
-    batches: how many were scored so far, by stage. asked: the options of the command that began it, as far as it holds them.
+    rows: what the journal concluded, by kind. batches: how many were scored so far, by stage. asked: the options of the
+    command that began it, as far as it holds them.
     """
 
     directory: Path
     premise: dict[str, str]
-    preflight: dict[str, Any] | None
-    inventory: dict[str, Any] | None
-    floor: dict[str, Any] | None
-    evidence: dict[str, Any] | None
-    chain: tuple[dict[str, Any], ...]
-    certificates: tuple[Certificate, ...]
-    deployment: dict[str, Any] | None
-    latency: dict[str, Any] | None
-    end_to_end: EndToEnd | None
-    map: PrecisionMap | None
-    answer: str | None
+    result: SearchResult | None
+    rows: dict[str, dict[str, Any]]
     batches: dict[str, int]
     asked: dict[str, Any]
 
+    @property
+    def map(self) -> PrecisionMap | None:
+        return None if self.result is None else self.result.map
+
+    @property
+    def answer(self) -> str | None:
+        return None if self.result is None else self.result.answer
+
+    @property
+    def certificates(self) -> tuple[Certificate, ...]:
+        return () if self.result is None else self.result.certificates
+
     def as_row(self) -> dict[str, Any]:
         """For machines."""
+        summary, proofs = self.rows.get("summary", {}), self.rows.get("certificates", {})
+        certificates = proofs.get("certificates", [])
         return {
             "run": str(self.directory),
-            "answer": self.answer,
-            "certified": bool(self.certificates and self.certificates[0].certified),
-            "map": None if self.map is None else self.map.model_dump(mode="json"),
-            "certificates": [certificate.model_dump() for certificate in self.certificates],
-            "preflight": self.preflight,
-            "floor": self.floor,
-            "evidence": self.evidence,
-            "whole_maps": list(self.chain),
-            "deployment": self.deployment,
-            "latency": self.latency,
-            "end_to_end": None if self.end_to_end is None else self.end_to_end.model_dump(mode="json"),
+            "answer": summary.get("answer"),
+            "certified": bool(certificates and certificates[0]["certified"]),
+            "map": summary.get("map"),
+            "certificates": certificates,
+            "preflight": self.rows.get("preflight"),
+            "floor": self.rows.get("floor"),
+            "evidence": self.rows.get("evidence"),
+            "whole_maps": self.rows.get("chain", {}).get("maps", []),
+            "deployment": self.rows.get("deployment"),
+            "latency": self.rows.get("latency"),
+            "end_to_end": self.rows.get("whole model") or None,
             "batches_scored": self.batches,
         }
 
@@ -67,44 +69,30 @@ class RunRecord:
 def read_run(directory: str | Path) -> RunRecord:
     """Read the journal in `directory`. Raises JournalError when there is none, or it does not hold what a search writes."""
     directory = Path(directory)
-    try:
-        return _read(directory)
-    except (ValidationError, MapError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise JournalError(
-            f"{directory}: expected what a search wrote down, got something else ({said}); the run was edited or damaged: "
-            "restore it from a backup, or choose another run directory"
-        ) from error
-
-
-def _read(directory: Path) -> RunRecord:
     with open_journal(directory) as journal:
-        summary, whole = _only(journal, "summary"), _only(journal, "whole model")
-        return RunRecord(
-            directory=directory,
-            premise=journal.premise(),
-            preflight=_only(journal, "preflight"),
-            inventory=_only(journal, "inventory"),
-            floor=_only(journal, "floor"),
-            evidence=_only(journal, "evidence"),
-            chain=tuple((_only(journal, "chain") or {"maps": []})["maps"]),
-            certificates=tuple(
-                Certificate.model_validate_json(json.dumps(row))
-                for row in (_only(journal, "certificates") or {"certificates": []})["certificates"]
-            ),
-            deployment=_only(journal, "deployment"),
-            latency=_only(journal, "latency"),
-            end_to_end=None if not whole else EndToEnd.model_validate_json(json.dumps(whole)),
-            map=None if summary is None else PrecisionMap.parse(json.dumps(summary["map"]), str(directory)),
-            answer=None if summary is None else str(summary["answer"]),
-            batches={kind: count for kind in STAGES if (count := journal.count(kind))},
-            asked=_asked(directory),
+        rows = {kind: found for kind in _KINDS if (found := _last(journal, kind)) is not None}
+        premise = journal.premise()
+        batches = {kind: count for kind in STAGES if (count := journal.count(kind))}
+    return RunRecord(
+        directory=directory,
+        premise=premise,
+        result=SearchResult.load(directory) if "summary" in rows else None,
+        rows=rows,
+        batches=batches,
+        asked=_asked(directory),
+    )
+
+
+_KINDS = (*"summary certificates preflight floor evidence chain deployment latency".split(), "whole model")
+
+
+def _last(journal: Journal, kind: str) -> dict[str, Any] | None:
+    found = journal.conclusions(kind)
+    if found and not isinstance(found[-1].value, dict):
+        raise JournalError(
+            f"expected {kind} as a search writes it, got {found[-1].value!r:.40}; restore the run from a backup"
         )
-
-
-def _only(journal: Journal, kind: str) -> dict[str, Any] | None:
-    rows = journal.conclusions(kind)
-    return rows[-1].value if rows else None
+    return found[-1].value if found else None
 
 
 def _asked(directory: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Every number stands with its error and its n, in the table or in its caption.
 import itertools
 import math
 from collections import Counter
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -16,10 +15,16 @@ from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.proof import certificate_text, rounding_text
 from precimap.report.run_record import RunRecord
 from precimap.report.terminal import Rows, lines_of, shown
-from precimap.searching.evidence.means import said_of
-from precimap.searching.latency.savings import Savings
+from precimap.searching.evidence.audit import Audit
+from precimap.searching.evidence.gather import EvidenceTable
+from precimap.searching.evidence.means import MeanAgreement, said_of
+from precimap.searching.preflight.checks import Preflight
+from precimap.searching.preflight.sample_size import Outlook
+from precimap.searching.result import SearchResult
 
-SELECTED = "Proved is the margin: drop and bound are those of the map that passed, and a little too good."
+SELECTED = (
+    "What is proved is the margin. The map was picked because it passed, so drop and bound are a little too good."
+)
 NAME_WIDTH = 36
 NARROW_NAME_WIDTH = 24  # beside all columns of a map
 SCHEME_WIDTH = 15
@@ -60,10 +65,14 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
         table.add_row(short_name(name, NARROW_NAME_WIDTH), f"{precision_map.share_of(name):.1%}", *cells, verdict, runs)
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
     notes = lines_of((f"{count} x {reason}" for reason, count in reasons.items()), "dim")
-    said = f"drops of single layers in {precision_map.premise.metric} x {unit:.0e}, {_sizes(precision_map)}"
-    whose = "; predicted with the last logit realigned, probed without" if precision_map.realignment else ""
-    whose += "; of the scheme in the last column, else of the first tried" if len(precision_map.schemes) > 1 else ""
-    said = f"{said}; positive is worse{whose}"
+    said = (
+        f"Drops of single layers in {precision_map.premise.metric}, in {unit:.0e}, {_sizes(precision_map)}; above zero is "
+        "worse."
+    )
+    if precision_map.realignment:
+        said += " They are predicted with the last logit realigned, and probed without."
+    if len(precision_map.schemes) > 1:
+        said += " They are those of the scheme in the last column, or of the first that was tried."
     return Group(table, *([notes] if reasons else []), lines_of([said], "dim"))
 
 
@@ -84,13 +93,13 @@ def _own_drop(decision: Decision, evidence: dict[str, Evidence], unit: float) ->
     return "" if found is None else f"{found.drop / unit:+.1f} ±{found.error / unit:4.1f}"
 
 
-def chain_table(run: RunRecord) -> RenderableType:
+def chain_table(result: SearchResult) -> RenderableType:
     """The maps of the chain as wholes: predicted, measured on the search split, tested on the certify split."""
-    errors = [row["measured"]["error"] for row in run.chain if row["measured"] is not None and row["measured"]["error"]]
-    singles = [abs(row["singles"]) for row in run.chain if row["singles"]]
-    unit = _power_of_ten([error / 10 for error in errors or singles])
+    measured = [one.measured.drop.error for one in result.chain if one.measured is not None and one.measured.drop.error]
+    singles = [abs(one.singles) for one in result.chain if one.singles]
+    unit = _power_of_ten([error / 10 for error in measured or singles])
     table = Rows(
-        title=f"drops of whole maps x {unit:.0e}, safest first (upper: one-sided bound)",
+        title=f"The drops of whole maps, in {unit:.0e}, the safest map first (upper: the bound):",
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -100,192 +109,209 @@ def chain_table(run: RunRecord) -> RenderableType:
     table.add_column("passed")
 
     def cell(value: float | None) -> str:
-        return "none" if value is None else f"{value / unit:+.1f}"
+        return "" if value is None else "none" if not math.isfinite(value) else f"{value / unit:+.1f}"
 
-    for row in run.chain:
-        tested = next((c for c in run.certificates if c.map == row["map"]), None)
-        found = row["measured"]
-        cells = [
-            "" if row["singles"] is None else cell(row["singles"]),
-            "" if row["predicted"] is None else cell(row["predicted"]["drop"]),
-        ]
-        cells += ["", "", ""] if found is None else [cell(found[name]) for name in ("drop", "error", "upper")]
-        cells += ["", "", ""] if tested is None else [cell(tested.drop), cell(tested.error), cell(tested.upper)]
+    for one in result.chain:
+        tested = next((c for c in result.certificates if c.map == one.fingerprint), None)
+        found, predicted = one.measured, one.predicted
+        cells = [cell(one.singles), "" if predicted is None else cell(predicted.drop.estimate)]
+        cells += ["", "", ""] if found is None else map(cell, (found.drop.estimate, found.drop.error, found.upper))
+        cells += (
+            ["", "", ""]
+            if tested is None
+            else ["none" if value is None else cell(value) for value in (tested.drop, tested.error, tested.upper)]
+        )
         said = "" if tested is None else "yes" if tested.certified else "no"
-        table.add_row(str(len(row["low"])), *cells, said)
-    return Group(table, _gains(run), *_broken_guards(run), *_drift(run))
+        table.add_row(str(len(one.step.choice)), *cells, said)
+    legend = (
+        "low: layers in low precision. singles: the sum of what its layers lose one by one. predicted: by the screen. "
+        "search, certify: measured on these splits."
+    )
+    return Group(table, lines_of([legend, _gains(result), *_broken_guards(result), *_drift(result)], "dim"))
 
 
-def _gains(run: RunRecord) -> Text:
-    gains = ", ".join(f"{row['gain']:.1%}" for row in run.chain)
-    how = "half of the FLOPs that 8 bits take over, counted" if run.latency is None else "of the layers' time, timed"
-    return Text(f"gains, in that order: {gains} ({how}; what bytes are worth included)", style="dim")
+def _gains(result: SearchResult) -> str:
+    gains = ", ".join(f"{one.step.gain:.1%}" for one in result.chain)
+    how = (
+        "of the FLOPs, where a layer of 8 bits counts as half saved"
+        if result.latency is None
+        else "of the time of all timed layers"
+    )
+    return f"These maps save, in the same order, {gains} ({how}; what saved bytes are worth is added)."
 
 
-def _broken_guards(run: RunRecord) -> list[Text]:
+def _broken_guards(result: SearchResult) -> list[str]:
     """Which maps a guard kept from the certify split: the gate's columns do not show it."""
     lines = []
-    for row in run.chain:
-        how, found = ("reaches", row["measured"]) if row["measured"] else ("is predicted to reach", row["predicted"])
+    for one in result.chain:
+        how, found = ("has", one.measured) if one.measured is not None else ("is predicted to have", one.predicted)
         lines += [
-            lines_of([f"{len(row['low'])} low: guard {name} {how} {filled:.1f} times its margin on the search split"])
-            for name, filled in (found["guards"].items() if found else ())
-            if filled > 1
+            f"The map with {len(one.step.choice)} layers low {how} a bound of {guard.filled:.1f} times the margin for the "
+            f"guard {name} on the search split."
+            for name, guard in (found.guards.items() if found is not None else ())
+            if guard.filled > 1
         ]
     return lines
 
 
-def _drift(run: RunRecord) -> list[Text]:
+def _drift(result: SearchResult) -> list[str]:
     """Calibration breaks before order: how far the scores of the final map are predicted to move on average."""
-    final = None if run.map is None else next((row for row in run.chain if row["map"] == run.map.fingerprint), None)
-    if final is None or final["drift"] is None:
+    final = next((one for one in result.chain if one.fingerprint == result.map.fingerprint), None)
+    if final is None or final.drift is None:
         return []
-    return [Text(f"predicted mean drift of the final map: {final['drift']:+.1e} (scores, or losses if not scalar)")]
+    return [
+        f"The screen predicts that under the final map scores (or losses, where a unit has several scores) move by "
+        f"{final.drift:+.1e} on average."
+    ]
 
 
-def audit_text(evidence: dict[str, Any]) -> RenderableType:
+def audit_text(evidence: EvidenceTable) -> RenderableType:
     """How the screen was checked, and where it was not believed."""
-    lines, audit = [], evidence["audit"]
-    if not evidence["layers"]:
-        lines.append("no layer was a candidate: nothing was predicted or probed")
+    lines, audit = [], evidence.audit
+    if not evidence.known:
+        lines.append("No layer was a candidate, so nothing was predicted or probed.")
     elif audit is None:
-        lines.append("every layer was probed on its own; nothing was predicted")
-    elif audit["rows"]:
+        lines.append("Every layer was probed on its own; nothing was predicted.")
+    elif audit.rows:
         lines.append(
-            f"screen: {evidence['screened_units']:,} units in one pass; audit by direct probes: {_agreement(audit)}"
+            f"The screen predicted the drop of every layer in one pass over {evidence.screened_units:,} units. "
+            f"{_agreement(audit)}"
         )
-        lines += [_means_said(row) for row in audit.get("means", ()) if row["kind"] is None or not row["agrees"]]
-        lines += [f"screen not believed for {kind}: probed instead" for kind in audit["distrusted"]]
-    lines += [f"not screened, probed: {name}: {why}" for name, why in evidence["unseen"].items()]
-    lines += _schemes_compared(evidence["layers"])
+        lines += [_means_said(found) for found in audit.means if found.kind is None or not found.agrees]
+        lines += [
+            f"The screen is not believed for {said_of(kind)}: those layers were probed." for kind in audit.distrusted
+        ]
+    lines += [f"The screen could not see {name} ({why}), so it was probed." for name, why in evidence.unseen.items()]
+    lines += _schemes_compared(evidence)
     return lines_of(lines)
 
 
-def _agreement(audit: dict[str, Any]) -> str:
+def _agreement(audit: Audit) -> str:
     """How many agree; unit by unit is not in the mean, and where the two answers differ both are said."""
-    agreeing, n = sum(row["agrees"] for row in audit["rows"]), len(audit["rows"])
-    said = f"{agreeing} of {n} agree"
-    if not all(row["agrees"] for row in audit.get("means", ())):  # an older run has none
-        return f"{said} unit by unit, but not in the mean"
-    return f"{said} (at least {audit['share_at_least']:.0%}, 95 %)"
+    agreeing, n = sum(row.agrees for row in audit.rows), len(audit.rows)
+    said = f"To check it, {n} layers were drawn at random and measured one by one: {agreeing} of {n} agree"
+    if not all(found.agrees for found in audit.means):
+        return f"{said} unit by unit, but not in the mean."
+    return f"{said} (with 95 % confidence at least {audit.share[1]:.0%} of all do)."
 
 
-def _means_said(row: dict[str, Any]) -> str:
+def _means_said(found: MeanAgreement) -> str:
     """The sum that was predicted beside the one that was measured, and how much of the margin the error can hide."""
-    kind = row["scheme"] if row["kind"] is None else said_of(tuple(row["kind"]))
-    verdict = "agree" if row["agrees"] else "DISAGREE"
-    hidden = 2 * row["error"] * row["of"] / row["layers"] / row["margin"]
+    kind = found.scheme if found.kind is None else said_of(found.kind)
+    verdict = "agree" if found.agrees else "DISAGREE"
+    hidden = 2 * found.error * found.of / found.layers / found.margin
     return (
-        f"mean drop of {row['layers']} audited ({kind}, {row['what']}): predicted {row['predicted']:+.2g}, "
-        f"measured {row['probed']:+.2g} ({verdict}; n = {row['n']}, off by up to {hidden:.2g} margins would not show)"
+        f"Together these {found.layers} ({kind}) are predicted to change {found.what} by {found.predicted:+.2g}, and "
+        f"measured to change it by {found.probed:+.2g}: they {verdict} (n = {found.n}; over all layers, an error of up to "
+        f"{hidden:.2g} margins would not show)."
     )
 
 
-def _schemes_compared(layers: list[dict[str, Any]]) -> list[str]:
+def _schemes_compared(evidence: EvidenceTable) -> list[str]:
     """Where fewer or other bits do better, it is said and not clamped: which scheme has the smaller output error."""
     errors: dict[str, dict[str, float]] = {}
-    for row in layers:
-        if row["output_error"] is not None:
-            errors.setdefault(row["scheme"], {})[row["layer"]] = row["output_error"][0]
+    for found in evidence.known:
+        if found.output_error is not None:
+            errors.setdefault(found.scheme, {})[found.layer] = found.output_error[0]
     lines = []
     for first, second in itertools.combinations(errors, 2):
         both = errors[first].keys() & errors[second].keys()
         if not both:  # schemes of products and of tables meet in no layer
             continue
         better = sum(errors[second][layer] < errors[first][layer] for layer in both)
-        lines.append(f"predicted output error: {second} below {first} in {better} of {len(both)} layers")
+        lines.append(f"In {better} of {len(both)} layers {second} is predicted to change the scores less than {first}.")
     return lines
 
 
 def run_page(run: RunRecord) -> RenderableType:
     """Everything about a run."""
-    parts: list[RenderableType] = []
-    if run.answer is not None:
-        parts += [lines_of([f"answer: {run.answer}"], "bold"), Text()]
-    if run.preflight is not None:
-        parts += [preflight_text(run.preflight), Text()]
-    if run.map is not None:
-        parts += [map_table(run.map), Text(), _savings(run.map, run.floor, run.latency), Text()]
-    else:
+    if run.result is None:
         done = ", ".join(f"{kind} {count}" for kind, count in run.batches.items()) or "none"
-        parts += [Text(f"unfinished, the same command takes it up again; batches scored: {done}", style="yellow")]
-    if run.evidence is not None:
-        parts += [audit_text(run.evidence), Text()]
-    if run.chain:
-        parts += [chain_table(run), Text()]
-    if run.end_to_end is not None:
-        parts += [end_to_end_page(run.end_to_end), Text()]
-    if run.map is not None and run.map.certificate is not None:
-        parts += [certificate_text(run.map.certificate), lines_of([f"  {SELECTED}"])]
-    elif run.certificates:
-        parts += [certificate_text(run.certificates[0])]
-    if run.map is not None and run.map.rounding is not None:
-        parts += [rounding_text(run.map.rounding)]
+        return Text(
+            f"This run is not finished; the same command goes on. Batches scored so far: {done}.", style="yellow"
+        )
+    result = run.result
+    parts = [lines_of([f"answer: {result.answer}"], "bold"), Text(), preflight_text(result.preflight), Text()]
+    parts += [map_table(result.map), Text(), _savings(result), Text()]
+    if result.evidence is not None:
+        parts += [audit_text(result.evidence), Text()]
+    if result.chain:
+        parts += [chain_table(result), Text()]
+    if result.end_to_end is not None:
+        parts += [end_to_end_page(result.end_to_end), Text()]
+    if result.map.certificate is not None:
+        parts += [certificate_text(result.map.certificate), lines_of([f"  {SELECTED}"])]
+    elif result.certificates:
+        parts += [certificate_text(result.certificates[0])]
+    if result.map.rounding is not None:
+        parts += [rounding_text(result.map.rounding)]
     return Group(*parts)
 
 
-def preflight_text(preflight: dict[str, Any]) -> RenderableType:
+def preflight_text(preflight: Preflight) -> RenderableType:
     """What the splits can tell, and what is worth knowing."""
     lines = [
-        f"The search uses {preflight['search_units']:,} units, and the final test (the certify split) about "
-        f"{preflight['certify_units']:,}."
+        f"The search uses {preflight.search_units:,} units, and the final test (the certify split) about "
+        f"{preflight.certify_units:,}."
     ]
-    lines += [_outlook_line(found) for found in preflight["outlook"]]
-    return lines_of([*lines, *(f"note: {note}" for note in preflight["notes"])])
+    lines += [_outlook_line(found) for found in preflight.outlook]
+    return lines_of([*lines, *(f"note: {note}" for note in preflight.notes)])
 
 
-def _outlook_line(found: dict[str, Any]) -> str:
+def _outlook_line(found: Outlook) -> str:
     """What the splits can tell of one metric, beside the margin that was asked for."""
-    if found["impossible"] is not None:
-        return f"no map can be certified: {found['impossible']}"
-    if found["unmeasured"] is not None and not math.isfinite(found["detectable"]):
-        return f"{found['label']}: how noisy a map is could not be measured beforehand ({found['unmeasured']})"
+    if found.impossible is not None:
+        return f"no map can be certified: {found.impossible}"
+    if found.unmeasured is not None and not math.isfinite(found.detectable):
+        return f"{found.label}: how noisy a map is could not be measured beforehand ({found.unmeasured})"
     assumed = "for a map that loses nothing and is as noisy as the model with all layers in low precision"
-    if not math.isfinite(found["detectable"]):
-        line = f"{found['label']}: with these data no margin can be certified, {assumed}"
+    if not math.isfinite(found.detectable):
+        line = f"{found.label}: with these data no margin can be certified, {assumed}"
     else:
-        line = (
-            f"{found['label']}: with these data margins from {found['detectable']:.2g} on can be certified, {assumed}"
-        )
-    if found["detectable"] <= found["margin"]:
-        return f"{line}. Yours is {found['margin']:g}."
-    needed = "" if found["about"] is None else f" It takes about {found['about']:,} units in each split."
-    return f"{line}. Yours is {found['margin']:g}: expect a map that changes less, or none.{needed}"
+        line = f"{found.label}: with these data margins from {found.detectable:.2g} on can be certified, {assumed}"
+    if found.detectable <= found.margin:
+        return f"{line}. Yours is {found.margin:g}."
+    needed = "" if found.about is None else f" It takes about {found.about:,} units in each split."
+    return f"{line}. Yours is {found.margin:g}: expect a map that changes less, or none.{needed}"
 
 
-def _savings(
-    precision_map: PrecisionMap, floor: dict[str, Any] | None, latency: dict[str, Any] | None
-) -> RenderableType:
-    rest = precision_map.other_bytes
+def _savings(result: SearchResult) -> RenderableType:
+    found = result.map
+    before, after = (megabytes(size + found.other_bytes) for size in (found.bytes_before, found.bytes_after))
+    whose = "layers" if found.of_model is None else "parameters"
     lines = [
-        f"in low precision: {len(precision_map.low)} of {len(precision_map.layers)} layers, {precision_map.flops_said}",
-        f"bytes of all {'layers' if precision_map.of_model is None else 'parameters'}: "
-        f"{megabytes(precision_map.bytes_before + rest)} -> {megabytes(precision_map.bytes_after + rest)}, "
-        f"{precision_map.bytes_share:.1%} of them in low precision",
-        _time_saved(precision_map, latency),
+        f"{len(found.low)} of {len(found.layers)} layers are in low precision: {found.flops_said}.",
+        f"The {whose} shrink from {before} to {after}; {found.bytes_share:.1%} of their bytes are in low precision.",
+        _time_saved(result),
     ]
-    if precision_map.realignment is not None:
-        repair = precision_map.realignment
+    if found.realignment is not None:
+        repair = found.realignment
         lines.append(
-            f"last logit realigned in {repair.layer}: {repair} (without labels, n = {repair.n:,} logits of each output)"
+            f"The last logit is realigned in {repair.layer}: {repair} (fitted without labels on n = {repair.n:,} logits of "
+            "each output)."
         )
-    if floor is not None:
-        drop = floor["drop"]
-        lines.append(f"noise floor (rounding every layer to BF16): {drop['estimate']:+.1e} ± {drop['error']:.1e}")
+    if result.floor is not None:
+        drop = result.floor.drop
+        lines.append(
+            f"For comparison, rounding every layer to BF16 alone has a drop of {drop.estimate:+.1e} ± {drop.error:.1e} "
+            f"(n = {drop.n:,})."
+        )
     return lines_of(lines)
 
 
-def _time_saved(precision_map: PrecisionMap, latency: dict[str, Any] | None) -> str:
+def _time_saved(result: SearchResult) -> str:
     """As the sum of the layers that are low, timed one by one; or that nothing was timed."""
+    found, latency = result.map, result.latency
     if latency is None:
-        return f"time saved is counted in FLOPs: no layer was timed for the target {precision_map.target}"
-    chosen = ((name, precision_map.layers[name].scheme or "") for name in precision_map.low)
-    share, low, high = Savings.of_row(latency).total(chosen)
-    sizes = ", ".join(map(str, latency["batch_sizes"]))
-    took = ", ".join(f"{1e3 * seconds:.3g} ms" for seconds in latency["seconds"])
+        return f"No layer was timed for the target {found.target}: what is saved is counted in FLOPs."
+    chosen = ((name, found.layers[name].scheme or "") for name in found.low)
+    share, low, high = latency.savings.total(chosen)
+    sizes = ", ".join(map(str, latency.batch_sizes))
+    took = ", ".join(f"{1e3 * seconds:.3g} ms" for seconds in latency.seconds)
     return (
-        f"time of the layers: {share:.1%} [{low:.1%}, {high:.1%}] saved, the sum of layers timed one by one (quartiles of "
-        f"n = {latency['n']} turns; batch {sizes}: {took} in base precision; {latency['device']})"
+        f"Of the time of the layers, {share:.1%} [{low:.1%}, {high:.1%}] is saved: the sum of layers timed one by one "
+        f"(quartiles of n = {latency.n} turns; at batch size {sizes} all of them take {took} in base precision; "
+        f"{latency.device})."
     )
 
 

@@ -171,7 +171,9 @@ def _layer(name: str, precision_map: PrecisionMap, tensors: Mapping[str, Tensor]
     assert codes is not None
     assert scale is not None
     affine, keeps = Affine(scale, zero, offset), decision.keeps(scheme)
-    layer = QuantizedLayer(name, scheme, codes, affine, shipped_range(decision), keeps=keeps)
+    layer = QuantizedLayer(
+        name=name, scheme=scheme, codes=codes, weight_affine=affine, input_range=shipped_range(decision), keeps=keeps
+    )
     _check_values(layer, path)
     return layer
 

@@ -71,9 +71,8 @@ def _check_matrix(matrix: LowWeight) -> None:
     bias = torch.linspace(-1, 1, outputs, dtype=torch.float32, device=device).to(matrix.dtype)
     with torch.no_grad():
         found = kernel.rows(x, matrix, bias, matrix.dtype)
-        for piece in row_pieces(
-            layer.codes, CHECKED_AT_A_TIME
-        ):  # decoded, the whole weight would be four times its codes
+        # Decoded, the whole weight would be four times its codes.
+        for piece in row_pieces(layer.codes, CHECKED_AT_A_TIME):
             part = replace(layer, codes=layer.codes[piece], weight_affine=rows_of(layer.weight_affine, piece, 2))
             added = bias[piece].float()
             plain = nn.Linear(inputs, len(added), dtype=torch.float32, device="meta")
@@ -81,7 +80,7 @@ def _check_matrix(matrix: LowWeight) -> None:
             with quantized(plain, {"weight": part}):
                 expected = plain(x.float())
             magnitudes = nn.functional.linear(x.float().abs(), part.weight().abs(), added.abs())
-            _compare(matrix.how.name, layer, found[:, piece], expected, magnitudes, error)
+            _compare(matrix.how.name, layer, found[:, piece], expected, _slack(magnitudes, error))
 
 
 def _check_experts(experts: LowWeight) -> None:
@@ -98,7 +97,8 @@ def _check_experts(experts: LowWeight) -> None:
         decoded = layer.weight()[:used].abs().repeat_interleave(4, 0)
         by_output = decoded.transpose(1, 2) if inputs_first else decoded
         magnitudes = torch.einsum("sk,snk->sn", x.float().abs(), by_output)
-        _compare(experts.how.name, layer, plain(experts, x, ends), expected, magnitudes, FP8_KERNEL.accumulation_error)
+        slack = _slack(magnitudes, FP8_KERNEL.accumulation_error)
+        _compare(experts.how.name, layer, plain(experts, x, ends), expected, slack)
 
 
 class _Grouped(nn.Module):
@@ -116,16 +116,14 @@ class _Grouped(nn.Module):
         return output
 
 
-def _compare(
-    name: str, layer: QuantizedLayer, found: Tensor, expected: Tensor, magnitudes: Tensor, accumulation: float
-) -> None:
-    """Raises DeployError where a kernel's results are not those of the emulation.
+def _slack(magnitudes: Tensor, accumulation: float) -> Tensor:
+    """What a float32 sum in another order, and the kernel's own way to add, may change of sums of these magnitudes."""
+    return (TOLERANCE[torch.float32] + accumulation) * magnitudes
 
-    A result may differ by its own rounding; and, in proportion to the sum of the magnitudes, by a float32 sum in another
-    order and by the kernel's own way to add.
-    """
-    summed = TOLERANCE[torch.float32] + accumulation
-    allowed = TOLERANCE[found.dtype] * expected.abs() + summed * magnitudes
+
+def _compare(name: str, layer: QuantizedLayer, found: Tensor, expected: Tensor, slack: Tensor) -> None:
+    """Raises DeployError where a kernel's results differ from the emulation by more than their own rounding and `slack`."""
+    allowed = TOLERANCE[found.dtype] * expected.abs() + slack
     difference = (found.float() - expected).abs()
     if not bool((difference <= allowed).all()):
         worst = (difference - allowed).nan_to_num(nan=math.inf).argmax()

@@ -9,28 +9,24 @@ from precimap.certificate import Certificate
 from precimap.end_to_end import BLANKET, EndToEnd
 from precimap.precision_map import PrecisionMap
 from precimap.searching.latency.planned import Latency
-from precimap.searching.whole.assemble import Findings, assemble
-from precimap.searching.whole.whole_maps import Chosen
+from precimap.searching.maps.assemble import MapWriter, assemble
+from precimap.searching.maps.candidates import Chain
 
 
 def answer_of(
-    findings: Findings,
-    chosen: Chosen,
-    certificates: Sequence[Certificate],
-    margin: float,
-    latency: Latency | None,
+    writer: MapWriter, chain: Chain, certificates: Sequence[Certificate]
 ) -> tuple[PrecisionMap, Certificate | None, str]:
-    """The final map, the certificate that decided, if any, and the sentence. margin: of the gate."""
+    """The final map, the certificate that decided, if any, and the sentence."""
     passed = [certificate for certificate in certificates if certificate.certified]
     if passed:
-        final = next(j.map for j in chosen.joints if j.map is not None and j.map.fingerprint == passed[-1].map)
-        answer = (
-            f"certified: {len(final.low)} of {len(final.layers)} layers in low precision, {_saving(final, latency)}"
+        final = next(
+            one.map for one in chain.candidates if one.map is not None and one.map.fingerprint == passed[-1].map
         )
+        low, of = len(final.low), len(final.layers)
+        answer = f"certified: {low} of {of} layers in low precision, {_saving(final, writer.subject.latency)}"
         return final.model_copy(update={"certificate": passed[-1]}), passed[-1], answer
     certificate = certificates[0] if certificates else None
-    why = _why_not(findings, chosen, certificate, margin, latency)
-    return assemble(findings, {}), certificate, f"keep the baseline: {why}"
+    return assemble(writer, {}), certificate, f"keep the baseline: {_why_not(writer, chain, certificate)}"
 
 
 def gain_said(times: EndToEnd) -> str:
@@ -61,18 +57,17 @@ def _saving(final: PrecisionMap, latency: Latency | None) -> str:
     return f"{share:.1%} [{lower:.1%}, {upper:.1%}] of the layers' time saved, {bytes_said}"
 
 
-def _why_not(
-    findings: Findings, chosen: Chosen, certificate: Certificate | None, margin: float, latency: Latency | None
-) -> str:
+def _why_not(writer: MapWriter, chain: Chain, certificate: Certificate | None) -> str:
+    margin, latency = writer.table.margin, writer.subject.latency
     if certificate is not None:
         return f"the safest map was not certified ({certificate.verdict})"
-    measured = [joint.measured for joint in chosen.joints if joint.measured is not None]
+    measured = [one.measured for one in chain.candidates if one.measured is not None]
     if measured:
         best = min(measured, key=lambda found: found.strictest(margin))
         filled, whose = best.strictest(margin) / margin, best.tightest(margin)
         return f"already on the search split the best bound of a map is {filled:.2g} times the margin of {whose}"
-    if chosen.joints:
+    if chain.candidates:
         return "time ran out before a map was measured as a whole"
-    if latency is not None and latency.slower and not findings.eligibility.open_pairs():
+    if latency is not None and latency.slower and not writer.subject.pairs:
         return latency.verdict()
     return "no layer is both eligible and not sensitive"

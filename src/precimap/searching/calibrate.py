@@ -81,7 +81,7 @@ def spread_sample(values: Tensor, count: int, seed: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Calibration:
+class InputRanges:
     """Input statistics of every layer that was called on the calibration split, or the ranges that followed from them.
 
     seen: layer -> sample of its inputs. ranges: (layer, `scheme_key`) -> static range, known already. refused: layer -> why
@@ -106,7 +106,7 @@ class Calibration:
 
 
 def codes(
-    task: Task, inventory: Inventory, calibration: Calibration, pairs: Iterable[tuple[str, Scheme]]
+    task: Task, inventory: Inventory, calibration: InputRanges, pairs: Iterable[tuple[str, Scheme]]
 ) -> tuple[QuantizedLayer, ...]:
     """Codes and scales of each (layer, scheme), in the order given: what every later step computes with."""
     weights = parameter_names(task.model)
@@ -118,7 +118,14 @@ def codes(
     return tuple(made)
 
 
-def calibrated(run: Run, inventory: Inventory, schemes: Sequence[Scheme]) -> Calibration:
+def prepare(
+    task: Task, inventory: Inventory, calibration: InputRanges, choice: Mapping[str, Scheme]
+) -> dict[str, QuantizedLayer]:
+    """The same by layer, of a choice of layers."""
+    return {layer.name: layer for layer in codes(task, inventory, calibration, choice.items())}
+
+
+def calibrated(run: Run, inventory: Inventory, schemes: Sequence[Scheme]) -> InputRanges:
     """The static ranges of all layers that are called, from the journal where it holds them; none for dynamic schemes."""
     static = [scheme for scheme in schemes if scheme.needs_calibration]
     names = tuple(layer.name for layer in inventory.layers if not layer.table)
@@ -134,10 +141,10 @@ def calibrated(run: Run, inventory: Inventory, schemes: Sequence[Scheme]) -> Cal
         rows = {key: run.journal.find("calibration", *key) for key in rows}
     found = {key: row.value for key, row in rows.items() if row is not None}
     ranges = {key: InputRange(**value) for key, value in found.items() if REFUSED not in value}
-    return Calibration({}, ranges, {name: value[REFUSED] for (name, _), value in found.items() if REFUSED in value})
+    return InputRanges({}, ranges, {name: value[REFUSED] for (name, _), value in found.items() if REFUSED in value})
 
 
-def _range_row(seen: Calibration, name: str, scheme: Scheme) -> dict[str, Any]:
+def _range_row(seen: InputRanges, name: str, scheme: Scheme) -> dict[str, Any]:
     """What the journal keeps of a layer: its range, or why it has none."""
     try:
         found = seen.input_range(name, scheme)
@@ -147,7 +154,7 @@ def _range_row(seen: Calibration, name: str, scheme: Scheme) -> dict[str, Any]:
     return asdict(found)
 
 
-def calibrate(task: Task, layers: tuple[str, ...], progress: Progress) -> Calibration:
+def calibrate(task: Task, layers: tuple[str, ...], progress: Progress) -> InputRanges:
     """Run the calibration split once and keep what static ranges need, or why a layer has no range.
 
     Raises TaskError for scores that are NaN: that is more than one layer.
@@ -163,7 +170,7 @@ def calibrate(task: Task, layers: tuple[str, ...], progress: Progress) -> Calibr
             units_of(scores, place)
             progress("calibrate", number + 1, len(batches))
     sampled = {name: _sample(seen) for name, seen in mode.seen.items() if name not in mode.refused}
-    return Calibration(sampled, refused=mode.refused)
+    return InputRanges(sampled, refused=mode.refused)
 
 
 def _sample(seen: _Seen) -> Tensor:

@@ -6,52 +6,73 @@ measurement is in the journal before it is used: the same call takes up a run th
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Unpack
 
 from precimap.certificate import Rounding
 from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
-from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import codes_kept
 from precimap.layers.realign import score_layer
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics import NUMERICS_VERSION
 from precimap.numerics.schemes import Scheme, schemes_of
 from precimap.precision_map import PrecisionMap, Premise
-from precimap.searching import preflight
-from precimap.searching.allocation.rules import KNAPSACK, Rule, cutoff_of, kept_for_time
-from precimap.searching.asked import Asked
-from precimap.searching.batch_invariance import batch_dependence
-from precimap.searching.calibrate import Calibration, calibrated
+from precimap.searching.allocation.rules import kept_for_time
+from precimap.searching.calibrate import calibrated
 from precimap.searching.certificate.booking import Booking, chosen_on
 from precimap.searching.certificate.rounding_draws import rounding_of
-from precimap.searching.eligibility import NO_PATTERNS, Eligibility, eligibility, open_pairs, refusing
+from precimap.searching.eligibility import eligibility, open_pairs
 from precimap.searching.evidence.floor import floor_pairs, rounding_floor
-from precimap.searching.evidence.gather import Evidence, gather
+from precimap.searching.evidence.gather import EvidenceTable, gather, table_of
 from precimap.searching.evidence.probe import failures
-from precimap.searching.inventories import inventory_of
 from precimap.searching.latency.planned import Latency
-from precimap.searching.latency.serving import HERE, Serving, foreseen, timed_here
-from precimap.searching.latency.whole import Stand
-from precimap.searching.limits import USUAL_EFFORT, Effort, Limits, margin_of, state_directory
+from precimap.searching.maps.assemble import MapWriter, assemble, premise_of
+from precimap.searching.maps.choosing import chosen_maps, to_certify
+from precimap.searching.preflight.batch_invariance import batch_dependence
+from precimap.searching.preflight.checks import (
+    Preflight,
+    check_baseline,
+    check_task,
+    check_unchanged,
+    doubts,
+    model_notes,
+)
+from precimap.searching.preflight.sample_size import Outlook, outlooks
+from precimap.searching.preflight.trial import tried
 from precimap.searching.progress import Progress, silent
-from precimap.searching.proof import Proof, check_left, conclude, proved, stand_of
-from precimap.searching.realign import Realigner
+from precimap.searching.proof import Proof, bench_of, check_left, conclude, proved
+from precimap.searching.question import Asked, Question, margin_of
+from precimap.searching.realigner import Realigner
 from precimap.searching.result import SearchResult, saved
-from precimap.searching.run import Parts, Run, scored
+from precimap.searching.run import Parts, Run, scored_baseline
 from precimap.searching.same_task import check_first_batch, terms
-from precimap.searching.sample_size import Outlook, outlook, pilots
 from precimap.searching.splits.three_splits import SplitPrints, fingerprint_splits, unchanging
-from precimap.searching.trial import tried
-from precimap.searching.whole.assemble import Findings, assemble, premise_of
-from precimap.searching.whole.choosing import chosen_maps, to_certify
+from precimap.searching.subject import Subject, inventory_of
+from precimap.searching.timing.times import times_from_profile, times_measured
 from precimap.targets import target_of
 from precimap.task import Task, first_batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Search:
+    """What stays the same from the first step to the last.
+
+    notes: for the reader, of the task and its splits. foreseen: the times of a profile. realigner: of maps whose scores are
+    brought back to the baseline's.
+    """
+
+    question: Question
+    booking: Booking
+    premise: Premise
+    notes: tuple[str, ...]
+    foreseen: Latency | None
+    realigner: Realigner | None
+    on_preflight: Callable[[Preflight], None]
 
 
 @codes_kept()
@@ -60,61 +81,63 @@ def search(
     *,
     schemes: str | Scheme | Sequence[str | Scheme],
     margin: float | str,
-    confidence: float = 0.95,
-    rule: Rule = KNAPSACK,
-    cutoff: float | None = None,
     target: Target | str = EMULATED,
-    pinned: Sequence[str] = (),
-    allowed: Mapping[str, Sequence[str]] = NO_PATTERNS,
-    alpha_budget: float | None = None,
-    effort: Effort = USUAL_EFFORT,
-    serving: Serving = HERE,
     run: str | Path | None = None,
-    ledger: str | Path | None = None,
-    realign: bool = False,
     progress: Progress = silent,
-    on_preflight: Callable[[preflight.Preflight], None] | None = None,
+    on_preflight: Callable[[Preflight], None] = lambda _: None,
+    **asked: Unpack[Asked],
 ) -> SearchResult:
     """Find the most aggressive precision map that the metric cannot tell from the model as given.
 
     schemes: names or Schemes; of several each layer takes one (on equal terms, the first). margin: the largest drop you
     accept, in units of the metric, or "0.1%" of a metric whose drop is relative. target: what the map is for, an object or
-    its name (`precimap.targets`). rule: `Knapsack(...)` or `Threshold()`. cutoff: a layer is called tolerant when its
-    own drop is surely below it (default: margin / number of candidate layers). pinned: layers to keep, by name or
-    shell pattern. allowed: name or pattern -> the only schemes for these layers. A name means that layer alone,
-    whatever it holds. alpha_budget: what the certify split may give away in all (default 1 - confidence). effort:
-    how hard to look, see `Effort`. serving: batch sizes and hardware, see `Serving`; by default layers are timed
-    here if the target has kernels here. run: a directory for measurements and maps; one that holds measurements of
-    the same model, data and schemes is taken up again, also with another margin or rule. ledger: directory of the
-    alpha ledgers (default `state_directory()`).
-    realign: bring each map's scores, which must be logits, back to the baseline's by a scale and a shift that are fitted
-    without labels on the calibration split and folded into the last nn.Linear; part of the map and of what is certified.
-    on_preflight: told what this many units can detect, before the long work.
+    its name (`precimap.targets`). run: a directory for measurements and maps; one that holds measurements of the same model,
+    data and schemes is taken up again, also with another margin or rule. on_preflight: told what this many units can detect,
+    before the long work.
+
+    asked, by name: confidence, alpha_budget, ledger, pinned, allowed, rule, cutoff, realign, effort and serving, with the
+    meaning and the defaults that `Question` gives them.
 
     Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the input, JournalError for a run
     with another premise, AlphaSpent when the certify split has judged other maps before: before the long work, where it is
     known by then that nothing can be asked (`Booking.check_left`). The model stays as it was.
     """
-    limits = Limits(margin_of(margin, task.metric), confidence, cutoff, alpha_budget)
-    chosen, target = schemes_of(schemes), target_of(target)
-    first = preflight.check_task(task)
+    question = Question(margin=margin_of(margin, task.metric), **asked)
+    chosen, where = schemes_of(schemes), target_of(target)
+    first = check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)
     inventory = inventory_of(task)
-    eligible = eligibility(inventory, chosen, target, pinned, allowed)
-    by_profile = foreseen(inventory, open_pairs(eligible, chosen), target, serving)
-    seen = _Seen(prints, (*first.notes, *prints.notes), inventory, eligible, by_profile)
+    eligible = eligibility(inventory, chosen, where, question.pinned, question.allowed)
+    foreseen = times_from_profile(inventory, open_pairs(eligible, chosen), where, question.serving)
     premise = premise_of(task, of_weights(task.model), prints, version("precimap"))
-    last = score_layer(task.model, task.forward, inventory, first_batch(task, task.splits.search)) if realign else None
-    ends_at = None if effort.minutes is None else time.monotonic() + 60 * effort.minutes
-    with ExitStack() as stack:
-        bound = _bound_to(premise, task, target, prints)
-        journal = stack.enter_context(run_journal(None if run is None else Path(run), bound))
+    realigner = None
+    if question.realign:
+        last = score_layer(task.model, task.forward, inventory, first_batch(task, task.splits.search))
+        realigner = Realigner(task, last)
+    minutes = question.effort.minutes
+    ends_at = None if minutes is None else time.monotonic() + 60 * minutes
+    with run_journal(None if run is None else Path(run), _bound_to(premise, task, where, prints)) as journal:
         check_first_batch(journal, task, first.scored)
-        booking = Booking(task, prints, first.scored, Path(ledger) if ledger else state_directory())
         made = Run(task, journal, progress, ends_at)
-        asked = Asked(made, chosen, limits, rule, target, effort, premise, on_preflight, serving, last)
-        return saved(_searched(asked, seen, booking), run)
+        subject = Subject(
+            run=made,
+            inventory=inventory,
+            schemes=chosen,
+            target=where,
+            eligibility=eligible,
+            calibration=calibrated(made, inventory, chosen),
+        )
+        one = _Search(
+            question=question,
+            booking=Booking(task, prints, first.scored, question.ledger_directory),
+            premise=premise,
+            notes=(*first.notes, *prints.notes),
+            foreseen=foreseen,
+            realigner=realigner,
+            on_preflight=on_preflight,
+        )
+        return saved(_searched(one, subject), run)
 
 
 def _bound_to(premise: Premise, task: Task, target: Target, prints: SplitPrints) -> dict[str, str]:
@@ -126,192 +149,141 @@ def _bound_to(premise: Premise, task: Task, target: Target, prints: SplitPrints)
     return {**found, "metrics beside it": task.kept_beside, **terms(task, prints.search)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What is known before a run directory is made: wrong input leaves none behind."""
-
-    prints: SplitPrints
-    notes: tuple[str, ...]
-    inventory: Inventory
-    allowed: Eligibility
-    latency: Latency | None
-    failed: Mapping[tuple[str, str], str] = field(default_factory=dict)  # what the trial refused
-
-
-def _searched(search: Asked, seen: _Seen, booking: Booking) -> SearchResult:
-    """Up to where the long work begins: what can be tried at all, and what the splits can tell."""
-    run, task, inventory = search.run, search.run.task, seen.inventory
-    calibration = calibrated(run, inventory, search.schemes)
-    seen = _tried(search, seen, calibration)
-    baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
-    preflight.check_baseline(task, baseline.whole)
-    told = _outlook(search, seen, calibration, baseline)
-    if any(found.impossible is not None for found in told):
-        return _too_small(search, seen, calibration, _preflight(search, seen, calibration, baseline, told, booking))
-    check_left(search, seen.allowed, booking)
-    seen = _with_times(search, seen, calibration)
-    stand = stand_of(search, inventory, calibration, seen.allowed, seen.latency)
-    checked = _preflight(search, seen, calibration, baseline, told, booking)
-    return _decided(search, seen, calibration, baseline, checked, stand, booking)
-
-
-def _decided(
-    search: Asked,
-    seen: _Seen,
-    calibration: Calibration,
-    baseline: Parts,
-    checked: preflight.Preflight,
-    stand: Stand | None,
-    booking: Booking,
-) -> SearchResult:
-    """From single layers to the proof of a whole map."""
-    run, alpha, inventory = search.run, search.limits.alpha, seen.inventory
-    savings = None if seen.latency is None else seen.latency.savings
-    floor = rounding_floor(run, inventory, baseline, search.effort.check_units, alpha, seen.failed)
+def _searched(search: _Search, subject: Subject) -> SearchResult:
+    """The way from discovery to proof, as docs/architecture.md draws it."""
+    question, run, booking = search.question, subject.run, search.booking
+    subject = _tried(subject)
+    baseline = scored_baseline(run)
+    check_baseline(run.task, baseline.whole)
+    share = len(booking.prints.certify.distinct) / len(booking.prints.search.distinct)
+    told = outlooks(subject, baseline, share, question)
+    if any(outlook.impossible is not None for outlook in told):
+        return _too_small(search, subject, _preflight(search, subject, baseline, told))
+    check_left(subject, question, booking)
+    subject = _timed(search, subject)
+    bench = bench_of(subject, question)
+    checked = _preflight(search, subject, baseline, told)
+    floor = rounding_floor(subject, question, baseline)
     run.journal.conclude("floor", "all layers", asdict(floor))
-    pairs = open_pairs(seen.allowed, search.schemes)
-    realigner = None if search.realigned_at is None else Realigner(run.task, search.realigned_at)
-    evidence = gather(
-        run,
-        inventory,
-        calibration,
-        baseline,
-        pairs,
-        search.rule,
-        search.limits,
-        search.effort,
-        0 if realigner is None else realigner.outputs,
-        savings,
-    )
-    seen, evidence = _without_failures(search, seen, evidence)
-    findings = _findings(search, seen, calibration, evidence, realigner)
-    chosen = to_certify(findings, chosen_maps(run, findings, search.rule, evidence, baseline, search.limits))
-    run.journal.conclude("chain", "search", {"maps": [joint.row(search.limits.margin) for joint in chosen.joints]})
-    proof = proved(search, findings, chosen, stand, seen.latency, booking)
-    final = _final(search, proof, baseline, realigner, booking)
+    evidence = gather(subject, question, baseline, 0 if search.realigner is None else search.realigner.outputs)
+    subject, evidence = _without_failures(subject, evidence)
+    writer = _writer(search, subject, evidence)
+    chain = to_certify(writer, chosen_maps(writer, question, evidence, baseline))
+    run.journal.conclude("chain", "search", {"maps": [one.row(question.margin) for one in chain.candidates]})
+    proof = proved(question, writer, chain, bench, booking)
     return SearchResult(
-        final,
-        proof.certificate,
-        proof.answer,
-        checked,
-        inventory,
-        floor,
-        evidence,
-        chosen.joints,
-        proof.certificates,
-        seen.latency,
-        proof.end_to_end,
+        map=_final(search, subject, proof, baseline),
+        certificate=proof.certificate,
+        answer=proof.answer,
+        preflight=checked,
+        inventory=subject.inventory,
+        floor=floor,
+        evidence=evidence,
+        chain=chain.candidates,
+        certificates=proof.certificates,
+        latency=subject.latency,
+        end_to_end=proof.end_to_end,
     )
 
 
-def _findings(
-    search: Asked, seen: _Seen, calibration: Calibration, evidence: Evidence, realigner: Realigner | None
-) -> Findings:
-    """All that a map is written down from."""
-    inventory, savings = seen.inventory, None if seen.latency is None else seen.latency.savings
-    found = Findings(
-        inventory,
-        search.schemes,
-        seen.allowed,
-        calibration,
-        evidence.known,
-        cutoff_of(search.limits, inventory, evidence.known),
-        search.target.name,
-        search.premise,
-        search.limits.alpha,
-        *(() if realigner is None else (partial(realigner.of, search.run.journal),)),
-    )
-    kept = kept_for_time(search.rule, inventory, evidence.known, search.schemes, savings)
-    return replace(found, kept_for_time=kept)
-
-
-def _tried(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
+def _tried(subject: Subject) -> Subject:
     """Without the pairs that cannot be computed on the first batch."""
-    task, inventory = search.run.task, seen.inventory
-    pairs = [*open_pairs(seen.allowed, search.schemes), *floor_pairs(inventory)]
-    failed = tried(task, inventory, calibration, pairs)
-    return replace(seen, allowed=refusing(seen.allowed, failed, inventory, search.schemes), failed=failed)
+    failed = tried(subject, [*subject.pairs, *floor_pairs(subject.inventory)])
+    return replace(subject.without(failed), failed=failed)
 
 
-def _without_failures(search: Asked, seen: _Seen, evidence: Evidence) -> tuple[_Seen, Evidence]:
+def _timed(search: _Search, subject: Subject) -> Subject:
+    """With the times of a profile, or of this machine, and without the pairs that save none."""
+    times = search.foreseen or times_measured(subject, search.question.serving)
+    if times is None:
+        return subject
+    subject.run.journal.conclude("latency", "search", times.row())
+    return subject.timed(times)
+
+
+def _without_failures(subject: Subject, evidence: EvidenceTable) -> tuple[Subject, EvidenceTable]:
     """Without the pairs that failed when they were probed, and what engines fuse with them."""
-    failed = failures(search.run, open_pairs(seen.allowed, search.schemes))
+    failed = failures(subject.run, subject.pairs)
     if not failed:
-        return seen, evidence
-    allowed = refusing(seen.allowed, failed, seen.inventory, search.schemes)
-    left = set(allowed.open_pairs())
-    known = tuple(found for found in evidence.known if (found.layer, found.scheme) in left)
-    return replace(seen, allowed=allowed), replace(evidence, known=known)
+        return subject, evidence
+    left = subject.without(failed)
+    still_open = set(left.eligibility.open_pairs())
+    return left, replace(evidence, known=tuple(found for found in evidence.known if found.key in still_open))
 
 
-def _final(search: Asked, proof: Proof, baseline: Parts, realigner: Realigner | None, booking: Booking) -> PrecisionMap:
+def _writer(search: _Search, subject: Subject, evidence: EvidenceTable) -> MapWriter:
+    """All that a map is written down from."""
+    table = table_of(subject, search.question, evidence.known)
+    savings = None if subject.latency is None else subject.latency.savings
+    writer = MapWriter(
+        subject=subject,
+        table=table,
+        premise=search.premise,
+        alpha=search.question.alpha,
+        cutoff=table.cutoff,
+        kept_for_time=kept_for_time(search.question.rule, table, savings),
+    )
+    if search.realigner is None:
+        return writer
+    return replace(writer, realign=partial(search.realigner.of, subject.run.journal))
+
+
+def _final(search: _Search, subject: Subject, proof: Proof, baseline: Parts) -> PrecisionMap:
     """The answer's map with its rounding draws and the units that chose it. Raises TaskError for scores that changed."""
-    preflight.check_unchanged(search.run.task, booking.first)
-    rounding = _rounding(search, proof.map, baseline, realigner)
-    final = proof.map.model_copy(update={"rounding": rounding, "chosen_on": chosen_on(booking.prints.search)})
-    conclude(search.run, final, proof.answer)
+    check_unchanged(subject.task, search.booking.first)
+    rounding: Rounding | None = None
+    if proof.map.low and search.question.effort.rounding_draws:
+        rounding = rounding_of(subject.run, proof.map, baseline, search.question.effort, search.realigner)
+    final = proof.map.model_copy(update={"rounding": rounding, "chosen_on": chosen_on(search.booking.prints.search)})
+    conclude(subject.run, final, proof.answer, proof.certificate)
     return final
 
 
-def _with_times(search: Asked, seen: _Seen, calibration: Calibration) -> _Seen:
-    """With the times of a profile, or of this machine, and without the pairs that save none."""
-    run, pairs = search.run, open_pairs(seen.allowed, search.schemes)
-    times = seen.latency or timed_here(run, seen.inventory, calibration, pairs, search.target, search.serving)
-    if times is None:
-        return seen
-    run.journal.conclude("latency", "search", times.row())
-    refused = refusing(seen.allowed, times.failed, seen.inventory, search.schemes)
-    allowed = replace(refused, slower=times.slower)
-    return replace(seen, allowed=allowed, latency=times, notes=(*seen.notes, *times.notes))
-
-
-def _outlook(search: Asked, seen: _Seen, calibration: Calibration, baseline: Parts) -> tuple[Outlook, ...]:
-    """What the splits can tell of the gate and of each guard; before anything takes long."""
-    pairs, limits = open_pairs(seen.allowed, search.schemes), search.limits
-    share = len(seen.prints.certify.distinct) / len(seen.prints.search.distinct)
-    return tuple(
-        outlook(pilot, limits.margin if pilot.margin is None else pilot.margin, share, limits.alpha)
-        for pilot in pilots(search.run, seen.inventory, calibration, baseline, pairs)
-    )
-
-
-def _too_small(search: Asked, seen: _Seen, calibration: Calibration, checked: preflight.Preflight) -> SearchResult:
+def _too_small(search: _Search, subject: Subject, checked: Preflight) -> SearchResult:
     """The answer of a search that no map can pass: the baseline, and how many units it would take."""
-    run, inventory = search.run, seen.inventory
-    nothing = Findings(
-        inventory, search.schemes, seen.allowed, calibration, (), 0.0, search.target.name, search.premise, 0.5
-    )
+    run = subject.run
+    nothing = _writer(search, subject, EvidenceTable(known=()))
     answer = f"keep the baseline: cannot tell with these splits: {checked.impossible}"
     final = assemble(nothing, {})
     run.journal.conclude("chain", "search", {"maps": []})
     run.journal.conclude("certificates", "certify", {"certificates": []})
-    conclude(run, final, answer)
-    return SearchResult(final, None, answer, checked, inventory, None, None, (), (), seen.latency, None)
+    conclude(run, final, answer, None)
+    return SearchResult(
+        map=final,
+        certificate=None,
+        answer=answer,
+        preflight=checked,
+        inventory=subject.inventory,
+        floor=None,
+        evidence=None,
+        chain=(),
+        certificates=(),
+        latency=search.foreseen,
+        end_to_end=None,
+    )
 
 
-def _preflight(
-    search: Asked,
-    seen: _Seen,
-    calibration: Calibration,
-    baseline: Parts,
-    found: tuple[Outlook, ...],
-    booking: Booking,
-) -> preflight.Preflight:
-    inventory, task = seen.inventory, search.run.task
-    coupled = batch_dependence(task, inventory, calibration, search.schemes, seen.allowed.open_pairs())
-    doubts = preflight.doubts(task, baseline.whole, search.limits.margin)
-    notes = (*doubts, *preflight.notes(inventory, coupled), *seen.allowed.idle(), *seen.notes)
-    checked = preflight.Preflight(found[0].search_units, found[0].certify_units, found, notes, coupled)
-    search.run.journal.conclude("preflight", task.name, asdict(checked))
-    search.run.journal.conclude("inventory", task.name, asdict(inventory))
-    if search.on_preflight is not None:
-        # Said and not written down: a run that is taken up after it paid is to find what an undisturbed one does.
-        search.on_preflight(replace(checked, notes=(*notes, *booking.notes(search.limits))))
+def _preflight(search: _Search, subject: Subject, baseline: Parts, told: tuple[Outlook, ...]) -> Preflight:
+    """What a few batches showed, written down and told."""
+    task, inventory = subject.task, subject.inventory
+    coupled = batch_dependence(subject)
+    timed = () if subject.latency is None else subject.latency.notes
+    notes = (
+        *doubts(task, baseline.whole, search.question.margin),
+        *model_notes(inventory, coupled),
+        *subject.eligibility.idle(),
+        *search.notes,
+        *timed,
+    )
+    checked = Preflight(
+        search_units=told[0].search_units,
+        certify_units=told[0].certify_units,
+        outlook=told,
+        notes=notes,
+        batch_dependence=coupled,
+    )
+    subject.run.journal.conclude("preflight", task.name, asdict(checked))
+    subject.run.journal.conclude("inventory", task.name, asdict(inventory))
+    # Said and not written down: a run that is taken up after it paid is to find what an undisturbed one does.
+    search.on_preflight(replace(checked, notes=(*notes, *search.booking.notes(search.question))))
     return checked
-
-
-def _rounding(search: Asked, final: PrecisionMap, baseline: Parts, realigner: Realigner | None) -> Rounding | None:
-    draws, effort = search.effort.rounding_draws, search.effort
-    if not final.low or not draws:
-        return None
-    return rounding_of(search.run, final, baseline, draws, effort.check_units, realigner)

@@ -11,16 +11,16 @@ from typing import Any
 from precimap.journal import run_journal
 from precimap.layers.target import EMULATED, Target
 from precimap.numerics.schemes import Scheme, schemes_of
-from precimap.searching import preflight
 from precimap.searching.calibrate import calibrated
-from precimap.searching.eligibility import eligibility, open_pairs, refusing
-from precimap.searching.inventories import inventory_of
-from precimap.searching.limits import Limits, margin_of
+from precimap.searching.eligibility import eligibility
+from precimap.searching.preflight.checks import check_baseline, check_task, doubts
+from precimap.searching.preflight.sample_size import Outlook, outlook, pilots
+from precimap.searching.preflight.trial import tried
 from precimap.searching.progress import Progress, silent
-from precimap.searching.run import Run, scored
-from precimap.searching.sample_size import Outlook, outlook, pilots
+from precimap.searching.question import Question, margin_of
+from precimap.searching.run import Run, scored_baseline
 from precimap.searching.splits.three_splits import fingerprint_splits, unchanging
-from precimap.searching.trial import tried
+from precimap.searching.subject import Subject, inventory_of
 from precimap.targets import target_of
 from precimap.task import Task
 
@@ -76,23 +76,29 @@ def plan(
     splits the smaller one decides. Raises InputError (with TaskError, ModelError, SchemeError) for what is wrong with the
     input. The model stays as it was. margin, schemes, target: as `search` takes them.
     """
-    chosen, target = schemes_of(schemes), target_of(target)
-    limits = Limits(margin_of(margin, task.metric), confidence, None, None)
-    first = preflight.check_task(task)
+    question = Question(margin=margin_of(margin, task.metric), confidence=confidence)
+    chosen, where = schemes_of(schemes), target_of(target)
+    first = check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)
     inventory = inventory_of(task)
-    eligible = eligibility(inventory, chosen, target, ())
     with run_journal(None, {}) as journal:
         run = Run(task, journal, progress)
-        calibration = calibrated(run, inventory, chosen)
-        failed = tried(task, inventory, calibration, open_pairs(eligible, chosen))
-        eligible = refusing(eligible, failed, inventory, chosen)
-        baseline = scored(run, "baseline", "search", task.splits.search, lambda: EMULATED.running(task.model, {}))
-        preflight.check_baseline(task, baseline.whole)
-        gate, *guards = pilots(run, inventory, calibration, baseline, open_pairs(eligible, chosen))
-    share = len(prints.certify.distinct) / len(prints.search.distinct)
-    rows = [outlook(gate, limits.margin * multiple, share, limits.alpha) for multiple in MULTIPLES]
-    rows += [outlook(guard, guard.margin or limits.margin, share, limits.alpha) for guard in guards]
-    notes = (*first.notes, *prints.notes, *preflight.doubts(task, baseline.whole, limits.margin), *eligible.idle())
-    return Plan(limits.margin, confidence, tuple(rows), notes)
+        subject = Subject(
+            run=run,
+            inventory=inventory,
+            schemes=chosen,
+            target=where,
+            eligibility=eligibility(inventory, chosen, where, ()),
+            calibration=calibrated(run, inventory, chosen),
+        )
+        subject = subject.without(tried(subject, subject.pairs))
+        baseline = scored_baseline(run)
+        check_baseline(task, baseline.whole)
+        gate, *guards = pilots(subject, baseline)
+    share, alpha = len(prints.certify.distinct) / len(prints.search.distinct), question.alpha
+    rows = [outlook(gate, question.margin * multiple, share, alpha) for multiple in MULTIPLES]
+    rows += [outlook(guard, guard.margin or question.margin, share, alpha) for guard in guards]
+    doubtful = doubts(task, baseline.whole, question.margin)
+    notes = (*first.notes, *prints.notes, *doubtful, *subject.eligibility.idle())
+    return Plan(margin=question.margin, confidence=confidence, rows=tuple(rows), notes=notes)

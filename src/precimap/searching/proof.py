@@ -12,24 +12,22 @@ from dataclasses import dataclass
 from precimap.certificate import Certificate
 from precimap.end_to_end import EndToEnd
 from precimap.errors import AlphaSpent
-from precimap.layers.inventory import Inventory
 from precimap.precision_map import PrecisionMap
 from precimap.searching.allocation.knapsack import Step
+from precimap.searching.allocation.rules import Rule
+from precimap.searching.allocation.table import BYTES_WORTH, Table
 from precimap.searching.answer import answer_of, gain_said, no_gain
-from precimap.searching.asked import Asked
-from precimap.searching.calibrate import Calibration
 from precimap.searching.certificate.booking import Booking
-from precimap.searching.eligibility import Eligibility
-from precimap.searching.evidence.known import BYTES_WORTH
-from precimap.searching.evidence.probe import Comparison
-from precimap.searching.latency.planned import Latency
-from precimap.searching.latency.whole import Stand
+from precimap.searching.comparison import Comparison
+from precimap.searching.maps.assemble import MapWriter, assemble
+from precimap.searching.maps.candidates import Chain, seen_on_search, sequence
+from precimap.searching.question import Question
 from precimap.searching.run import Run
-from precimap.searching.whole.assemble import Findings, assemble
-from precimap.searching.whole.whole_maps import Chosen, seen_on_search, sequence
+from precimap.searching.subject import Subject
+from precimap.searching.timing.whole import WholeModelBench
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
     """The final map, the certificate that decided, if any, the sentence, and all that was tested and timed."""
 
@@ -40,76 +38,68 @@ class Proof:
     end_to_end: EndToEnd | None
 
 
-def check_left(search: Asked, allowed: Eligibility, booking: Booking) -> None:
+def check_left(subject: Subject, question: Question, booking: Booking) -> None:
     """Raises AlphaSpent before anything takes long, where that is known to be all that will come of it.
 
     Not in a run that has found maps before: it holds what it measured, and may end without a question to the certify split.
     """
-    found_before = any(row.value["maps"] for row in search.run.journal.conclusions("chain"))
-    if not found_before and allowed.open_pairs():
-        booking.check_left(search.target, search.limits)
+    found_before = any(row.value["maps"] for row in subject.run.journal.conclusions("chain"))
+    if not found_before and subject.pairs:
+        booking.check_left(subject.target, question)
 
 
-def stand_of(
-    search: Asked, inventory: Inventory, calibration: Calibration, allowed: Eligibility, latency: Latency | None
-) -> Stand | None:
+def bench_of(subject: Subject, question: Question) -> WholeModelBench | None:
     """Where whole maps are timed; None where the target's times are not to be had here, or nobody asked for them.
 
     Raises InputError for batch sizes that cannot be made of the task's batches.
     """
-    timer, seconds = search.target.whole_timer, search.effort.timing_seconds
-    if timer is None or not seconds or not search.serving.is_of(timer.device()):
+    timer, seconds, serving = subject.target.whole_timer, question.effort.timing_seconds, question.serving
+    if timer is None or not seconds or not serving.is_of(timer.device()):
         return None
-    stand = Stand(search.run, timer, inventory, calibration, allowed, search.schemes, latency, search.serving, seconds)
-    stand.check()
-    return stand
+    bench = WholeModelBench(subject=subject, timer=timer, serving=serving, seconds=seconds)
+    bench.check()
+    return bench
 
 
 def proved(
-    search: Asked,
-    findings: Findings,
-    chosen: Chosen,
-    stand: Stand | None,
-    latency: Latency | None,
-    booking: Booking,
+    question: Question, writer: MapWriter, chain: Chain, bench: WholeModelBench | None, booking: Booking
 ) -> Proof:
     """Time the fastest map that is to be certified, certify the sequence, time the map that passed.
 
     Raises AlphaSpent, with what was found on the search split written down.
     """
-    maps, seen = [joint.map for joint in sequence(chosen) if joint.map is not None], seen_on_search(sequence(chosen))
-    times = stand.times(maps[-1]) if stand is not None and maps else None
-    if times is not None and not _worthwhile(search, findings.inventory, maps[-1], times):
-        maps = []
-    _write(search.run, times)
+    run, sent = writer.subject.run, sequence(chain)
+    asked = [(one.map, seen) for one, seen in zip(sent, seen_on_search(sent), strict=True) if one.map is not None]
+    times = bench.times(asked[-1][0]) if bench is not None and asked else None
+    if times is not None and not _worthwhile(question.rule, writer.table, asked[-1][0], times):
+        asked = []
+    _write(run, times)
     try:
-        certificates = _certified(search, maps, seen, booking)
+        certificates = _certified(writer.subject, question, asked, booking)
     except AlphaSpent:
         said = "not certified: the alpha of the certify split is spent; what was found on the search split stays"
-        search.run.journal.conclude("certificates", "certify", {"certificates": []})
-        conclude(search.run, assemble(findings, {}), said)
+        run.journal.conclude("certificates", "certify", {"certificates": []})
+        conclude(run, assemble(writer, {}), said, None)
         raise
-    final, certificate, answer = answer_of(findings, chosen, certificates, search.limits.margin, latency)
-    if stand is not None and final.low:
-        times = stand.times(final)
-        _write(search.run, times)
+    final, certificate, answer = answer_of(writer, chain, certificates)
+    if bench is not None and final.low:
+        times = bench.times(final)
+        _write(run, times)
     if times is not None:
-        if not maps or (final.low and not _worthwhile(search, findings.inventory, final, times)):
-            return Proof(assemble(findings, {}), None, no_gain(times), certificates, times)
-        if final.low:
+        if not asked or (final.low and not _worthwhile(question.rule, writer.table, final, times)):
+            final, certificate, answer = assemble(writer, {}), None, no_gain(times)
+        elif final.low:
             final, answer = final.model_copy(update={"end_to_end": times}), f"{answer}; {gain_said(times)}"
-    return Proof(final, certificate, answer, certificates, times)
+    return Proof(map=final, certificate=certificate, answer=answer, certificates=certificates, end_to_end=times)
 
 
-def _worthwhile(search: Asked, inventory: Inventory, precision_map: PrecisionMap, times: EndToEnd) -> bool:
+def _worthwhile(rule: Rule, table: Table, precision_map: PrecisionMap, times: EndToEnd) -> bool:
     """Time saved beyond its spread, or bytes, where they are asked for and worth the time that they cost."""
     kept = Step({}, math.inf, 0.0, precision_map.bytes_before)  # refused for its bytes, if at all
-    if times.pays or not search.rule.accepts(inventory, kept):
+    if times.pays or not rule.accepts(table.inventory, kept):
         return True
     bytes_saved = 1 - precision_map.bytes_after / precision_map.bytes_before
-    return (
-        search.rule.bytes_worth > BYTES_WORTH and 1 - 1 / times.gain.lower + search.rule.bytes_worth * bytes_saved > 0
-    )
+    return rule.bytes_worth > BYTES_WORTH and 1 - 1 / times.gain.lower + rule.bytes_worth * bytes_saved > 0
 
 
 def _write(run: Run, times: EndToEnd | None) -> None:
@@ -117,17 +107,20 @@ def _write(run: Run, times: EndToEnd | None) -> None:
     run.journal.conclude("whole model", "end to end", {} if times is None else times.model_dump(mode="json"))
 
 
-def conclude(run: Run, final: PrecisionMap, answer: str) -> None:
-    run.journal.conclude("summary", "answer", {"answer": answer, "map": json.loads(final.model_dump_json())})
+def conclude(run: Run, final: PrecisionMap, answer: str, certificate: Certificate | None) -> None:
+    """Write the answer down, with the certificate that decided, if any."""
+    proof = None if certificate is None else json.loads(certificate.model_dump_json())
+    value = {"answer": answer, "map": json.loads(final.model_dump_json()), "certificate": proof}
+    run.journal.conclude("summary", "answer", value)
 
 
 def _certified(
-    search: Asked, chain: Sequence[PrecisionMap], seen: Sequence[Comparison | None], booking: Booking
+    subject: Subject, question: Question, asked: Sequence[tuple[PrecisionMap, Comparison | None]], booking: Booking
 ) -> tuple[Certificate, ...]:
     certificates: tuple[Certificate, ...] = ()
-    if chain:
-        said = f"{search.run.task.name}: {len(chain)} maps for {search.target.name}"
-        certificates = booking.judged(search.run, search.target, chain, seen, search.limits, said)
+    if asked:
+        said = f"{subject.task.name}: {len(asked)} maps for {subject.target.name}"
+        certificates = booking.judged(subject.run, subject.target, asked, question, said)
     rows = [certificate.model_dump() for certificate in certificates]
-    search.run.journal.conclude("certificates", "certify", {"certificates": rows})
+    subject.run.journal.conclude("certificates", "certify", {"certificates": rows})
     return certificates

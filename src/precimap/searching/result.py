@@ -1,23 +1,29 @@
 """What a search returns: the answer, and the values of all steps that it rests on."""
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from precimap.certificate import Certificate
 from precimap.decisions import Decision
 from precimap.end_to_end import EndToEnd
-from precimap.errors import MapError
+from precimap.errors import JournalError, MapError
+from precimap.journal import open_journal
 from precimap.layers.inventory import Inventory
 from precimap.precision_map import PrecisionMap
-from precimap.searching.evidence.gather import Evidence
-from precimap.searching.evidence.probe import Comparison
+from precimap.searching.comparison import Comparison
+from precimap.searching.evidence.gather import EvidenceTable, evidence_of
 from precimap.searching.latency.planned import Latency
-from precimap.searching.preflight import Preflight
-from precimap.searching.whole.whole_maps import Joint
+from precimap.searching.maps.candidates import MapCandidate
+from precimap.searching.preflight.checks import Preflight
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class SearchResult:
     """The answer, and everything it rests on.
 
@@ -33,11 +39,38 @@ class SearchResult:
     preflight: Preflight
     inventory: Inventory
     floor: Comparison | None
-    evidence: Evidence | None
-    chain: tuple[Joint, ...]
+    evidence: EvidenceTable | None
+    chain: tuple[MapCandidate, ...]
     certificates: tuple[Certificate, ...]
     latency: Latency | None
     end_to_end: EndToEnd | None
+
+    @classmethod
+    def load(cls, run: str | Path) -> Self:
+        """What the search in this run directory returned, read back from what it wrote down.
+
+        All but what holds the task itself: the evidence has no predictor, and the maps of the chain are there by their
+        fingerprints; the answer's own map is whole. Raises JournalError for a directory that holds no finished search, or
+        one of an older precimap.
+        """
+        directory = Path(run)
+        with open_journal(directory) as journal:
+            found = {kind: rows[-1].value for kind in _KINDS if (rows := journal.conclusions(kind))}
+        if "summary" not in found:
+            raise JournalError(f"{directory}: this search has not finished; the same command goes on")
+        try:
+            return cls(**_read(found, directory))
+        except KeyError as error:
+            raise JournalError(
+                f"{directory}: an older precimap wrote this run ({error} is not in it); the same search command writes it "
+                "anew, from the same measurements"
+            ) from error
+        except (ValueError, MapError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise JournalError(
+                f"{directory}: expected what a search wrote down, got something else ({said}); the run was edited or "
+                "damaged: restore it from a backup, or choose another run directory"
+            ) from error
 
     @property
     def certified(self) -> bool:
@@ -52,6 +85,35 @@ class SearchResult:
         head = "".join(f"<th>{name}</th>" for name in ("layer", "scheme", "drop alone", "share of the FLOPs", "why"))
         rows = "".join(_row(name, decision) for name, decision in self.map.layers.items())
         return f"<p><b>{escape(self.answer)}</b></p>{proof}<table><tr>{head}</tr>{rows}</table>"
+
+
+_KINDS = (*"summary preflight inventory floor evidence chain certificates latency".split(), "whole model")
+_PREFLIGHT, _INVENTORY, _FLOOR = TypeAdapter(Preflight), TypeAdapter(Inventory), TypeAdapter(Comparison)
+
+
+def _read(found: Mapping[str, dict[str, Any]], directory: Path) -> dict[str, Any]:
+    """The fields of a result, of what was concluded."""
+    summary = found["summary"]
+
+    def certificate(row: dict[str, Any] | None) -> Certificate | None:
+        return None if row is None else Certificate.model_validate_json(json.dumps(row))
+
+    def of(kind: str, read: Callable[[Any], Any]) -> Any:
+        return read(found[kind]) if found.get(kind) else None
+
+    return {
+        "map": PrecisionMap.parse(json.dumps(summary["map"]), str(directory)),
+        "certificate": certificate(summary["certificate"]),
+        "answer": str(summary["answer"]),
+        "preflight": _PREFLIGHT.validate_python(found["preflight"]),
+        "inventory": _INVENTORY.validate_python(found["inventory"]),
+        "floor": of("floor", _FLOOR.validate_python),
+        "evidence": of("evidence", evidence_of),
+        "chain": tuple(MapCandidate.of_row(row) for row in found["chain"]["maps"]),
+        "certificates": tuple(certificate(row) for row in found["certificates"]["certificates"]),
+        "latency": of("latency", Latency.of_row),
+        "end_to_end": of("whole model", lambda row: EndToEnd.model_validate_json(json.dumps(row))),
+    }
 
 
 def _row(name: str, decision: Decision) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from precimap.journal import Journal, Measurement
+from precimap.layers.target import EMULATED
 from precimap.searching.progress import Progress
 from precimap.task import NAMED, SPLITS, Batches, Scored, ScoredPart, Task, join_parts, score_batch, to_device
 
@@ -67,42 +68,55 @@ class Parts:
         return join_parts(self.task, self.each)
 
 
-def scored(
-    run: Run,
-    kind: str,
-    subject: str,
-    batches: Batches,
-    running: Callable[[], AbstractContextManager[Any]],
-    after_batch: Callable[[int], None] = lambda _: None,
-    numbers: Sequence[int] | None = None,
-    check: Callable[[Any], None] = lambda _: None,
-) -> Parts:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pass:
+    """A split under one model, to be scored. kind, of: how the journal knows it.
+
+    numbers: of the batches to score, None for all; the journal knows a batch by its number in the split, so that another
+    selection takes none for another. running: gives the model while its block lasts; not entered when every batch is known.
+    check is given it after each batch, before anything is written down. after_batch is told how many batches are done.
+    """
+
+    kind: str
+    of: str
+    batches: Batches
+    running: Callable[[], AbstractContextManager[Any]]
+    numbers: Sequence[int] | None = None
+    after_batch: Callable[[int], None] = lambda _: None
+    check: Callable[[Any], None] = lambda _: None
+
+
+def scored(run: Run, asked: Pass) -> Parts:
     """Score a split batch by batch, from the journal where it holds a batch already.
 
-    numbers: of the batches to score, None for all; the journal knows a batch by its number in the split, so that
-    another selection takes none for another. running: gives the model to score while its block lasts; not entered when
-    every batch is known. check is given it after each batch, before anything is written down. after_batch is told how many
-    batches are done. Raises TaskError as `precimap.task.score`.
+    Raises TaskError as `precimap.task.score`.
     """
     parts = []
     with ExitStack() as stack, torch.no_grad():
         model: Any = None
-        for number, batch in enumerate(batches):
-            if numbers is not None and number not in numbers:
+        for number, batch in enumerate(asked.batches):
+            if asked.numbers is not None and number not in asked.numbers:
                 continue
-            found = run.journal.find(kind, batch_subject(subject, number))
+            subject = batch_subject(asked.of, number)
+            found = run.journal.find(asked.kind, subject)
             if found is None:
-                model = stack.enter_context(running()) if model is None else model
+                model = stack.enter_context(asked.running()) if model is None else model
                 started = time.perf_counter()
-                place = f"batch {number} of the {split_of(run.task, batches)} split"
+                place = f"batch {number} of the {split_of(run.task, asked.batches)} split"
                 part = score_batch(run.task, model, to_device(batch, run.task.device), place)
-                check(model)
-                record_part(run.journal, kind, batch_subject(subject, number), part, time.perf_counter() - started)
+                asked.check(model)
+                record_part(run.journal, (asked.kind, subject), part, time.perf_counter() - started)
             else:
                 part = part_of(found)
             parts.append(part)
-            after_batch(len(parts))
+            asked.after_batch(len(parts))
     return Parts(run.task, tuple(parts))
+
+
+def scored_baseline(run: Run) -> Parts:
+    """The search split under the model as given."""
+    split, model = run.task.splits.search, run.task.model
+    return scored(run, Pass(kind="baseline", of="search", batches=split, running=lambda: EMULATED.running(model, {})))
 
 
 def split_of(task: Task, batches: Batches) -> str:
@@ -129,11 +143,11 @@ def batch_subject(subject: str, number: int) -> str:
     return f"{subject} @{number}"
 
 
-def record_part(journal: Journal, kind: str, subject: str, part: ScoredPart, seconds: float, scheme: str = "") -> None:
-    """Write one scored batch down; `part_of` reads it back to the bit."""
+def record_part(journal: Journal, key: tuple[str, str], part: ScoredPart, seconds: float, scheme: str = "") -> None:
+    """Write one scored batch down under (kind, subject); `part_of` reads it back to the bit."""
     arrays = {name: getattr(part, name) for name in ("values", "losses", "clusters", "weights")}
     arrays |= {f"{kind}/{name}": values for kind in NAMED for name, values in getattr(part, kind).items()}
-    journal.record(kind, subject, {"seconds": round(seconds, 4), "units": len(part.values)}, scheme, arrays)
+    journal.record(*key, {"seconds": round(seconds, 4), "units": len(part.values)}, scheme, arrays)
 
 
 def part_of(measurement: Measurement) -> ScoredPart:
@@ -144,5 +158,11 @@ def part_of(measurement: Measurement) -> ScoredPart:
         for kind in NAMED
     )
     return ScoredPart(
-        arrays["values"], arrays["losses"], reported, guards, slices, arrays["clusters"], arrays["weights"]
+        values=arrays["values"],
+        losses=arrays["losses"],
+        reported=reported,
+        guards=guards,
+        slices=slices,
+        clusters=arrays["clusters"],
+        weights=arrays["weights"],
     )

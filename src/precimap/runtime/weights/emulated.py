@@ -48,7 +48,14 @@ class EmulatedKernel(CodedKernel):
             return func(*arguments.args, **arguments.kwargs)
         # The codes are a view of the weight's already.
         view = View(weight.how.name, (None,) * weight.dim(), lambda given: given)
-        call = WeightCall(op, func, arguments, op.contraction(left, right, arguments), view, weight is left)
+        call = WeightCall(
+            op=op,
+            func=func,
+            arguments=arguments,
+            contraction=op.contraction(left, right, arguments),
+            view=view,
+            weight_on_left=weight is left,
+        )
         return emulate(call, layer, weight.prepared("emulated", lambda low: operand(low.layer())), SharedInputs())
 
 

@@ -36,8 +36,7 @@ from precimap.runtime.weights.memory import MEMORY
 Parts = dict[str, Tensor]
 Made = TypeVar("Made")
 Row = tuple[str, tuple[str, dict[str, object]], tuple[float, int] | None, float, str]
-_MODULES = "x86.int8 x86.stored x86.rows nvidia.fp8 weights.emulated".split()
-_KERNELS = tuple(f"precimap.runtime.{name}" for name in _MODULES)
+_KERNELS = [f"precimap.runtime.{name}" for name in "x86.int8 x86.stored x86.rows nvidia.fp8 weights.emulated".split()]
 # Canonical, in this order; a weight has some of them. `wide`: the parameter itself, for readers that are no products.
 PARTS = ("codes", "scale", "zero", "offset", "rows", "wide")
 AFFINE = ("scale", "zero", "offset")
@@ -75,7 +74,7 @@ class Kernel(Protocol):
         """What an operator returns that is given the weight; NotImplemented for one that reads nothing but its values."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class How:
     """What does not depend on values. name: of the parameter; the rest as in `QuantizedLayer`."""
 
@@ -256,8 +255,9 @@ def _unpickled(raw: dict[str, tuple[Tensor, torch.dtype | None]], row: Row, dtyp
     module, _, attribute = kernel.partition(":")
     if module not in _KERNELS:
         raise DeployError(f"{name}: expected a kernel in one of {', '.join(_KERNELS)}, got {kernel}")
-    given = (None if range_ is None else InputRange(*range_), phase, getattr(import_module(module), attribute))
-    return low_weight(parts, How(name, scheme_from_row(*scheme), *given), dtype, parameter)
+    static, by = None if range_ is None else InputRange(*range_), getattr(import_module(module), attribute)
+    how = How(name=name, scheme=scheme_from_row(*scheme), input_range=static, input_phase=phase, kernel=by)
+    return low_weight(parts, how, dtype, parameter)
 
 
 torch.serialization.add_safe_globals([_unpickled])  # of what it takes none is code

@@ -65,7 +65,13 @@ def weight_of(layer: QuantizedLayer, parameter: Tensor, kernel: Kernel, parts: P
     if layer.keeps:
         parts = {**parts, "wide": parameter.detach()}
     parts = {name: part.to(parameter.device) for name, part in parts.items()}
-    how = How(layer.name, layer.scheme, layer.input_range, layer.input_phase, kernel)
+    how = How(
+        name=layer.name,
+        scheme=layer.scheme,
+        input_range=layer.input_range,
+        input_phase=layer.input_phase,
+        kernel=kernel,
+    )
     return low_weight(parts, how, parameter.dtype)
 
 

@@ -71,7 +71,13 @@ class CodedKernel(ABC):
     def layer(self, weight: LowWeight) -> QuantizedLayer:
         how = weight.how
         return QuantizedLayer(
-            how.name, how.scheme, weight.codes, weight.affine, how.input_range, how.input_phase, "wide" in weight.parts
+            name=how.name,
+            scheme=how.scheme,
+            codes=weight.codes,
+            weight_affine=weight.affine,
+            input_range=how.input_range,
+            input_phase=how.input_phase,
+            keeps="wide" in weight.parts,
         )
 
     def linear(self, x: Tensor, weight: LowWeight, bias: Tensor | None = None) -> Tensor:

@@ -54,7 +54,7 @@ class RowsKernel(CodedKernel):
     def layer(self, weight: LowWeight) -> QuantizedLayer:
         how = weight.how
         codes, affine = unpack_rows(weight.parts["rows"], how.scheme.weight.format, _layout(how))
-        return QuantizedLayer(how.name, how.scheme, codes, affine, None)
+        return QuantizedLayer(name=how.name, scheme=how.scheme, codes=codes, weight_affine=affine, input_range=None)
 
     def rows(self, x: Tensor, weight: LowWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         return F.linear(x, weight.read().to(dtype), bias)

@@ -23,7 +23,7 @@ from fractions import Fraction
 
 from precimap.errors import InputError
 from precimap.searching.allocation.climbing import Move, gain_of, ladder, smallness
-from precimap.searching.allocation.ladders import NO_COSTS, Family, Option, State, families
+from precimap.searching.allocation.ladders import Family, Option, State, families
 from precimap.searching.allocation.threshold import LONGEST_CHAIN
 
 
@@ -56,12 +56,10 @@ def chain(
     base_bytes: Mapping[str, int],
     constraints: Constraints = UNCONSTRAINED,
     longest: int = LONGEST_CHAIN,
-    group_costs: Mapping[tuple[str, str], float] = NO_COSTS,
 ) -> tuple[Step, ...]:
     """At most `longest` nested maps, safest first, each the most gain for its cost (see the module on what is exact).
 
-    `base_bytes`: of every layer, those without an option included. `group_costs`: (must-share group, scheme) -> cost
-    measured for the group as one, instead of the sum of its members'. Free steps (cost 0) are all in the first map; the
+    `base_bytes`: of every layer, those without an option included. Free steps (cost 0) are all in the first map; the
     last map takes every step that gains; between them the maps are spaced evenly in gain. Equal ratios are taken by the
     layers' names, equal options by cost, gain, bytes, name: the order of the rows does not matter. Empty when no map saves
     `minimum_gain`.
@@ -70,7 +68,7 @@ def chain(
     """
     if longest < 1:
         raise InputError(f"a chain needs room for at least one map; longest is {longest}")
-    table = families(options, base_bytes, group_costs)
+    table = families(options, base_bytes)
     size = sum(base_bytes.values())
     start = tuple((0,) * len(family.items) for family in table)
     room = math.inf

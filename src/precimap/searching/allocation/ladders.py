@@ -12,16 +12,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from precimap.errors import InputError
-
-NO_COSTS: Mapping[tuple[str, str], float] = MappingProxyType({})
+from precimap.searching.pairs import Key
 
 State = tuple[int, ...]  # one rung per item of a family
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """One layer under one scheme.
 
@@ -40,6 +38,10 @@ class Option:
     fused: str | None = None
     siblings: str | None = None
     shared: float = 0.0
+
+    @property
+    def key(self) -> Key:
+        return self.layer, self.scheme
 
 
 def total_gain(rows: Iterable[Option]) -> float:
@@ -156,25 +158,20 @@ def _with(state: Sequence[int], index: int, rung: int) -> State:
     return (*state[:index], rung, *state[index + 1 :])
 
 
-def families(
-    options: Iterable[Option],
-    base_bytes: Mapping[str, int],
-    group_costs: Mapping[tuple[str, str], float] = NO_COSTS,
-) -> tuple[Family, ...]:
+def families(options: Iterable[Option], base_bytes: Mapping[str, int]) -> tuple[Family, ...]:
     """The families of a table, by the names of their layers; items that can take no scheme are in none.
 
-    Entries of `group_costs` for groups without an option are not read. Raises InputError for a table that contradicts
-    itself.
+    Raises InputError for a table that contradicts itself.
     """
     table = sorted(options, key=lambda row: (row.layer, row.scheme))
-    _check(table, base_bytes, group_costs)
+    _check(table, base_bytes)
     rows: dict[tuple[str, str], list[Option]] = defaultdict(list)
     for row in table:
         rows[("layer", row.layer) if row.fused is None else ("group", row.fused)].append(row)
     items: list[Item] = []
     readers: dict[tuple[str, str], list[int]] = defaultdict(list)  # of an input under a scheme: items
     for found in rows.values():
-        item = _item(found, base_bytes, group_costs)
+        item = _item(found, base_bytes)
         schemes = {rung.scheme for rung in item.rungs[1:]}
         if schemes:
             inputs = {(row.siblings, row.scheme) for row in found if row.siblings is not None and row.shared > 0}
@@ -208,7 +205,7 @@ def _rung(item: Item, scheme: str) -> int:
     return next(place for place, rung in enumerate(item.rungs) if rung.scheme == scheme)
 
 
-def _item(rows: Sequence[Option], base_bytes: Mapping[str, int], group_costs: Mapping[tuple[str, str], float]) -> Item:
+def _item(rows: Sequence[Option], base_bytes: Mapping[str, int]) -> Item:
     layers = tuple(sorted({row.layer for row in rows}))
     by_scheme: dict[str, list[Option]] = defaultdict(list)
     for row in rows:
@@ -217,15 +214,12 @@ def _item(rows: Sequence[Option], base_bytes: Mapping[str, int], group_costs: Ma
     for scheme, found in by_scheme.items():
         cost = math.fsum(row.cost for row in found)
         if len(found) == len(layers) and cost < math.inf:  # never for one member is never for the group
-            cost = group_costs.get((found[0].fused or "", scheme), cost) if found[0].fused is not None else cost
             rungs.append(Rung(scheme, total_gain(found), cost, sum(row.bytes for row in found)))
     rungs = sorted((rung for rung in rungs if rung.cost < math.inf), key=lambda r: (r.cost, r.gain, -r.bytes, r.scheme))
     return Item(layers, (Rung("", 0.0, 0.0, sum(base_bytes[layer] for layer in layers)), *rungs))
 
 
-def _check(
-    table: Sequence[Option], base_bytes: Mapping[str, int], group_costs: Mapping[tuple[str, str], float]
-) -> None:
+def _check(table: Sequence[Option], base_bytes: Mapping[str, int]) -> None:
     groups: dict[str, tuple[str | None, str | None]] = {}
     seen: set[tuple[str, str]] = set()
     saved: dict[tuple[str, str], float] = {}
@@ -241,18 +235,15 @@ def _check(
             raise InputError(
                 f"the size of {what} is not known; give its bytes and, in base_bytes, those of the layer kept"
             )
-        if (row.layer, row.scheme) in seen:
+        if row.key in seen:
             raise InputError(f"{what} is in the table twice; give one row per layer and scheme")
-        seen.add((row.layer, row.scheme))
+        seen.add(row.key)
         if groups.setdefault(row.layer, (row.fused, row.siblings)) != (row.fused, row.siblings):
             raise InputError(f"the rows of {row.layer} name different groups; a layer is in one of each kind")
         if row.siblings is not None and saved.setdefault((row.siblings, row.scheme), row.shared) != row.shared:
             raise InputError(
                 f"sharing the {row.siblings} under {row.scheme} saves two different times; it is one input, quantised once"
             )
-    for name, value in group_costs.items():
-        if not value >= 0:
-            raise InputError(f"the group cost of {name} is {value}; expected 0 or more")
 
 
 def per_cost(worth: float, cost: float) -> float:

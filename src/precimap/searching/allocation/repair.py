@@ -13,11 +13,27 @@ from dataclasses import dataclass
 
 from precimap.errors import InputError
 from precimap.searching.allocation.knapsack import Step, choice_of
-from precimap.searching.allocation.ladders import NO_COSTS, Family, Option, families, per_cost
+from precimap.searching.allocation.ladders import Family, Option, families, per_cost
 
 _States = tuple[tuple[int, ...], ...]  # of all families
 _Change = tuple[tuple[int, int, int], ...]  # (family, item, rung to go to)
 _Place = tuple[int, int]  # (family, item)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """predicted: takes layer -> scheme and gives the drop (or its upper bound) of the whole map. limit: of it.
+    most_tries: how often it may be asked."""
+
+    predicted: Callable[[Mapping[str, str]], float]
+    limit: float
+    most_tries: int = 200
+
+    def __post_init__(self) -> None:
+        if self.most_tries < 1 or math.isnan(self.limit):
+            raise InputError(
+                f"a repair needs a limit and at least one try; got limit {self.limit}, {self.most_tries} tries"
+            )
 
 
 @dataclass(slots=True)
@@ -26,6 +42,7 @@ class _Asker:
 
     table: Sequence[Family]
     predicted: Callable[[Mapping[str, str]], float]
+    limit: float
     left: int
 
     def drop(self, states: _States) -> float:
@@ -34,40 +51,24 @@ class _Asker:
         return math.inf if math.isnan(drop) else drop
 
 
-def repair(
-    step: Step,
-    options: Iterable[Option],
-    base_bytes: Mapping[str, int],
-    predicted: Callable[[Mapping[str, str]], float],
-    limit: float,
-    *,
-    group_costs: Mapping[tuple[str, str], float] = NO_COSTS,
-    maximum_bytes: int | None = None,
-    most_tries: int = 200,
-) -> Step:
-    """A map near `step` whose predicted drop is at most `limit`; it may be the empty map, which is never asked for.
+def repair(step: Step, options: Iterable[Option], base_bytes: Mapping[str, int], goal: Goal) -> Step:
+    """A map near `step` whose predicted drop is at most the goal's limit; it may be the empty map, which is never asked for.
 
-    `predicted` takes layer -> scheme and gives the drop (or its upper bound) of the whole map; it is called at most
-    `most_tries` times. While the map is above the limit, the item that takes most of the excess away per gain lost is
-    reverted (of many items, blocks are tried first and split). When tries run short, the rest is reverted in that order,
-    as far as a bisection says. Within the limit, whatever adds gain is tried, most gain per cost first, then swaps of
-    one item for another with more gain. A search of neighbours, so not the optimum. The gain may end below a minimum.
+    While the map is above the limit, the item that takes most of the excess away per gain lost is reverted (of many items,
+    blocks are tried first and split). When tries run short, the rest is reverted in that order, as far as a bisection says.
+    Within the limit, whatever adds gain is tried, most gain per cost first, then swaps of one item for another with more
+    gain. A search of neighbours, so not the optimum. The gain may end below a minimum, the bytes above a maximum.
 
-    Raises InputError for a step that is no map of the table, or when no map tried keeps both the limit and the bytes.
+    Raises InputError for a step that is no map of the table.
     """
-    if most_tries < 1 or math.isnan(limit):
-        raise InputError(f"a repair needs a limit and at least one try; got limit {limit}, {most_tries} tries")
-    table = families(options, base_bytes, group_costs)
-    kept = sum(base_bytes.values()) - sum(family.bytes([0] * len(family.items)) for family in table)
-    room = math.inf if maximum_bytes is None else maximum_bytes - kept
-    asker = _Asker(table, predicted, most_tries)
+    table = families(options, base_bytes)
+    kept = sum(base_bytes.values()) - _bytes(table, [[0] * len(family.items) for family in table])
+    asker = _Asker(table, goal.predicted, goal.limit, goal.most_tries)
     states = _states_of(table, step)
-    if _bytes(table, states) > room:
-        raise InputError(f"the map to repair has more than {maximum_bytes} bytes; take one that fits")
     drop = asker.drop(states)
-    if not drop <= limit:
-        states = _revert(asker, states, drop, limit, room)
-    states = _swap(asker, *_add(asker, states, limit, room), limit, room)
+    if not drop <= goal.limit:
+        states = _revert(asker, states, drop)
+    states = _swap(asker, *_add(asker, states))
     totals = list(zip(table, states, strict=True))
     return Step(
         choice_of(table, states),
@@ -102,19 +103,18 @@ def _changed(states: _States, change: _Change) -> _States:
     return tuple(tuple(row) for row in rows)
 
 
-def _bytes(table: Sequence[Family], states: _States) -> int:
+def _bytes(table: Sequence[Family], states: Sequence[Sequence[int]]) -> int:
     return sum(family.bytes(state) for family, state in zip(table, states, strict=True))
 
 
-def _adds(table: Sequence[Family], states: _States, change: _Change) -> tuple[float, float, int]:
-    """What a change adds to the gain (what siblings share included), the cost and the bytes."""
+def _adds(table: Sequence[Family], states: _States, change: _Change) -> tuple[float, float]:
+    """What a change adds to the gain (what siblings share included) and the cost."""
     rows: dict[int, list[int]] = {}
     for number, index, rung in change:
         rows.setdefault(number, list(states[number]))[index] = rung
     return (
         math.fsum(table[number].gain(row) - table[number].gain(states[number]) for number, row in rows.items()),
         math.fsum(table[number].cost(row) - table[number].cost(states[number]) for number, row in rows.items()),
-        sum(table[number].bytes(row) - table[number].bytes(states[number]) for number, row in rows.items()),
     )
 
 
@@ -124,14 +124,14 @@ def _low(states: _States) -> list[_Place]:
 
 def _cost_per_gain(table: Sequence[Family], states: _States, place: _Place) -> float:
     """What the item takes from the budget for what would be lost with it; infinite where nothing would."""
-    gain, cost, _ = _adds(table, states, ((*place, 0),))
+    gain, cost = _adds(table, states, ((*place, 0),))
     return per_cost(-cost, -gain) if cost < 0 else 0.0
 
 
 # ---- above the limit
 
 
-def _revert(asker: _Asker, states: _States, drop: float, limit: float, room: float) -> _States:
+def _revert(asker: _Asker, states: _States, drop: float) -> _States:
     """Reverts item after item until the map is within the limit: lazily, the best by its last score is scored again."""
     table = asker.table
     places = sorted(_low(states), key=lambda place: (-_cost_per_gain(table, states, place), place))
@@ -144,11 +144,13 @@ def _revert(asker: _Asker, states: _States, drop: float, limit: float, room: flo
 
     def score(block: tuple[_Place, ...]) -> None:
         change = tuple((number, index, 0) for number, index in block)
-        gain, _, size = _adds(table, states, change)
-        if asker.left <= reserve or _bytes(table, states) + size > room:
+        gain, _ = _adds(table, states, change)
+        if asker.left <= reserve:
             return
         without = asker.drop(_changed(states, change))
-        relief = min(drop - without, drop - limit) if without < math.inf else 0.0  # more than the excess is no use
+        relief = (
+            min(drop - without, drop - asker.limit) if without < math.inf else 0.0
+        )  # more than the excess is no use
         worth = per_cost(relief, -gain) if relief > 0 else -math.inf
         last.update(dict.fromkeys(block, worth))
         heapq.heappush(heap, (-worth, done, block, without))  # of equal scores the stalest first
@@ -167,27 +169,21 @@ def _revert(asker: _Asker, states: _States, drop: float, limit: float, room: flo
         else:
             states = _changed(states, tuple((number, index, 0) for number, index in block))
             drop, done = without, done + 1
-            if drop <= limit:
+            if drop <= asker.limit:
                 return states
     low = set(_low(states))
-    return _bisect(asker, states, [p for p in sorted(places, key=lambda p: -last[p]) if p in low], limit, room)
+    return _bisect(asker, states, [p for p in sorted(places, key=lambda p: -last[p]) if p in low])
 
 
-def _bisect(asker: _Asker, states: _States, order: Sequence[_Place], limit: float, room: float) -> _States:
-    """As few reverts as a bisection finds, in the given order; those that need more bytes than there are are left out."""
+def _bisect(asker: _Asker, states: _States, order: Sequence[_Place]) -> _States:
+    """As few reverts as a bisection finds, in the given order."""
     reverts: list[_States] = [states]
     for number, index in order:
-        trial = _changed(reverts[-1], ((number, index, 0),))
-        if _bytes(asker.table, trial) <= room:
-            reverts.append(trial)
+        reverts.append(_changed(reverts[-1], ((number, index, 0),)))
     above, within = 0, len(reverts) - 1
-    if _low(reverts[within]) and (asker.left < 1 or not asker.drop(reverts[within]) <= limit):
-        raise InputError(
-            f"no map within the bytes allowed is predicted to drop at most {limit}; allow more bytes or a larger drop"
-        )
     while within - above > 1 and asker.left > 0:
         middle = (above + within) // 2
-        above, within = (above, middle) if asker.drop(reverts[middle]) <= limit else (middle, within)
+        above, within = (above, middle) if asker.drop(reverts[middle]) <= asker.limit else (middle, within)
     return reverts[within]
 
 
@@ -207,30 +203,30 @@ def _additions(table: Sequence[Family], states: _States) -> Iterator[_Change]:
                 yield tuple((number, index, 0) for index, rung in one.at if state[index] == rung)
 
 
-def _add(asker: _Asker, states: _States, limit: float, room: float) -> tuple[_States, list[_Change]]:
+def _add(asker: _Asker, states: _States) -> tuple[_States, list[_Change]]:
     """The map with all that fits, most gain per cost first, and the single items that did not fit."""
     table = asker.table
 
     def order(change: _Change) -> tuple[float, _Change]:
-        gain, cost, _ = _adds(table, states, change)
+        gain, cost = _adds(table, states, change)
         return -per_cost(gain, cost), change
 
     failed: list[_Change] = []
     for change in sorted(_additions(table, states), key=order):
-        gain, _, size = _adds(table, states, change)
+        gain, _ = _adds(table, states, change)
         if asker.left < 1:
             break
-        if gain <= 0 or (size > 0 and _bytes(table, states) + size > room):
+        if gain <= 0:
             continue
         trial = _changed(states, change)
-        if asker.drop(trial) <= limit:
+        if asker.drop(trial) <= asker.limit:
             states = trial
         elif len(change) == 1:
             failed.append(change)
     return states, failed
 
 
-def _swap(asker: _Asker, states: _States, failed: Sequence[_Change], limit: float, room: float) -> _States:
+def _swap(asker: _Asker, states: _States, failed: Sequence[_Change]) -> _States:
     """One item out, one with more gain that did not fit alone in: the least extra cost first."""
     table = asker.table
 
@@ -244,12 +240,12 @@ def _swap(asker: _Asker, states: _States, failed: Sequence[_Change], limit: floa
         if (number, index) != into[:2]
     )
     for _, change in heapq.nsmallest(max(0, asker.left), swaps):
-        gain, _, size = _adds(table, states, change)
+        gain, _ = _adds(table, states, change)
         if asker.left < 1:
             break
-        if gain <= 0 or (size > 0 and _bytes(table, states) + size > room):
+        if gain <= 0:
             continue
         trial = _changed(states, change)
-        if asker.drop(trial) <= limit:
+        if asker.drop(trial) <= asker.limit:
             states = trial
     return states

@@ -4,20 +4,17 @@ Both are values with one method, so that a search is told its rule by being give
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from precimap.errors import InputError
 from precimap.layers.inventory import Inventory
-from precimap.metrics.metric import Metric
-from precimap.numerics.schemes import Scheme
 from precimap.searching.allocation.knapsack import UNCONSTRAINED, Constraints, Step, bytes_at, chain
 from precimap.searching.allocation.ladders import settled, total_gain
-from precimap.searching.allocation.threshold import Candidate, default_cutoff, threshold
-from precimap.searching.evidence.known import BYTES_WORTH, Known, gain, options, price
+from precimap.searching.allocation.layer_evidence import LayerEvidence
+from precimap.searching.allocation.table import BYTES_WORTH, Table
+from precimap.searching.allocation.threshold import threshold
 from precimap.searching.latency.savings import Savings
-from precimap.searching.limits import Limits
 
 
 class Rule(Protocol):
@@ -32,22 +29,14 @@ class Rule(Protocol):
     def limits(self, inventory: Inventory) -> Constraints:
         """What every map has to keep beside its quality."""
 
-    def may_add(self, found: Known, cutoff: float) -> bool:
+    def may_add(self, found: LayerEvidence, cutoff: float) -> bool:
         """Whether a map that passed may be tried with this layer, too."""
 
     def wants(self, gain: float) -> bool:
         """Whether it would take a layer for this gain alone."""
 
-    def steps(
-        self,
-        inventory: Inventory,
-        metric: Metric,
-        known: Sequence[Known],
-        schemes: Mapping[str, Scheme],
-        margin: float,
-        cutoff: float,
-    ) -> tuple[Step, ...]:
-        """margin: of the gate. cutoff: the drop of a single layer up to which it is called tolerant."""
+    def steps(self, table: Table) -> tuple[Step, ...]:
+        """The chain of a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +68,7 @@ class Knapsack:
         given = self.constraints.maximum_bytes
         return replace(self.constraints, maximum_bytes=size if given is None else min(given, size))
 
-    def may_add(self, found: Known, cutoff: float) -> bool:
+    def may_add(self, found: LayerEvidence, cutoff: float) -> bool:
         return True
 
     def wants(self, gain: float) -> bool:
@@ -90,18 +79,9 @@ class Knapsack:
         fits = limits.maximum_bytes is None or step.bytes <= limits.maximum_bytes
         return fits and step.gain >= limits.minimum_gain
 
-    def steps(
-        self,
-        inventory: Inventory,
-        metric: Metric,
-        known: Sequence[Known],
-        schemes: Mapping[str, Scheme],
-        margin: float,
-        cutoff: float,
-    ) -> tuple[Step, ...]:
-        rows = options(inventory, known, schemes, price(metric, known, margin), self.bytes_worth)
-        base = {layer.name: layer.bytes for layer in inventory.layers}
-        return chain(rows, base, self.limits(inventory)) if rows else ()
+    def steps(self, table: Table) -> tuple[Step, ...]:
+        rows = table.options(self.bytes_worth, table.price)
+        return chain(rows, table.base_bytes, self.limits(table.inventory)) if rows else ()
 
 
 KNAPSACK = Knapsack()
@@ -125,24 +105,16 @@ class Threshold:
     def limits(self, inventory: Inventory) -> Constraints:
         return UNCONSTRAINED
 
-    def may_add(self, found: Known, cutoff: float) -> bool:
+    def may_add(self, found: LayerEvidence, cutoff: float) -> bool:
         """A sensitive layer is never in, whatever the others gain."""
         return found.decisive is not None and found.decisive.lower <= cutoff
 
-    def steps(
-        self,
-        inventory: Inventory,
-        metric: Metric,
-        known: Sequence[Known],
-        schemes: Mapping[str, Scheme],
-        margin: float,
-        cutoff: float,
-    ) -> tuple[Step, ...]:
-        found = options(inventory, known, schemes, price(metric, known, margin))
+    def steps(self, table: Table) -> tuple[Step, ...]:
+        found = table.options(self.bytes_worth, table.price)
         rows = {(row.layer, row.scheme): row for row in found}
-        sizes = {layer.name: layer.bytes for layer in inventory.layers}
+        sizes = table.base_bytes
         made: list[Step] = []
-        for step in threshold(candidates(inventory, known, margin), list(schemes), cutoff):
+        for step in threshold(table.candidates(), list(table.schemes), table.cutoff):
             choice = settled(found, step.choice)
             low = [rows[pair] for pair in choice.items()]
             size = sum((sizes | {row.layer: row.bytes for row in low}).values())
@@ -151,37 +123,18 @@ class Threshold:
         return tuple(made)
 
 
-def candidates(inventory: Inventory, known: Sequence[Known], margin: float) -> list[Candidate]:
-    """What the threshold rule reads: bounds of the gate, or of a guard that comes nearer to its margin.
-
-    Layers of which nothing is known in the metric itself are left out.
-    """
-    groups = {layer.name: layer.fused for layer in inventory.layers}
-    return [
-        Candidate(
-            found.layer, found.scheme, found.decisive.lower, found.decisive.strictest(margin), groups[found.layer]
-        )
-        for found in known
-        if found.decisive is not None
-    ]
-
-
-def kept_for_time(
-    rule: Rule, inventory: Inventory, known: Sequence[Known], schemes: Sequence[Scheme], savings: Savings | None
-) -> dict[str, str]:
+def kept_for_time(rule: Rule, table: Table, savings: Savings | None) -> dict[str, str]:
     """Tables that take longer under each of their schemes than saving their bytes is worth to the rule, and the reason.
 
     None where nothing was timed.
     """
     if savings is None:
         return {}
-    by_name = {scheme.name: scheme for scheme in schemes}
-    unwanted: dict[str, list[Known]] = {}
+    unwanted: dict[str, list[LayerEvidence]] = {}
     wanted: set[str] = set()
-    for found in known:
-        scheme = by_name[found.scheme]
-        worth = gain(inventory, found.layer, scheme, rule.bytes_worth, found.saved)
-        if scheme.computes_low or rule.wants(worth) or found.saved is None or found.saved >= 0:
+    for found in table.known:
+        worth = table.gain(found, rule.bytes_worth)
+        if table.schemes[found.scheme].computes_low or rule.wants(worth) or found.saved is None or found.saved >= 0:
             wanted.add(found.layer)
         unwanted.setdefault(found.layer, []).append(found)
     reasons = {}
@@ -193,8 +146,3 @@ def kept_for_time(
             )
             reasons[layer] = f"{said}, more than its bytes are worth"
     return reasons
-
-
-def cutoff_of(limits: Limits, inventory: Inventory, known: Sequence[Known]) -> float:
-    """The drop of a single layer up to which it is called tolerant: the user's, or the margin shared by all candidates."""
-    return limits.cutoff or default_cutoff(limits.margin, candidates(inventory, known, limits.margin))

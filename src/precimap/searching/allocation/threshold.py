@@ -12,7 +12,7 @@ from dataclasses import dataclass
 LONGEST_CHAIN = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One layer under one scheme: the one-sided bounds of its own drop, and the group that must share its scheme."""
 

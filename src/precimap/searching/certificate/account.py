@@ -34,7 +34,7 @@ class Judged:
     first: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What the split said of one map of a chain. upper: None where there is no finite bound."""
 

@@ -13,23 +13,16 @@ from precimap.certificate import Certificate, Earlier
 from precimap.decisions import UnitSketch
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
-from precimap.searching.batch_invariance import shares_a_scale
 from precimap.searching.certificate.account import Answer
 from precimap.searching.certificate.account import Judged as Entry
-from precimap.searching.certificate.certify import (
-    Judged,
-    Question,
-    baseline_to_certify,
-    certify,
-    check_still,
-    too_small,
-)
+from precimap.searching.certificate.certify import Judged, Look, baseline_to_certify, certify, check_still, too_small
 from precimap.searching.certificate.known_units import IN_MAP, Sketch, shared_units
 from precimap.searching.certificate.ledger import FRESH, AskedSplit, Ledger
 from precimap.searching.certificate.older_prints import older_print
-from precimap.searching.evidence.probe import Comparison
-from precimap.searching.limits import Limits, chain_fingerprint
-from precimap.searching.preflight import check_baseline
+from precimap.searching.comparison import Comparison
+from precimap.searching.preflight.batch_invariance import shares_a_scale
+from precimap.searching.preflight.checks import check_baseline
+from precimap.searching.question import Question, chain_fingerprint
 from precimap.searching.run import Run
 from precimap.searching.same_task import question_terms
 from precimap.searching.splits.split_print import SplitPrint
@@ -58,21 +51,21 @@ class Booking:
         asked = AskedSplit(self.split.whole, self.split.judged_views, lambda: older_print(self.task.splits.certify))
         return Ledger.open(self.directory, asked, budget)
 
-    def notes(self, limits: Limits) -> tuple[str, ...]:
+    def notes(self, question: Question) -> tuple[str, ...]:
         """Said before the long work: whether the split can still answer new questions, and where it is known from."""
         if not self.directory.is_dir():
             return ()
-        ledger = self.ledger(limits.budget)
+        ledger = self.ledger(question.budget)
         spent, notes = ledger.spent(), ledger.notes()
-        if spent + limits.alpha <= limits.budget * (1 + 1e-9):
+        if spent + question.alpha <= question.budget * (1 + 1e-9):
             return notes
         return (
             *notes,
             f"the certify split has given away alpha {spent:g}: other questions than those answered need fresh data "
-            f"or an alpha budget of {spent + limits.alpha:g} (--alpha-budget); {FRESH}",
+            f"or an alpha budget of {spent + question.alpha:g} (--alpha-budget); {FRESH}",
         )
 
-    def check_left(self, target: Target, limits: Limits) -> None:
+    def check_left(self, target: Target, question: Question) -> None:
         """Raises AlphaSpent where the split can answer nothing that a search may still ask, so that none need be made.
 
         What a search will ask is known but for its maps: margin, target, metric, guards and data. A booked question of
@@ -83,7 +76,7 @@ class Booking:
         """
         if not self.directory.is_dir():
             return
-        margin = f"{limits.margin:g}"
+        margin = f"{question.margin:g}"
         terms = [question_terms(self.task, self.first, self.prints, coupled) for coupled in (False, True)]
 
         def may_be(entry: Entry, maps: Sequence[str]) -> bool:
@@ -93,45 +86,53 @@ class Booking:
             if said.group(2, 3) != (target.name, margin):
                 return False
             all_known = len(maps) == int(said.group(1) or 1)
-            return not all_known or entry.chain in {chain_fingerprint(maps, limits.margin, one) for one in terms}
+            return not all_known or entry.chain in {chain_fingerprint(maps, question.margin, one) for one in terms}
 
         said = f"{self.task.name}: any maps for {target.name}, margin {margin}"
-        self.ledger(limits.budget).check_left(may_be, limits.alpha, said)
+        self.ledger(question.budget).check_left(may_be, question.alpha, said)
 
-    def _spent(self, limits: Limits) -> float:
+    def _spent(self, question: Question) -> float:
         """What the split has given away so far; no directory is made to find out."""
-        return self.ledger(limits.budget).spent() if self.directory.is_dir() else 0.0
+        return self.ledger(question.budget).spent() if self.directory.is_dir() else 0.0
 
     def judged(
         self,
         run: Run,
         target: Target,
-        chain: Sequence[Judged],
-        elsewhere: Sequence[Comparison | None],
-        limits: Limits,
+        asked: Sequence[tuple[Judged, Comparison | None]],
+        question: Question,
         said: str,
     ) -> tuple[Certificate, ...]:
         """Book the question, then ask it: one certificate for each map that was tested.
 
-        elsewhere: as `certify` takes it. said: what the ledger calls the question. Alpha is booked only when a comparison
-        can be made: the baseline is scored first, which no map depends on; where the split is too small to certify any
-        map, the one certificate says so, no map is scored there, and nothing is booked.
+        asked: the maps, safest first, each with what it did on the search split, as `certify` takes them. said: what the
+        ledger calls the question. Alpha is booked only when a comparison can be made: the baseline is scored first, which no
+        map depends on; where the split is too small to certify any map, the one certificate says so, no map is scored
+        there, and nothing is booked.
 
         Raises AlphaSpent where the split has given away too much, and what `check_baseline` and `certify` raise.
         """
-        question = Question(limits.margin, limits.alpha, limits.alpha, self.split.whole, self.split)
-        baseline = baseline_to_certify(run, target, question)
+        chain = [one for one, _ in asked]
+        look = Look(
+            target=target,
+            margin=question.margin,
+            alpha=question.alpha,
+            spent_alpha=question.alpha,
+            split=self.split.whole,
+            known=self.split,
+        )
+        baseline = baseline_to_certify(run, look)
         check_baseline(self.task, baseline, "certify")
-        check_still(run, target, question)
-        unbooked = replace(question, spent_alpha=self._spent(limits))
-        if (short := too_small(self.task, target, baseline, unbooked, chain[0].fingerprint)) is not None:
+        check_still(run, look)
+        unbooked = replace(look, spent_alpha=self._spent(question))
+        if (short := too_small(self.task, baseline, unbooked, chain[0].fingerprint)) is not None:
             return (short,)
-        ledger = self.ledger(limits.budget)
-        asked = chain_fingerprint([one.fingerprint for one in chain], limits.margin, self._terms(chain))
-        spent = ledger.spend(asked, limits.alpha, f"{said}, margin {limits.margin:g}")
-        certificates = certify(run, target, chain, replace(question, spent_alpha=spent), elsewhere)
-        before = ledger.answers_before(asked)
-        ledger.answer([Answer(asked, c.map, c.margin, c.alpha, c.upper, c.certified) for c in certificates])
+        ledger = self.ledger(question.budget)
+        name = chain_fingerprint([one.fingerprint for one in chain], question.margin, self._terms(chain))
+        spent = ledger.spend(name, question.alpha, f"{said}, margin {question.margin:g}")
+        certificates = certify(run, replace(look, spent_alpha=spent), asked)
+        before = ledger.answers_before(name)
+        ledger.answer([_answer(name, certificate) for certificate in certificates])
         return tuple(c.model_copy(update={"earlier": _earlier(before, c.map)}) for c in certificates)
 
     def _terms(self, chain: Sequence[Judged]) -> dict[str, str]:
@@ -149,6 +150,17 @@ def chosen_on(split: SplitPrint) -> tuple[UnitSketch, ...]:
 def share_that_chose(precision_map: PrecisionMap, split: SplitPrint) -> float:
     """The share of a split's units that chose the map, as far as its sketch tells. Raises ValueError for a broken one."""
     return shared_units([Sketch.parse(known.prints, known.n) for known in precision_map.chosen_on], split.views)
+
+
+def _answer(chain: str, found: Certificate) -> Answer:
+    return Answer(
+        chain=chain,
+        map=found.map,
+        margin=found.margin,
+        alpha=found.alpha,
+        upper=found.upper,
+        certified=found.certified,
+    )
 
 
 def _earlier(before: Sequence[tuple[str, Answer]], fingerprint: str) -> tuple[Earlier, ...]:

@@ -25,19 +25,21 @@ from precimap.metrics.guard import Guard
 from precimap.metrics.paired import Drop
 from precimap.metrics.power import needed_range
 from precimap.precision_map import PrecisionMap
-from precimap.searching.evidence.probe import Comparison, compare, finite
-from precimap.searching.run import Parts, Run, scored
+from precimap.searching.comparison import Comparison, compare, finite
+from precimap.searching.run import Parts, Pass, Run, scored
 from precimap.searching.splits.split_print import SplitPrint, counted_once
 from precimap.task import Scored, Task, score_batch, to_device
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What the certify split is asked: is the drop of a map at most `margin`, with confidence 1 - alpha?
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One look at the certify split: is the drop of a map that `target` runs at most `margin`, with confidence 1 - alpha?
 
-    known: the content of the split, by which units that stand in it more than once are told; None counts all as they stand.
+    split: its name. known: the content of the split, by which units that stand in it more than once are told; None counts
+    all as they stand.
     """
 
+    target: Target
     margin: float
     alpha: float
     spent_alpha: float
@@ -59,30 +61,24 @@ class SecondModel:
 Judged = PrecisionMap | SecondModel
 
 
-def certify(
-    run: Run,
-    target: Target,
-    chain: Sequence[Judged],
-    question: Question,
-    elsewhere: Sequence[Comparison | None],
-) -> tuple[Certificate, ...]:
-    """Test the maps of `chain`, safest first, up to the first failure.
+def certify(run: Run, look: Look, asked: Sequence[tuple[Judged, Comparison | None]]) -> tuple[Certificate, ...]:
+    """Test the maps that are asked about, safest first, up to the first failure.
 
-    elsewhere: what each map, or one above it, did on the search split; the worst unit there counts in the bound, too.
+    Beside each map stands what it, or one above it, did on the search split: the worst unit there counts in the bound, too.
     Returns one certificate for each map that was tested; all but the last are certified.
     """
-    task, looks = run.task, len(chain) + 1
+    task, looks = run.task, len(asked) + 1
     run.progress("certify", 0, looks)
-    baseline = _certify_split(run, target, question, None)
+    baseline = _certify_split(run, look, None)
     certificates: list[Certificate] = []
-    for number, (precision_map, seen) in enumerate(zip(chain, elsewhere, strict=True)):
+    for number, (precision_map, seen) in enumerate(asked):
         run.progress("certify", number + 1, looks)
-        other = _certify_split(run, target, question, precision_map)
-        compared = compare(task, baseline, other, question.alpha, seen)
-        found = _certificate(task, target, baseline, compared, question, precision_map.fingerprint)
+        other = _certify_split(run, look, precision_map)
+        compared = compare(task, baseline, other, look.alpha, seen)
+        found = _certificate(task, baseline, compared, look, precision_map.fingerprint)
         if isinstance(precision_map, PrecisionMap) and precision_map.realignment is not None:
-            plain = _certify_split(run, target, question, precision_map.model_copy(update={"realignment": None}))
-            found = found.model_copy(update={"unrepaired": _unrepaired(task, baseline, plain, question.alpha)})
+            plain = _certify_split(run, look, precision_map.model_copy(update={"realignment": None}))
+            found = found.model_copy(update={"unrepaired": _unrepaired(task, baseline, plain, look.alpha)})
         certificates.append(found)
         if not certificates[-1].certified:
             break
@@ -90,17 +86,17 @@ def certify(
     return tuple(certificates)
 
 
-def baseline_to_certify(run: Run, target: Target, question: Question) -> Scored:
+def baseline_to_certify(run: Run, look: Look) -> Scored:
     """The baseline on the certify split, which every certificate needs and no map has chosen: to be looked at first."""
-    return _certify_split(run, target, question, None)
+    return _certify_split(run, look, None)
 
 
-def too_small(task: Task, target: Target, baseline: Scored, question: Question, fingerprint: str) -> Certificate | None:
+def too_small(task: Task, baseline: Scored, look: Look, fingerprint: str) -> Certificate | None:
     """What a split that can certify no map says of one that was not scored there; None for a split that can tell.
 
     Nothing but the baseline was looked at: a drop on so few units would be a look that nobody paid for.
     """
-    found = compare(task, baseline, baseline, question.alpha)
+    found = compare(task, baseline, baseline, look.alpha)
     assert found.sight is not None
     sights = {"the drop": found.sight, **{f"the guard {name}": one.found.sight for name, one in found.guards.items()}}
     short = [f"{what}: {sight.shortage}" for what, sight in sights.items() if sight.shortage is not None]
@@ -111,13 +107,13 @@ def too_small(task: Task, target: Target, baseline: Scored, question: Question, 
         unit=task.metric.unit,
         certified=False,
         verdict=f"cannot tell {short[0]}; the map was not scored on the certify split, and no alpha was given away",
-        claim=target.claim,
+        claim=look.target.claim,
         drop=None,
         error=None,
         upper=None,
-        margin=question.margin,
-        alpha=question.alpha,
-        spent_alpha=question.spent_alpha,
+        margin=look.margin,
+        alpha=look.alpha,
+        spent_alpha=look.spent_alpha,
         bound=BOUND_FARTHEST if found.sight.limit is None else BOUND_WORST,
         baseline=task.metric.value(baseline.values, baseline.units),
         n=found.drop.n,
@@ -126,19 +122,19 @@ def too_small(task: Task, target: Target, baseline: Scored, question: Question, 
         effective=found.sight.effective,
         needed=None,
         blind_spot=None,
-        split=question.split,
+        split=look.split,
         map=fingerprint,
     )
 
 
-def check_still(run: Run, target: Target, question: Question) -> None:
+def check_still(run: Run, look: Look) -> None:
     """Score the first batch of the split again. Raises TaskError where it gives other losses than those in the run.
 
     Batches may name their data (files, rows of a store) and not hold them.
     """
     batch = to_device(next(iter(run.task.splits.certify)), run.task.device)
-    known = _parts(run, target, question, None, numbers=[0]).whole
-    with torch.no_grad(), target.running(run.task.model, {}) as model:
+    known = _parts(run, look, None, numbers=[0]).whole
+    with torch.no_grad(), look.target.running(run.task.model, {}) as model:
         now = score_batch(run.task, model, batch, "batch 0 of the certify split")
     if now.losses.shape != known.losses.shape or not np.allclose(now.losses, known.losses, rtol=1e-5, atol=1e-7):
         raise TaskError(
@@ -147,29 +143,29 @@ def check_still(run: Run, target: Target, question: Question) -> None:
         )
 
 
-def _certify_split(run: Run, target: Target, question: Question, precision_map: Judged | None) -> Scored:
+def _certify_split(run: Run, look: Look, judged: Judged | None) -> Scored:
     """The certify split as the target runs the map (None: the baseline); quantised only if a batch is to be scored."""
-    return _counted_once(_parts(run, target, question, precision_map), question.known)
+    return _counted_once(_parts(run, look, judged), look.known)
 
 
-def _parts(
-    run: Run,
-    target: Target,
-    question: Question,
-    precision_map: Judged | None,
-    numbers: Sequence[int] | None = None,
-) -> Parts:
-    task = run.task
+def _parts(run: Run, look: Look, judged: Judged | None, numbers: Sequence[int] | None = None) -> Parts:
+    task, target = run.task, look.target
 
     def running() -> AbstractContextManager[nn.Module]:
-        return target.running(task.model, {}) if precision_map is None else mapped(task.model, target, precision_map)
+        return target.running(task.model, {}) if judged is None else mapped(task.model, target, judged)
 
-    subject = "baseline" if precision_map is None else precision_map.fingerprint
-    timer = None if precision_map is None else target.whole_timer
-    check = (lambda _: None) if timer is None else timer.check
-    said = "" if question.known is None else f" {question.known.said}"
-    name = f"{subject} on {target.name} with {question.split}{said}"
-    return scored(run, "certify", name, task.splits.certify, running, numbers=numbers, check=check)
+    subject = "baseline" if judged is None else judged.fingerprint
+    timer = None if judged is None else target.whole_timer
+    said = "" if look.known is None else f" {look.known.said}"
+    asked = Pass(
+        kind="certify",
+        of=f"{subject} on {target.name} with {look.split}{said}",
+        batches=task.splits.certify,
+        running=running,
+        numbers=numbers,
+        check=(lambda _: None) if timer is None else timer.check,
+    )
+    return scored(run, asked)
 
 
 def _counted_once(parts: Parts, known: SplitPrint | None) -> Scored:
@@ -203,28 +199,26 @@ def _unrepaired(task: Task, baseline: Scored, plain: Scored, alpha: float) -> Un
     return Unrepaired(drop=found.drop.estimate, error=found.drop.error, upper=upper, guards=guards)
 
 
-def _certificate(
-    task: Task, target: Target, baseline: Scored, found: Comparison, question: Question, fingerprint: str
-) -> Certificate:
-    sight, alpha = found.sight, question.alpha
+def _certificate(task: Task, baseline: Scored, found: Comparison, look: Look, fingerprint: str) -> Certificate:
+    sight, alpha = found.sight, look.alpha
     assert sight is not None
     guards = {guard.label: _guard_answer(guard, baseline, found, alpha) for guard in task.guarded}
-    held = found.upper <= question.margin and sight.shortage is None
+    held = found.upper <= look.margin and sight.shortage is None
     certified = held and all(answer.held for answer in guards.values())
-    needed = _needed(found.drop, found.upper, question.margin, alpha, sight.limit or found.largest)
+    needed = _needed(found.drop, found.upper, look.margin, alpha, sight.limit or found.largest)
     evidence = found.evidence()
     return Certificate(
         metric=task.metric.name,
         unit=task.metric.unit,
         certified=certified,
-        verdict=_verdict(found, guards, question.margin, needed),
-        claim=target.claim,
+        verdict=_verdict(found, guards, look.margin, needed),
+        claim=look.target.claim,
         drop=found.drop.estimate,
         error=found.drop.error,
         upper=evidence.upper,
-        margin=question.margin,
+        margin=look.margin,
         alpha=alpha,
-        spent_alpha=question.spent_alpha,
+        spent_alpha=look.spent_alpha,
         bound=BOUND_FARTHEST if sight.limit is None else BOUND_WORST,
         baseline=task.metric.value(baseline.values, baseline.units),
         n=found.drop.n,
@@ -232,10 +226,10 @@ def _certificate(
         changed=found.drop.changed,
         effective=sight.effective,
         needed=needed,
-        blind_spot=sight.blind_spot(found.drop.estimate, question.margin, alpha) if certified else None,
+        blind_spot=sight.blind_spot(found.drop.estimate, look.margin, alpha) if certified else None,
         guards=guards,
         reported={name: (drop.estimate, drop.error) for name, drop in found.reported.items()},
-        split=question.split,
+        split=look.split,
         map=fingerprint,
     )
 

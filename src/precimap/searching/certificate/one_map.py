@@ -6,7 +6,11 @@ small to certify any map is asked nothing: the certificate says that it cannot t
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Unpack
+
+from torch import nn
 
 from precimap.certificate import Certificate, Earlier
 from precimap.errors import MapError, TaskError
@@ -14,14 +18,14 @@ from precimap.fingerprints import modules_of, of_weights
 from precimap.journal import run_journal
 from precimap.layers.target import Target
 from precimap.precision_map import PrecisionMap
-from precimap.searching import preflight
 from precimap.searching.certificate.booking import Booking, share_that_chose
 from precimap.searching.certificate.certify import Judged, mapped
 from precimap.searching.certificate.older_prints import older_print
-from precimap.searching.evidence.probe import Comparison, compare
-from precimap.searching.limits import Limits, margin_of, state_directory
+from precimap.searching.comparison import Comparison, compare
+from precimap.searching.preflight.checks import check_task, check_unchanged, doubts
 from precimap.searching.progress import Progress, silent
-from precimap.searching.run import Run, scored
+from precimap.searching.question import Question, Terms, margin_of
+from precimap.searching.run import Pass, Run, scored
 from precimap.searching.splits.split_print import SplitPrint
 from precimap.searching.splits.three_splits import SHARED_UNITS_ALLOWED, fingerprint_splits, unchanging
 from precimap.targets import target_of
@@ -34,41 +38,39 @@ def certify(
     *,
     margin: float | str,
     target: Target | str | None = None,
-    confidence: float = 0.95,
-    alpha_budget: float | None = None,
-    ledger: str | Path | None = None,
     progress: Progress = silent,
     on_note: Callable[[str], None] = lambda _: None,
+    **terms: Unpack[Terms],
 ) -> PrecisionMap:
     """The map with the certificate that the task's certify split gives it.
 
-    precision_map: a map, or its file. target: where it will run, by default the map's own. margin: as `search` takes it.
-    ledger: directory of the alpha ledgers. on_note: told what is doubtful of the task.
+    precision_map: a map, or its file. target: where it will run, by default the map's own. margin, and terms (confidence,
+    alpha_budget, ledger): as `search` takes them. on_note: told what is doubtful of the task.
 
     Raises PremiseMismatch for other weights, modules or another metric, MapError for a map without a low-precision layer,
     TaskError when the map was chosen on these data, in whatever batches, AlphaSpent when the split has judged other
     questions.
     """
-    limits = Limits(margin_of(margin, task.metric), confidence, None, alpha_budget)
+    question = Question(margin=margin_of(margin, task.metric), **terms)
     if not isinstance(precision_map, PrecisionMap):
         precision_map = PrecisionMap.load(precision_map)
     where, model = target_of(target or precision_map.target), task.model
     precision_map.check(weights=of_weights(model), metric=task.metric.name, architecture=modules_of(model))
     if not precision_map.low:
         raise MapError("the map keeps every layer at base precision; there is nothing to certify")
-    first = preflight.check_task(task)
+    first = check_task(task)
     prints = fingerprint_splits(task, first.reads)
     _check_did_not_choose(task, precision_map, prints.certify)
-    for note in (*first.notes, *prints.notes, *preflight.doubts(task, first.scored, limits.margin)):
+    for note in (*first.notes, *prints.notes, *doubts(task, first.scored, question.margin)):
         on_note(note)
     task = unchanging(task, prints)
-    booking = Booking(task, prints, first.scored, Path(ledger) if ledger else state_directory())
+    booking = Booking(task, prints, first.scored, question.ledger_directory)
     said = f"{task.name}: one map for {precision_map.target}"
     with run_journal(None, {}) as journal:
         run = Run(task, journal, progress)
-        seen = on_search(run, where, precision_map, limits.alpha) if needs_search(task, prints.certify) else None
-        (certificate,) = booking.judged(run, where, [precision_map], [seen], limits, said)
-    preflight.check_unchanged(task, first.scored)
+        seen = on_search(run, where, precision_map, question.alpha) if needs_search(task, prints.certify) else None
+        (certificate,) = booking.judged(run, where, [(precision_map, seen)], question, said)
+    check_unchanged(task, first.scored)
     before = () if precision_map.certificate is None else _history(precision_map.certificate)
     known = [row for row in before if row not in certificate.earlier and not _same(row, certificate)]
     certificate = certificate.model_copy(update={"earlier": (*known, *certificate.earlier)})
@@ -84,14 +86,17 @@ def needs_search(task: Task, certify: SplitPrint) -> bool:
 
 def on_search(run: Run, target: Target, judged: Judged, alpha: float) -> Comparison:
     """What a map, or a second model, does on the task's search split: the worst unit there counts in the bound, too."""
-    parts = [
-        scored(run, "search", name, run.task.splits.search, running)
-        for name, running in (
-            ("baseline", lambda: target.running(run.task.model, {})),
-            ("map", lambda: mapped(run.task.model, target, judged)),
-        )
-    ]
-    return compare(run.task, parts[0].whole, parts[1].whole, alpha)
+    task, split = run.task, run.task.splits.search
+
+    def running() -> AbstractContextManager[nn.Module]:
+        return mapped(task.model, target, judged)
+
+    def as_given() -> AbstractContextManager[nn.Module]:
+        return target.running(task.model, {})
+
+    before = scored(run, Pass(kind="search", of="baseline", batches=split, running=as_given))
+    after = scored(run, Pass(kind="search", of="map", batches=split, running=running))
+    return compare(task, before.whole, after.whole, alpha)
 
 
 def _check_did_not_choose(task: Task, precision_map: PrecisionMap, certify: SplitPrint) -> None:

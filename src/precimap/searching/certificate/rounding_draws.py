@@ -25,11 +25,12 @@ from precimap.metrics.paired import Drop, drop_of, paired_drop
 from precimap.metrics.units import Units
 from precimap.numerics.grid_shift import GridShift
 from precimap.precision_map import PrecisionMap
-from precimap.searching.realign import Realigner
-from precimap.searching.run import Parts, Run, scored
+from precimap.searching.question import Effort
+from precimap.searching.realigner import Realigner
+from precimap.searching.run import Parts, Pass, Run, scored
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundingSpread:
     """A map's drop on its own grids and on shifted ones, in the metric's own units; positive is worse.
 
@@ -86,14 +87,14 @@ def draw_layers(model: nn.Module, precision_map: PrecisionMap, seed: int) -> dic
 
 
 def rounding_of(
-    run: Run, precision_map: PrecisionMap, baseline: Parts, draws: int, units: int, realigner: Realigner | None = None
+    run: Run, precision_map: PrecisionMap, baseline: Parts, effort: Effort, realigner: Realigner | None = None
 ) -> Rounding | None:
-    """Measure a map on `draws` shifted grids, on batches of the search split with about `units` units.
+    """Measure a map on shifted grids, as many as `Effort.rounding_draws`, on `Effort.check_units` of the search split.
 
     A realigned map is realigned anew on every grid, as the next retrain would be. None for a map with a scheme whose grid
     cannot be shifted. By emulation, whatever the map's target is.
     """
-    task, numbers = run.task, baseline.scattered(units)
+    task, draws, numbers = run.task, effort.rounding_draws, baseline.scattered(effort.check_units)
     before = baseline.only(numbers)
 
     def drops(subject: str, shift: GridShift | None) -> PairedDrops:
@@ -104,7 +105,8 @@ def rounding_of(
             model = realigned(task.model, repair)
             return EMULATED.running(model, quantize_map(model, precision_map, shift))
 
-        parts = scored(run, "draw", subject, task.splits.search, running, numbers=numbers)
+        asked = Pass(kind="draw", of=subject, batches=task.splits.search, running=running, numbers=numbers)
+        parts = scored(run, asked)
         return task.metric.paired(before.values, parts.whole.values, before.units)
 
     try:

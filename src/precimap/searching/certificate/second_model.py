@@ -12,8 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from torch import Tensor, nn
@@ -25,13 +24,13 @@ from precimap.journal import run_journal
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.schemes import Scheme
-from precimap.searching import preflight
 from precimap.searching.certificate.booking import Booking
 from precimap.searching.certificate.certify import SecondModel
 from precimap.searching.certificate.one_map import on_search
-from precimap.searching.limits import Limits, margin_of, state_directory
+from precimap.searching.preflight.checks import check_task, check_unchanged, doubts
 from precimap.searching.progress import Progress, silent
-from precimap.searching.run import Run, scored
+from precimap.searching.question import Question, Terms, margin_of
+from precimap.searching.run import Pass, Run, scored
 from precimap.searching.splits.three_splits import fingerprint_splits, unchanging
 from precimap.task import Scored, Task
 
@@ -64,43 +63,43 @@ def compare(
     second: nn.Module | Callable[[Any], Tensor],
     *,
     margin: float | str,
-    confidence: float = 0.95,
-    alpha_budget: float | None = None,
-    ledger: str | Path | None = None,
     progress: Progress = silent,
     on_note: Callable[[str], None] = lambda _: None,
+    **terms: Unpack[Terms],
 ) -> Certificate:
     """Certify that `second` loses at most `margin` against the task's model, or say that it does, or that one cannot tell.
 
     second: a model in evaluation mode, which the task's forward is called with; or any callable that takes a batch of the
     task and returns its scores, one row for each unit, as forward does. The certify split must not have trained or chosen
-    it. margin, confidence, alpha_budget, ledger: as `search` and `certify` take them. The certificate's `map` is the
+    it. margin, and terms (confidence, alpha_budget, ledger): as `search` takes them. The certificate's `map` is the
     fingerprint of the second model. Both models stay as they were.
 
     Raises InputError for what is neither a model nor callable, TaskError for scores of another shape than the task's own
     and as `search` does, AlphaSpent when the split has judged other questions.
     """
-    limits = Limits(margin_of(margin, task.metric), confidence, None, alpha_budget)
-    first = preflight.check_task(task)
+    question = Question(margin=margin_of(margin, task.metric), **terms)
+    first = check_task(task)
     if isinstance(second, nn.Module):
-        preflight.check_task(replace(task, model=second))
+        check_task(replace(task, model=second))
     elif not callable(second):
         raise InputError(f"expected a model, or a function of a batch that returns scores, got {second!r:.60}")
     prints = fingerprint_splits(task, first.reads)
-    for note in (*first.notes, *prints.notes, *preflight.doubts(task, first.scored, limits.margin)):
+    for note in (*first.notes, *prints.notes, *doubts(task, first.scored, question.margin)):
         on_note(note)
     held = unchanging(task, prints)
-    booking = Booking(held, prints, first.scored, Path(ledger) if ledger else state_directory())
+    booking = Booking(held, prints, first.scored, question.ledger_directory)
     given: Any = second if isinstance(second, nn.Module) else _Scores(second)
     here = _AsItIs()
     with run_journal(None, {}) as journal:
         run = Run(replace(held, forward=_forward(task.forward)), journal, progress)
-        searched = scored(run, "search", "map", held.splits.search, lambda: nullcontext(given)).whole
+        searched = scored(
+            run, Pass(kind="search", of="map", batches=held.splits.search, running=lambda: nullcontext(given))
+        ).whole
         judged = SecondModel(given, _fingerprint(second, searched))
-        seen = on_search(run, here, judged, limits.alpha)
+        seen = on_search(run, here, judged, question.alpha)
         said = f"{task.name}: one map for {here.name}"
-        (certificate,) = booking.judged(run, here, [judged], [seen], limits, said)
-    preflight.check_unchanged(task, first.scored)
+        (certificate,) = booking.judged(run, here, [(judged, seen)], question, said)
+    check_unchanged(task, first.scored)
     return certificate
 
 

@@ -12,10 +12,12 @@ Two questions, for one does not answer the other: does each layer's change agree
 drops agree, which are what is budgeted (`means.py`)? A screen may follow every unit and miss their common shift.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 from scipy.stats import beta
 from scipy.stats import f as f_distribution
 
@@ -23,7 +25,7 @@ from precimap.layers.inventory import Inventory
 from precimap.searching.evidence.means import Kind, MeanAgreement, kind_of, means_of, said_of, wrong_kinds
 from precimap.searching.evidence.predict import Predictor
 from precimap.searching.evidence.probe import Probe
-from precimap.searching.evidence.screen_plan import Key, Pair
+from precimap.searching.pairs import Key, Pair
 
 LEAST_AUDITED = 8
 MOST_AUDITED = 16
@@ -32,7 +34,7 @@ LARGEST_RATIO = 2.0
 NOISE_LEVEL = 0.95  # of the ratio of two mean squares, up to which the model's own rounding explains a difference
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Audited:
     """One audited layer: how its predicted and its probed change of the units' losses agree.
 
@@ -93,7 +95,18 @@ class Audit:
             "share_at_least": lower,
             "means": [{**asdict(found), "agrees": found.agrees} for found in self.means],
             "distrusted": [said_of(kind) for kind in self.distrusted],
+            "distrusted_kinds": self.distrusted,
         }
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Audit":
+        """What `row` made, read back."""
+        return _READER.validate_python(
+            {"rows": row["rows"], "distrusted": row["distrusted_kinds"], "means": row["means"]}
+        )
+
+
+_READER = TypeAdapter(Audit)
 
 
 def _relative(row: Audited) -> float:
@@ -113,22 +126,20 @@ def to_audit(inventory: Inventory, pairs: Sequence[Pair], seed: int) -> tuple[Pa
 
 
 def audit(
-    inventory: Inventory,
     predictor: Predictor,
     probes: Sequence[Probe],
-    screened: Iterable[Key],
+    kinds: Mapping[Key, Kind],
     margin: float,
     rounding: Mapping[str, float],
 ) -> Audit:
     """Compare probes with the screen on the batches that both have seen: unit by unit, and in the mean.
 
-    screened: all pairs that the probed ones are a sample of. margin: of the gate. rounding: of the model's own, by layer.
+    kinds: of all pairs that the probed ones are a sample of. margin: of the gate. rounding: of the model's own, by layer.
     """
     rows = tuple(_audited(predictor, probe, rounding.get(probe.layer, 0.0)) for probe in probes)
-    pairs = list(screened)
-    wrong = [kind_of(inventory, (row.layer, row.scheme)) for row in rows if not row.agrees]
-    means = means_of(inventory, predictor, probes, pairs, wrong, margin)
-    biased = wrong_kinds(means, [kind_of(inventory, key) for key in pairs])
+    wrong = [kinds[row.layer, row.scheme] for row in rows if not row.agrees]
+    means = means_of(predictor, probes, kinds, wrong, margin)
+    biased = wrong_kinds(means, kinds.values())
     return Audit(rows, tuple(dict.fromkeys([*wrong, *biased])), means)
 
 
@@ -137,14 +148,14 @@ def _audited(predictor: Predictor, probe: Probe, rounding: float) -> Audited:
     predicted = on.loss_changes([(probe.layer, probe.scheme)])
     probed = probe.scored.losses - on.reference.losses
     return Audited(
-        probe.layer,
-        probe.scheme,
-        _correlation(predicted, probed),
-        _ratio(predicted, probed),
-        float(predicted.mean()),
-        float(probed.mean()),
-        float(predicted.std()) / len(predicted) ** 0.5,
-        len(probed),
+        layer=probe.layer,
+        scheme=probe.scheme,
+        correlation=_correlation(predicted, probed),
+        ratio=_ratio(predicted, probed),
+        predicted=float(predicted.mean()),
+        probed=float(probed.mean()),
+        error=float(predicted.std()) / len(predicted) ** 0.5,
+        n=len(probed),
         missed=float(np.mean((probed - predicted) ** 2)),
         foretold=float(np.mean(predicted**2)),
         rounding=rounding,

@@ -1,120 +1,144 @@
 """All that is found out about single layers: the screen, its audit, and the probes that it takes.
 
-Invariant: what the screen predicts and what a probe measured stay apart (`Known`); a layer that the screen cannot see,
-or of a kind in which the audit caught it, is decided by its probe alone. With `probe_all` nothing is screened: the
+Invariant: what the screen predicts and what a probe measured stay apart (`LayerEvidence`); a layer that the screen cannot
+see, or of a kind in which the audit caught it, is decided by its probe alone. With `probe_all` nothing is screened: the
 literal one-at-a-time measurement.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from precimap.layers.inventory import Inventory
 from precimap.metrics.paired import drop_of
-from precimap.numerics.schemes import Scheme
-from precimap.searching.allocation.rules import Rule, cutoff_of
-from precimap.searching.calibrate import Calibration
+from precimap.searching.allocation.layer_evidence import LayerEvidence
+from precimap.searching.allocation.price import costs_of
+from precimap.searching.allocation.table import Table
 from precimap.searching.evidence.audit import Audit, ambiguous, audit, to_audit
+from precimap.searching.evidence.bound import bound
 from precimap.searching.evidence.input_rates import InputRates, input_rates
-from precimap.searching.evidence.known import Known, costs_of, gain, price
 from precimap.searching.evidence.means import kind_of
 from precimap.searching.evidence.own_rounding import own_rounding
 from precimap.searching.evidence.predict import Predictor
 from precimap.searching.evidence.probe import Probe, probe
 from precimap.searching.evidence.screen import Screen, screen
-from precimap.searching.evidence.screen_plan import Key, Pair
 from precimap.searching.latency.savings import Savings
-from precimap.searching.limits import Effort, Limits
+from precimap.searching.pairs import Key, Pair, key_of
+from precimap.searching.question import Question
 from precimap.searching.run import Parts, Run, batch_subject
-from precimap.searching.whole.whole_maps import bound
+from precimap.searching.subject import Subject
 
 AUDIT_SEED = 8
 MOST_AMBIGUOUS = 4
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Evidence:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class EvidenceTable:
     """known: one row for each open (layer, scheme). predictor, audit: None where nothing was screened.
 
-    rates: what each scheme does to a layer's input, on one screened batch. suspects: audits these layers, too, where a map
-    of them lost more than was predicted, and names those that the screen is wrong about.
+    unseen: layers that the screen could not see, and why. screened_units: of the search split. batch_bytes: what screening
+    a batch took. rates: what each scheme does to a layer's input, on one screened batch. suspects: audits these layers,
+    too, where a map of them lost more than was predicted, and names those that the screen is wrong about.
     """
 
-    known: tuple[Known, ...]
-    predictor: Predictor | None
-    audit: Audit | None
+    known: tuple[LayerEvidence, ...]
+    predictor: Predictor | None = None
+    audit: Audit | None = None
+    unseen: Mapping[str, str] = field(default_factory=dict)
+    screened_units: int = 0
+    batch_bytes: int | None = None
     rates: Mapping[Key, InputRates] = field(default_factory=dict)
     suspects: Callable[[Iterable[Key]], frozenset[Key]] = lambda keys: frozenset()
 
     def __repr__(self) -> str:
         trusted = sum(found.trusted for found in self.known)
-        return f"Evidence({len(self.known)} pairs of layer and scheme, {trusted} by the screen)"
+        return f"EvidenceTable({len(self.known)} pairs of layer and scheme, {trusted} by the screen)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """To a file goes what was found, not what would find more: the predictor holds the whole task."""
-        return Evidence, (self.known, None, self.audit, dict(self.rates))
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("predictor", "suspects")}
+        return _found_before, (found,)
 
-    def by_key(self) -> dict[Key, Known]:
-        return {(found.layer, found.scheme): found for found in self.known}
+    def by_key(self) -> dict[Key, LayerEvidence]:
+        return {found.key: found for found in self.known}
 
 
-def gather(
-    run: Run,
-    inventory: Inventory,
-    calibration: Calibration,
-    baseline: Parts,
-    pairs: Sequence[Pair],
-    rule: Rule,
-    limits: Limits,
-    effort: Effort,
-    realigned: int = 0,
-    savings: Savings | None = None,
-) -> Evidence:
-    """Screen, audit and probe the pairs; with `effort.probe_all` probe each of them on the whole search split.
+def _found_before(found: dict[str, Any]) -> EvidenceTable:
+    return EvidenceTable(**found)
 
-    realigned: of how many outputs maps are served with realigned scores; predictions are of such. savings: of the
-    pairs, where layers were timed.
+
+def table_of(subject: Subject, question: Question, known: Sequence[LayerEvidence]) -> Table:
+    """What a map is chosen from."""
+    return Table(
+        inventory=subject.inventory,
+        metric=subject.task.metric,
+        schemes=subject.by_name,
+        known=tuple(known),
+        margin=question.margin,
+        given_cutoff=question.cutoff,
+    )
+
+
+def gather(subject: Subject, question: Question, baseline: Parts, realigned: int = 0) -> EvidenceTable:
+    """Screen, audit and probe the pairs; with `Effort.probe_all` probe each of them on the whole search split.
+
+    realigned: of how many outputs maps are served with realigned scores; predictions are of such.
     """
-    probing = _Probing(run, inventory, calibration, baseline, limits.alpha, effort)
+    pairs, effort, run = subject.pairs, question.effort, subject.run
+    probing = _Probing(subject, question, baseline)
     if effort.probe_all or not pairs:
-        numbers = tuple(range(len(baseline.sizes)))
-        return _written(run, Evidence(_timed(_probed_only(baseline, probing.on(pairs, numbers)), savings), None, None))
-    sizes, units = baseline.sizes, effort.screen_units
-    screened = screen(run, inventory, calibration, pairs, effort.screen_memory, sizes, units, baseline.scattered)
+        probed = probing.on(pairs, tuple(range(len(baseline.sizes))))
+        return _written(run, EvidenceTable(known=_timed(subject, [_measured(baseline, found) for found in probed])))
+    screened = screen(subject, pairs, effort.screen_memory, effort.screen_units, baseline.scattered)
     numbers = tuple(sorted(screened.batches)) or baseline.scattered(effort.screen_units)
-    batches = {n: batch for n, batch in enumerate(run.task.splits.search) if n in screened.batches}
-    predictor = Predictor(run.task, screened, baseline, batches, limits.alpha, realigned=realigned)
-    seen = [pair for pair in pairs if (pair[0], pair[1].name) in screened.pairs]
+    predictor = _predictor(subject, question, baseline, screened, realigned)
+    seen = [pair for pair in pairs if key_of(pair) in screened.pairs]
     few = baseline.scattered(effort.audit_units, among=numbers)
-    audits = probing.on(to_audit(inventory, seen, AUDIT_SEED), few) if seen else ()
+    audits = probing.on(to_audit(subject.inventory, seen, AUDIT_SEED), few) if seen else ()
     rounding = probing.rounding(audits)
-    found = audit(inventory, predictor, audits, screened.pairs, limits.margin, rounding)
-    direct = [pair for pair in pairs if pair not in seen or _distrusted(inventory, pair, found)]
+    kinds = {key: kind_of(subject.inventory, key) for key in screened.pairs}
+    found = audit(predictor, audits, kinds, question.margin, rounding)
+    direct = [pair for pair in pairs if pair not in seen or kinds[key_of(pair)] in found.distrusted]
     probes = {(p.layer, p.scheme): p for p in (*audits, *probing.on(direct, numbers))}
-    known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), savings)
-    believed = predictor.believed([(row.layer, row.scheme) for row in known if row.trusted], probes.values())
+    known = _timed(subject, _rows(subject, predictor, found, probes))
+    believed = predictor.believed([row.key for row in known if row.trusted], probes.values())
 
     def suspects(keys: Iterable[Key]) -> frozenset[Key]:
         asked = set(keys) & set(believed.screen.pairs)
-        more = probing.on([pair for pair in seen if (pair[0], pair[1].name) in asked], few)
-        usual = max(
-            rounding.values(), default=0.0
-        )  # a culprit stands out of it; to nudge each layer costs as much again
+        more = probing.on([pair for pair in seen if key_of(pair) in asked], few)
+        # A culprit stands out of what is usual; to nudge each layer costs as much again.
+        usual = max(rounding.values(), default=0.0)
         own = {one.layer: rounding.get(one.layer, usual) for one in more}
-        rows = audit(inventory, predictor, more, asked, limits.margin, own).rows
+        rows = audit(predictor, more, {key: kinds[key] for key in asked}, question.margin, own).rows
         return frozenset((row.layer, row.scheme) for row in rows if not row.agrees)
 
-    evidence = Evidence(known, believed, found, _rates(run, screened), suspects)
-    flipping = _flipping(evidence, inventory, {s.name: s for _, s in pairs}, rule, limits)
+    evidence = EvidenceTable(
+        known=known,
+        predictor=believed,
+        audit=found,
+        unseen=dict(screened.unseen),
+        screened_units=sum(baseline.sizes[number] for number in predictor.numbers),
+        batch_bytes=screened.plan.bytes,
+        rates=_rates(run, screened),
+        suspects=suspects,
+    )
+    flipping = _flipping(evidence, subject, question)
     if flipping:
-        asked = [pair for pair in pairs if (pair[0], pair[1].name) in flipping]
+        asked = [pair for pair in pairs if key_of(pair) in flipping]
         probes |= {(p.layer, p.scheme): p for p in probing.on(asked, few)}
-        known = _timed(_table(inventory, pairs, predictor, screened, probes, found, baseline), savings)
-        evidence = replace(evidence, known=known)
+        evidence = replace(evidence, known=_timed(subject, _rows(subject, predictor, found, probes)))
     return _written(run, evidence)
+
+
+def _predictor(subject: Subject, question: Question, baseline: Parts, screened: Screen, realigned: int) -> Predictor:
+    task = subject.task
+    batches = {n: batch for n, batch in enumerate(task.splits.search) if n in screened.batches}
+    return Predictor(
+        task=task, screen=screened, baseline=baseline, batches=batches, alpha=question.alpha, realigned=realigned
+    )
 
 
 def _rates(run: Run, screened: Screen) -> dict[Key, InputRates]:
@@ -136,100 +160,83 @@ def _rates(run: Run, screened: Screen) -> dict[Key, InputRates]:
 
 @dataclass(frozen=True, slots=True)
 class _Probing:
-    run: Run
-    inventory: Inventory
-    calibration: Calibration
+    subject: Subject
+    question: Question
     baseline: Parts
-    alpha: float
-    effort: Effort
 
     def on(self, pairs: Sequence[Pair], numbers: Sequence[int]) -> tuple[Probe, ...]:
-        if not pairs:
-            return ()
-        memory = self.effort.replay_memory
-        return probe(self.run, self.inventory, self.calibration, self.baseline, pairs, numbers, self.alpha, memory)
+        return probe(self.subject, self.question, self.baseline, pairs, numbers) if pairs else ()
 
     def rounding(self, probes: Sequence[Probe]) -> dict[str, float]:
         """Of the model's own, on the batches that all these probes saw."""
         numbers = probes[0].numbers if probes else ()
         layers = [one.layer for one in probes]
-        return own_rounding(self.run, self.baseline, layers, numbers, self.effort.replay_memory)
+        memory = self.question.effort.replay_memory
+        return own_rounding(self.subject.run, self.baseline, layers, numbers, memory)
 
 
-def _distrusted(inventory: Inventory, pair: Pair, found: Audit) -> bool:
-    return kind_of(inventory, (pair[0], pair[1].name)) in found.distrusted
-
-
-def _flipping(
-    evidence: Evidence, inventory: Inventory, schemes: dict[str, Scheme], rule: Rule, limits: Limits
-) -> tuple[Key, ...]:
+def _flipping(evidence: EvidenceTable, subject: Subject, question: Question) -> tuple[Key, ...]:
     """The trusted pairs that are in or out of the map predicted best only by the screen's approximation."""
-    predictor, found = evidence.predictor, evidence.audit
+    predictor, found, rule, margin = evidence.predictor, evidence.audit, question.rule, question.margin
     if predictor is None or found is None or not predictor.predicts_metric:
         return ()
-    metric = predictor.task.metric
-    limit = cutoff_of(limits, inventory, evidence.known)
-    steps = rule.steps(inventory, metric, evidence.known, schemes, limits.margin, limit)
-    known = evidence.by_key()
-    best = next((s for s in reversed(steps) if bound(predictor, known, s.choice, limits.margin) <= limits.margin), None)
+    table, known, inventory = table_of(subject, question, evidence.known), evidence.by_key(), subject.inventory
+    steps = rule.steps(table)
+    best = next((s for s in reversed(steps) if bound(predictor, known, s.choice, margin) <= margin), None)
     if best is None:
         return ()
-    counted = price(metric, evidence.known, limits.margin)
-    costs = costs_of([row for row in evidence.known if row.trusted], counted)
+    costs = costs_of([row for row in evidence.known if row.trusted], table.price)
     readers = Counter((inventory.layer(layer).siblings, scheme) for layer, scheme in best.choice.items())
     gains = {}
     for key in costs:
         others = readers[inventory.layer(key[0]).siblings, key[1]] - (best.choice.get(key[0]) == key[1])
-        own = gain(inventory, key[0], schemes[key[1]], rule.bytes_worth, known[key].saved)
-        gains[key] = own + (known[key].shared if others else 0.0)
+        gains[key] = table.gain(known[key], rule.bytes_worth) + (known[key].shared if others else 0.0)
     return ambiguous(costs, gains, best.choice, found.approximation, MOST_AMBIGUOUS)
 
 
-def _table(
-    inventory: Inventory,
-    pairs: Sequence[Pair],
-    predictor: Predictor,
-    screened: Screen,
-    probes: dict[Key, Probe],
-    found: Audit,
-    baseline: Parts,
-) -> tuple[Known, ...]:
+def _rows(
+    subject: Subject, predictor: Predictor, found: Audit, probes: Mapping[Key, Probe]
+) -> tuple[LayerEvidence, ...]:
+    """Of the pairs that are predicted or probed, in their order."""
     rows = []
-    for layer, scheme in pairs:
-        key = (layer, scheme.name)
+    for key in map(key_of, subject.pairs):
         probed = probes.get(key)
-        if key in screened.pairs:
-            trusted = kind_of(inventory, key) not in found.distrusted
-            square = float(np.mean(predictor.loss_changes([key]) ** 2))
-            if not trusted and probed is not None:
-                square = _loss_square(baseline, probed)
-            rows.append(
-                Known(
-                    layer,
-                    scheme.name,
-                    predictor.comparison([key]),
-                    None if probed is None else probed.comparison,
-                    square,
-                    screened.output_error(key),
-                    predictor.drift([key]),
-                    trusted,
-                    _correction(predictor, probed) if trusted and probed is not None else None,
-                )
-            )
+        if key in predictor.screen.pairs:
+            trusted = kind_of(subject.inventory, key) not in found.distrusted
+            rows.append(_predicted(predictor, key, probed, trusted))
         elif probed is not None:
-            rows.append(_known(baseline, probed))
+            rows.append(_measured(predictor.baseline, probed))
     return tuple(rows)
 
 
-def _timed(known: Sequence[Known], savings: Savings | None) -> tuple[Known, ...]:
-    if savings is None:
+def _predicted(predictor: Predictor, key: Key, probed: Probe | None, trusted: bool) -> LayerEvidence:
+    """A pair that the screen saw, with its probe, if there is one. trusted: by the audit."""
+    square = float(np.mean(predictor.loss_changes([key]) ** 2))
+    if not trusted and probed is not None:
+        square = _loss_square(predictor.baseline, probed)
+    return LayerEvidence(
+        layer=key[0],
+        scheme=key[1],
+        predicted=predictor.comparison([key]),
+        probed=None if probed is None else probed.comparison,
+        loss_square=square,
+        output_error=predictor.screen.output_error(key),
+        drift=predictor.drift([key]),
+        trusted=trusted,
+        correction=_correction(predictor, probed) if trusted and probed is not None else None,
+    )
+
+
+def _timed(subject: Subject, known: Sequence[LayerEvidence]) -> tuple[LayerEvidence, ...]:
+    """With what each saves, where layers were timed."""
+    if subject.latency is None:
         return tuple(known)
-    made = []
-    for found in known:
-        key = (found.layer, found.scheme)
-        shared = savings.sharing(key)
-        made.append(replace(found, saved=savings.counted(key), shared=0.0 if shared is None else shared.share))
-    return tuple(made)
+    return tuple(_with_time(found, subject.latency.savings) for found in known)
+
+
+def _with_time(found: LayerEvidence, savings: Savings) -> LayerEvidence:
+    shared = savings.sharing(found.key)
+    return replace(found, saved=savings.counted(found.key), shared=0.0 if shared is None else shared.share)
 
 
 def _correction(predictor: Predictor, probed: Probe) -> tuple[float, float] | None:
@@ -243,21 +250,25 @@ def _correction(predictor: Predictor, probed: Probe) -> tuple[float, float] | No
     return found.estimate, found.error
 
 
-def _probed_only(baseline: Parts, probes: Sequence[Probe]) -> tuple[Known, ...]:
-    return tuple(_known(baseline, found) for found in probes)
-
-
-def _known(baseline: Parts, found: Probe) -> Known:
-    square = _loss_square(baseline, found)
-    drift = float((found.scored.losses - baseline.only(found.numbers).losses).mean())
-    return Known(found.layer, found.scheme, None, found.comparison, square, None, drift, trusted=False)
+def _measured(baseline: Parts, found: Probe) -> LayerEvidence:
+    """A pair of which nothing but its probe is known."""
+    return LayerEvidence(
+        layer=found.layer,
+        scheme=found.scheme,
+        predicted=None,
+        probed=found.comparison,
+        loss_square=_loss_square(baseline, found),
+        output_error=None,
+        drift=float((found.scored.losses - baseline.only(found.numbers).losses).mean()),
+        trusted=False,
+    )
 
 
 def _loss_square(baseline: Parts, found: Probe) -> float:
     return float(np.mean((found.scored.losses - baseline.only(found.numbers).losses) ** 2))
 
 
-def _written(run: Run, evidence: Evidence) -> Evidence:
+def _written(run: Run, evidence: EvidenceTable) -> EvidenceTable:
     """Conclude what was found, for the report."""
     rows = [
         {
@@ -272,17 +283,37 @@ def _written(run: Run, evidence: Evidence) -> Evidence:
             "correction": found.correction,
             "saved": found.saved,
             "shared": found.shared,
-            "input": asdict(evidence.rates[key]) if (key := (found.layer, found.scheme)) in evidence.rates else None,
+            "input": asdict(evidence.rates[found.key]) if found.key in evidence.rates else None,
         }
         for found in evidence.known
     ]
-    predictor = evidence.predictor
     value = {
         "layers": rows,
         "audit": None if evidence.audit is None else evidence.audit.row(),
-        "unseen": {} if predictor is None else dict(predictor.screen.unseen),
-        "screened_units": 0 if predictor is None else sum(predictor.baseline.sizes[n] for n in predictor.numbers),
-        "batch_bytes": None if predictor is None else predictor.screen.plan.bytes,
+        "unseen": dict(evidence.unseen),
+        "screened_units": evidence.screened_units,
+        "batch_bytes": evidence.batch_bytes,
     }
     run.journal.conclude("evidence", "search", value)
     return evidence
+
+
+def evidence_of(row: Mapping[str, Any]) -> EvidenceTable:
+    """What `_written` concluded, read back; without the predictor, which holds the whole task."""
+    known, rates = [], {}
+    for found in row["layers"]:
+        values = {name: value for name, value in found.items() if name != "input"}
+        known.append(_EVIDENCE.validate_python(values))
+        if found["input"] is not None:
+            rates[known[-1].key] = InputRates(**found["input"])
+    return EvidenceTable(
+        known=tuple(known),
+        audit=None if row["audit"] is None else Audit.of_row(row["audit"]),
+        unseen=row["unseen"],
+        screened_units=row["screened_units"],
+        batch_bytes=row["batch_bytes"],
+        rates=rates,
+    )
+
+
+_EVIDENCE = TypeAdapter(LayerEvidence)

@@ -10,7 +10,7 @@ screen is called wrong in at most `FALSE_ALARMS` of all audits; the alternative,
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,10 @@ from scipy.special import stdtrit
 from precimap.layers.inventory import Inventory
 from precimap.metrics.metric import PairedDrops
 from precimap.metrics.paired import paired_drop
+from precimap.searching.comparison import Differences, differences
 from precimap.searching.evidence.predict import Predictor
-from precimap.searching.evidence.probe import Differences, Probe, differences
-from precimap.searching.evidence.screen_plan import Key
+from precimap.searching.evidence.probe import Probe
+from precimap.searching.pairs import Key
 
 FALSE_ALARMS = 0.05
 MATERIAL = 0.25  # of the margin: less can be made up for by the looks at whole maps
@@ -31,7 +32,7 @@ Group = tuple[str, Kind | None]  # scheme, and a kind, or None for its kinds tog
 _Pair = tuple[Differences, Differences]  # predicted, probed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeanAgreement:
     """The mean drop of the audited layers of one group, added up, in units of the gate or of a guard.
 
@@ -65,6 +66,15 @@ class MeanAgreement:
         return not (beyond and abs(self.off) > MATERIAL * self.margin)
 
 
+@dataclass(frozen=True, slots=True)
+class MeanTest:
+    """what: the gate, or a guard by its label. margin: of it. level: of the test."""
+
+    what: str
+    margin: float
+    level: float
+
+
 def kind_of(inventory: Inventory, key: Key) -> Kind:
     """The kind of a layer under a scheme."""
     layer = inventory.layer(key[0])
@@ -78,33 +88,34 @@ def said_of(kind: Kind) -> str:
 
 
 def means_of(
-    inventory: Inventory,
     predictor: Predictor,
     probes: Sequence[Probe],
-    screened: Iterable[Key],
+    kinds: Mapping[Key, Kind],
     distrusted: Iterable[Kind],
     margin: float,
 ) -> tuple[MeanAgreement, ...]:
     """Kinds first, then each scheme over the kinds of it that nothing was found against; each for gate and guards.
 
-    screened: every pair that the probed ones are a sample of. distrusted: kinds that are out already. Nothing where the
+    kinds: of every pair that the probed ones are a sample of. distrusted: kinds that are out already. Nothing where the
     metric is not predicted.
     """
     if not predictor.predicts_metric:
         return ()
-    kinds, out = [kind_of(inventory, key) for key in screened], set(distrusted)
+    out = set(distrusted)
     groups: dict[Kind, list[_Pair]] = {}
     for probe in probes:
-        kind = kind_of(inventory, (probe.layer, probe.scheme))
+        kind = kinds[probe.layer, probe.scheme]
         if kind not in out:
             groups.setdefault(kind, []).append(_predicted_and_probed(predictor, probe))
     margins = {GATE: margin, **{guard.label: guard.margin for guard in predictor.task.guarded}}
     level = FALSE_ALARMS / max(1, len(margins) * (len(groups) + len({kind[2] for kind in groups})))
-    sizes, found = Counter(kinds), list[MeanAgreement]()
+    sizes, found = Counter(kinds.values()), list[MeanAgreement]()
 
     def ask(scheme: str, kind: Kind | None, pairs: Sequence[_Pair], size: int) -> None:
         asked = [what for what in margins if _holds(pairs, what)]
-        found.extend(mean_agreement((scheme, kind), what, pairs, size, margins[what], level) for what in asked)
+        found.extend(
+            mean_agreement((scheme, kind), MeanTest(what, margins[what], level), pairs, size) for what in asked
+        )
 
     for kind, pairs in groups.items():
         ask(kind[2], kind, pairs, sizes[kind])
@@ -138,29 +149,23 @@ def _holds(found: Sequence[_Pair], what: str) -> bool:
     return what == GATE or all(what in predicted.guards and what in probed.guards for predicted, probed in found)
 
 
-def mean_agreement(
-    group: Group,
-    what: str,
-    found: Sequence[_Pair],
-    size: int,
-    margin: float,
-    level: float,
-) -> MeanAgreement:
-    predicted = np.sum([_of(one, what).d for one, _ in found], axis=0)
-    probed = np.sum([_of(one, what).d for _, one in found], axis=0)
-    sample = _of(found[0][0], what)
+def mean_agreement(group: Group, test: MeanTest, found: Sequence[_Pair], size: int) -> MeanAgreement:
+    """size: layers in the group, of which those `found` were audited."""
+    predicted = np.sum([_of(one, test.what).d for one, _ in found], axis=0)
+    probed = np.sum([_of(one, test.what).d for _, one in found], axis=0)
+    sample = _of(found[0][0], test.what)
     off = paired_drop(predicted - probed, sample.units)
     return MeanAgreement(
-        group[0],
-        group[1],
-        what,
-        paired_drop(predicted, sample.units).estimate,
-        paired_drop(probed, sample.units).estimate,
-        off.error,
-        len(found),
-        size,
-        sample.rows,
-        off.clusters,
-        margin,
-        level,
+        scheme=group[0],
+        kind=group[1],
+        what=test.what,
+        predicted=paired_drop(predicted, sample.units).estimate,
+        probed=paired_drop(probed, sample.units).estimate,
+        error=off.error,
+        layers=len(found),
+        of=size,
+        n=sample.rows,
+        clusters=off.clusters,
+        margin=test.margin,
+        level=test.level,
     )

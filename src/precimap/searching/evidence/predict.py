@@ -21,17 +21,18 @@ import torch
 from numpy.typing import NDArray
 
 from precimap.metrics.metric import Loss
-from precimap.searching.evidence.probe import Comparison, Differences, Probe, differences, judged
+from precimap.searching.comparison import Comparison, Differences, differences, judged
+from precimap.searching.evidence.probe import Probe
 from precimap.searching.evidence.screen import Screen
-from precimap.searching.evidence.screen_plan import Key
-from precimap.searching.realign import by_output, realigning
+from precimap.searching.pairs import Key
+from precimap.searching.realigner import by_output, realigning
 from precimap.searching.run import Parts
 from precimap.task import Scored, ScoredPart, Task, join_parts, judge_scores, to_device
 
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Predictor:
     """Predicts maps of screened layers. batches: those of the search split that were screened, by number.
 
@@ -163,4 +164,12 @@ class Predictor:
         guards = {g.label: part.guards[g.label] + change for g in self.task.guarded if isinstance(g.metric, Loss)}
         values = part.values + change if isinstance(self.task.metric, Loss) else part.values
         slices = {label: rows for label, rows in part.slices.items() if label in guards}
-        return ScoredPart(values, losses, reported, guards, slices, part.clusters, part.weights)
+        return ScoredPart(
+            values=values,
+            losses=losses,
+            reported=reported,
+            guards=guards,
+            slices=slices,
+            clusters=part.clusters,
+            weights=part.weights,
+        )

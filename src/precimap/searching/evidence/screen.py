@@ -10,10 +10,10 @@ Invariant: what the screen gives is *predicted*, never called measured; a layer 
 reason, and is for the probe. Measuring every layer on its own, the alternative, costs layers x schemes passes.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,15 @@ from torch import Tensor
 from precimap.errors import FAILURES, first_line
 from precimap.layers.code_products import Operand
 from precimap.layers.first_order import FirstOrder, routed_changes, routed_rows, row_changes, row_weights
-from precimap.layers.inventory import Inventory
-from precimap.searching.calibrate import Calibration
-from precimap.searching.evidence.screen_plan import Key, Pair, ScreenPlan, decode, first_order, located, plan_screen
-from precimap.searching.run import Run, scattered
+from precimap.searching.evidence.screen_plan import ScreenPlan, decode, first_order, located, plan_screen
+from precimap.searching.pairs import Key, Pair
+from precimap.searching.run import Run
+from precimap.searching.subject import Subject
 from precimap.task import Task, to_device
 
 Floats = NDArray[np.float64]
 PROBE_SEED = 20_260_331
+ALL_UNITS = sys.maxsize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +48,7 @@ class ScreenedBatch:
     outputs: Floats
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Screen:
     """The table of first-order changes. `by_scores`: a row is a score; otherwise it is a unit, and the change its loss's.
 
@@ -75,27 +76,20 @@ class Screen:
 
 
 def screen(
-    run: Run,
-    inventory: Inventory,
-    calibration: Calibration,
-    pairs: Sequence[Pair],
-    memory: int,
-    sizes: Sequence[int],
-    units: int,
-    of_units: Callable[[int], tuple[int, ...]] | None = None,
+    subject: Subject, pairs: Sequence[Pair], memory: int, units: int, of_units: Callable[[int], tuple[int, ...]]
 ) -> Screen:
     """Screen the search split, or batches of it with `units` units where a row is a unit: spreads need no more.
 
-    sizes: units of each batch. of_units: which batches stand for a number of units, `scattered` if not given. memory:
-    bytes that one batch's errors and saved tensors may take. A batch that would take more is screened one scheme at a
-    time, and if that is too much every layer is `unseen`. So it is when neither the scores nor the losses carry a gradient,
-    and when a pass with gradients fails. The model is not modified.
+    of_units: which batches stand for a number of units, such as `Parts.scattered`. memory: bytes that one batch's errors
+    and saved tensors may take. A batch that would take more is screened one scheme at a time, and if that is too much every
+    layer is `unseen`. So it is when neither the scores nor the losses carry a gradient, and when a pass with gradients
+    fails. The model is not modified.
     """
-    plan = plan_screen(run.task, inventory, calibration, pairs, memory)
+    run = subject.run
+    plan = plan_screen(subject, pairs, memory)
     # Decoding costs a tenth of a pass; one scheme at a time is asked for when memory is short, so it is not kept then.
     decoded = decode(plan.passes[0]) if len(plan.passes) == 1 else None
-    chosen = partial(scattered, sizes) if of_units is None else of_units
-    wanted = chosen(sum(sizes) if plan.by_scores else units) if plan.passes else ()
+    wanted = of_units(ALL_UNITS if plan.by_scores else units) if plan.passes else ()
     batches: dict[int, ScreenedBatch] = {}
     for number, batch in enumerate(run.task.splits.search):
         if number in wanted:
@@ -106,7 +100,9 @@ def screen(
                 run.progress("screen", len(wanted), len(wanted))
                 return _nothing(plan, f"batch {number} of the search split cannot be screened ({error})")
     run.progress("screen", len(wanted), len(wanted))
-    return _seen_throughout(Screen(plan.by_scores, plan.rows, batches, plan.unseen, plan))
+    return _seen_throughout(
+        Screen(by_scores=plan.by_scores, pairs=plan.rows, batches=batches, unseen=plan.unseen, plan=plan)
+    )
 
 
 class _NotScreenedError(Exception):
@@ -116,7 +112,13 @@ class _NotScreenedError(Exception):
 def _nothing(plan: ScreenPlan, why: str) -> Screen:
     """A screen that saw no layer: each is probed instead, and where the model itself fails, the probe says so."""
     none = replace(plan, rows={}, layouts={}, routed=frozenset(), passes=())
-    return Screen(plan.by_scores, {}, {}, {**plan.unseen, **{name: why for name, _ in plan.rows}}, none)
+    return Screen(
+        by_scores=plan.by_scores,
+        pairs={},
+        batches={},
+        unseen={**plan.unseen, **{name: why for name, _ in plan.rows}},
+        plan=none,
+    )
 
 
 def _seen_throughout(screen: Screen) -> Screen:
@@ -176,7 +178,11 @@ def _screen_batch(
             mode.backward(total)
             add_changes(mode, plan, routed, changes[..., head], count)
         if not plan.by_scores:
-            _add_outputs(mode, plan, routed, outputs, scores, number)
+            with torch.enable_grad():
+                mode.backward((scores.float() * _direction(scores, number)).sum())
+            change = np.zeros_like(outputs)
+            add_changes(mode, plan, routed, change, len(scores))
+            outputs += change**2
         backwards = len(totals) + (not plan.by_scores)
         mode.clear()
     every = changes.reshape(len(changes), -1)
@@ -225,14 +231,7 @@ def add_changes(
             into[plan.rows[tapped.layer, scheme]] += change.numpy()
 
 
-def _add_outputs(
-    mode: FirstOrder, plan: ScreenPlan, routed: Mapping[int, Tensor], into: Floats, scores: Tensor, number: int
-) -> None:
+def _direction(scores: Tensor, number: int) -> Tensor:
     """One random direction of a batch's scores: over many units that is as good as many directions for a few."""
     generator = torch.Generator().manual_seed(PROBE_SEED + number)
-    direction = torch.randn(scores.shape, generator=generator, dtype=torch.float32).to(scores.device)
-    with torch.enable_grad():
-        mode.backward((scores.float() * direction).sum())
-    change = np.zeros_like(into)
-    add_changes(mode, plan, routed, change, len(scores))
-    into += change**2
+    return torch.randn(scores.shape, generator=generator, dtype=torch.float32).to(scores.device)

@@ -19,15 +19,13 @@ from torch.utils._pytree import tree_leaves
 from precimap.layers.code_products import Operand
 from precimap.layers.emulation import operand
 from precimap.layers.first_order import FirstOrder, Layout, find_layout, routed_rows, row_weights
-from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import parameter_names
-from precimap.numerics.schemes import Scheme, scheme_key
-from precimap.searching.calibrate import Calibration, codes
+from precimap.numerics.schemes import scheme_key
+from precimap.searching.pairs import Key, Pair
+from precimap.searching.subject import Subject
 from precimap.task import Task, to_device
 
-Pair = tuple[str, Scheme]
-Key = tuple[str, str]  # layer, scheme name
 MOST_HEADS = 8  # each takes a backward pass of its own
 
 
@@ -63,7 +61,7 @@ def located(values: Sequence[Tensor]) -> Tensor:
     return sum((number * value for number, value in enumerate(others, 2)), start=first)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScreenPlan:
     """How the split is screened, found on its largest batch. passes: the pairs that go through the model together.
 
@@ -86,11 +84,9 @@ class ScreenPlan:
         return self.what is not Differentiated.LOSSES
 
 
-def plan_screen(
-    task: Task, inventory: Inventory, calibration: Calibration, pairs: Sequence[Pair], memory: int
-) -> ScreenPlan:
+def plan_screen(subject: Subject, pairs: Sequence[Pair], memory: int) -> ScreenPlan:
     """Look at the largest batch of the search split. A plan without passes has every layer in `unseen`."""
-    layers = codes(task, inventory, calibration, pairs)
+    task, layers = subject.task, subject.codes(pairs)
     batch = to_device(max(task.splits.search, key=_bytes), task.device)
     together = (layers,) if layers else ()
     apart = tuple(
@@ -108,7 +104,16 @@ def plan_screen(
         if need <= memory and len({one.what for one in found}) == 1:
             return _fitting(layers, passes, found, need)
         reason = f"a batch would take {need >> 20} MB, more than the {memory >> 20} MB it may; give smaller batches"
-    return ScreenPlan(Differentiated.LOSSES, {}, {}, frozenset(), {name: reason for name, _ in pairs}, (), need, "")
+    return ScreenPlan(
+        what=Differentiated.LOSSES,
+        rows={},
+        layouts={},
+        routed=frozenset(),
+        unseen={name: reason for name, _ in pairs},
+        passes=(),
+        bytes=need,
+        digest="",
+    )
 
 
 def _fitting(
@@ -129,10 +134,19 @@ def _fitting(
     what = found[0].what
     said = [what is not Differentiated.LOSSES, [[layer.name, scheme_key(layer.scheme)] for layer in order]]
     digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-    return ScreenPlan(what, rows, layouts, routed, unseen, tuple(one for one in kept if one), need, digest)
+    return ScreenPlan(
+        what=what,
+        rows=rows,
+        layouts=layouts,
+        routed=routed,
+        unseen=unseen,
+        passes=tuple(one for one in kept if one),
+        bytes=need,
+        digest=digest,
+    )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Explored:
     what: Differentiated
     layouts: Mapping[tuple[str, int], Layout]
@@ -160,7 +174,7 @@ def _explore(task: Task, layers: Sequence[QuantizedLayer], batch: Any) -> _Explo
     mode.clear()
     unseen = found.unseen | dict.fromkeys(sorted(cut), "detach() hides a part of what it does")
     layouts = {key: layout for key, layout in found.layouts.items() if key[0] not in unseen}
-    return _Explored(what, layouts, found.routed - set(unseen), unseen, held)
+    return _Explored(what=what, layouts=layouts, routed=found.routed - set(unseen), unseen=unseen, bytes=held)
 
 
 def _ways(mode: FirstOrder, scores: Tensor) -> Iterator[Differentiated]:

@@ -1,8 +1,6 @@
-"""What layers take on the target: timed here or read from a profile, and what a scheme saves of it.
+"""What layers take and save on the target, by the times of a profile; no torch.
 
-serving.py  where times come from
-timed.py    each distinct module once, on the target
-planned.py  what each layer takes and saves, by the times of a profile
+planned.py  what each layer takes and saves
 savings.py  what layers save together; siblings quantise an input once
 slower.py   which of them gain nothing in the best case
 """

@@ -15,9 +15,9 @@ from precimap.errors import ProfileError
 from precimap.hardware_profile import Device, HardwareProfile, Point, Times
 from precimap.layers.inventory import Inventory, Layer
 from precimap.numerics.schemes import Scheme
-from precimap.searching.evidence.screen_plan import Key
 from precimap.searching.latency.savings import Quantising, Saved, Savings
 from precimap.searching.latency.slower import too_slow
+from precimap.searching.pairs import Key
 
 NAMED_AT_MOST = 3
 
@@ -50,7 +50,7 @@ def works(inventory: Inventory, layer: Layer, size: int) -> list[Work]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
     """What planning knows of time. seconds: of all timed layers in base precision, by batch size. base: each layer's
     share of them. slower: why a pair is no candidate. notes: what a reader has to know of where the times are from. failed:
@@ -74,12 +74,36 @@ class Latency:
         """For the journal."""
         return {
             "device": str(self.device),
-            "n": min((saved.n for saved in self.saved.values()), default=0),
+            "n": self.n,
             "batch_sizes": list(self.batch_sizes),
             "seconds": list(self.seconds),
             "base": dict(self.base),
             **self.savings.row(),
+            "where": self.device.model_dump(),
+            "slower": [[*key, why] for key, why in self.slower.items()],
+            "notes": list(self.notes),
+            "failed": [[*key, why] for key, why in self.failed.items()],
         }
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Latency":
+        """What `row` made, read back."""
+        slower, failed = ({(layer, scheme): why for layer, scheme, why in row[part]} for part in ("slower", "failed"))
+        return cls(
+            device=Device(**row["where"]),
+            batch_sizes=tuple(row["batch_sizes"]),
+            seconds=tuple(row["seconds"]),
+            base=row["base"],
+            savings=Savings.of_row(row),
+            slower=slower,
+            notes=tuple(row["notes"]),
+            failed=failed,
+        )
+
+    @property
+    def n(self) -> int:
+        """The fewest turns of a saving."""
+        return min((saved.n for saved in self.saved.values()), default=0)
 
     def verdict(self) -> str:
         """Said when no layer gains."""
@@ -137,7 +161,15 @@ def planned(
     base = {name: _share(found, seconds) for name, found in points.items()}
     savings = _savings(inventory, pairs, points, seconds)
     slower = too_slow(inventory, [(name, scheme.name) for name, scheme in pairs if scheme.computes_low], savings, base)
-    return Latency(profile.device, sizes, seconds, base, savings, slower, notes)
+    return Latency(
+        device=profile.device,
+        batch_sizes=sizes,
+        seconds=seconds,
+        base=base,
+        savings=savings,
+        slower=slower,
+        notes=notes,
+    )
 
 
 def _share(found: Sequence[Sequence[Point]], seconds: Sequence[float]) -> float:
@@ -185,4 +217,12 @@ def _saved(found: Sequence[Sequence[Point]], seconds: Sequence[float], ratios: S
         sum(weight * getattr(ratio, name) for weight, ratio in weighed) for name in ("median", "lower", "upper")
     )
     n = min(ratio.n for _, ratio in weighed)
-    return Saved(base - median, base - upper, base - lower, median / base, lower / base, upper / base, n)
+    return Saved(
+        share=base - median,
+        lower=base - upper,
+        upper=base - lower,
+        ratio=median / base,
+        ratio_lower=lower / base,
+        ratio_upper=upper / base,
+        n=n,
+    )

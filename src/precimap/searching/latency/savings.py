@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from precimap.searching.evidence.screen_plan import Key
+from precimap.searching.pairs import Key
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
     """What a layer saves under a scheme, as a share of the seconds of all timed layers, and its time low / base.
 

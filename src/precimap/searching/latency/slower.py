@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from precimap.layers.inventory import Inventory
-from precimap.searching.evidence.screen_plan import Key
 from precimap.searching.latency.savings import Saved, Savings
+from precimap.searching.pairs import Key
 
 _Items = dict[str, list[str]]  # by the name of a must-share group, or of a layer alone: its layers
 

@@ -4,41 +4,27 @@ Invariant: everything is by content, of what the batches hold and of what the ta
 scored. A batch has no description: its units are found by `columns`, what the forward and the loss read of it by `reads`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from precimap.errors import InputError, TaskError
+from precimap.errors import TaskError
 from precimap.fingerprints import of_value
-from precimap.searching.splits.axes import Dims, along, dims_of, may_be_turned, unit_axes
-from precimap.searching.splits.columns import (
-    Leaf,
-    at,
-    columns,
-    leaves,
-    numbers,
-    rows_of,
-    size_of,
-    tells_much,
-    turned,
-    units_in,
-)
-from precimap.searching.splits.reads import Path, Reads
+from precimap.searching.splits.axes import unit_axes
+from precimap.searching.splits.batch_print import BatchPrint, Columns, ReadBatch, batch_print, seen
+from precimap.searching.splits.reads import Reads
 from precimap.searching.splits.rows import Prints, finished
-from precimap.searching.splits.tables import plain_column
-from precimap.task import Batches, Task, labels_of, to_device
+from precimap.task import Batches, Task
 
 # A column tells units apart by itself if fewer than this share stand in it twice: what two splits then share is no accident.
 REPEATED_ALONE = 0.001
-COLUMNS_ALONE = 4  # of them, 8 bytes a unit each
 ALL_READ = Reads()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SplitPrint:
     """The content of a split.
 
@@ -123,139 +109,42 @@ def counted_once(known: SplitPrint, sizes: tuple[int, ...]) -> tuple[NDArray[np.
 def split_print(task: Task, name: str, reads: Reads) -> SplitPrint:
     """Read a split twice. Raises TaskError for an empty or changing one, and for content that cannot be hashed."""
     batches: Batches = getattr(task.splits, name)
-    seen = [_seen(task, batch, name, number, reads) for number, batch in enumerate(batches)]
-    if not seen:
+    looked_at = [seen(task, ReadBatch(batch, name, number), reads) for number, batch in enumerate(batches)]
+    if not looked_at:
         raise empty_split(name)
-    content, axes = tuple(found for found, _ in seen), unit_axes([dims for _, dims in seen])
+    content, axes = tuple(found for found, _ in looked_at), unit_axes([dims for _, dims in looked_at])
     parts = []
     for number, batch in enumerate(batches):
-        if number >= len(seen) or of_value(batch, f"batch {number} of the {name} split") != content[number]:
+        read = ReadBatch(batch, name, number)
+        if number >= len(looked_at) or of_value(batch, read.where) != content[number]:
             raise _changing(name)
-        parts.append(_batch(task, batch, name, number, reads, content[number], axes))
-    if len(parts) < len(seen):
+        parts.append(batch_print(task, read, content[number], reads, axes))
+    if len(parts) < len(looked_at):
         raise _changing(name)
     clusters = [part.clusters for part in parts if part.clusters is not None]
     inputs = _joined([part.inputs for part in parts])
     return SplitPrint(
-        name,
-        of_value(content),
-        content,
-        of_value([part.said for part in parts]),
-        inputs,
-        finished(inputs + _joined([part.evidence for part in parts])),
-        _without_constants(parts, inputs),
-        _wide(parts, inputs),
-        _joined([part.answers for part in parts]),
-        tuple(len(part.inputs.total) for part in parts),
-        np.unique(np.concatenate(clusters)) if clusters else None,
-        any(part.untold for part in parts),
+        name=name,
+        whole=of_value(content),
+        batches=content,
+        said=of_value([part.said for part in parts]),
+        inputs=inputs,
+        units=finished(inputs + _joined([part.evidence for part in parts])),
+        plain=_without_constants(parts, inputs),
+        wide=_wide(parts, inputs),
+        answers=_joined([part.answers for part in parts]),
+        sizes=tuple(len(part.inputs.total) for part in parts),
+        clusters=np.unique(np.concatenate(clusters)) if clusters else None,
+        untold=any(part.untold for part in parts),
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Columns:
-    """Columns of one batch: their sum, uint64 [units], and of each the one value that it has, None for several."""
-
-    total: Prints
-    constant: dict[Any, np.uint64 | None]
-
-    @classmethod
-    def of(cls, found: dict[Any, Prints], units: int) -> "_Columns":
-        constant = {path: prints[0] if (prints == prints[0]).all() else None for path, prints in found.items()}
-        return cls(np.sum([np.zeros(units, np.uint64), *found.values()], axis=0, dtype=np.uint64), constant)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    """One batch: its hash, that of what the task says of it, and its columns; untold: no input has a row per unit."""
-
-    content: str
-    said: str
-    inputs: _Columns
-    evidence: _Columns
-    answers: _Columns
-    wide: dict[Path, Prints]
-    clusters: NDArray[np.int64] | None
-    untold: bool
-
-
-def _seen(task: Task, batch: Any, name: str, number: int, reads: Reads) -> tuple[str, Dims]:
-    """The hash of a batch, and along which dims its units may lie."""
-    where = f"batch {number} of the {name} split"
-    content, found, units = of_value(batch, where), list(leaves(batch)), None
-    if may_be_turned(found):
-        units = _units(batch, _own(task, batch, name, where), reads)
-    read = [leaf for leaf in found if reads.is_input(leaf.path) or reads.is_judged(leaf.path)]
-    return content, dims_of(read, units)
-
-
-def _units(batch: Any, own: dict[str, Any], reads: Reads) -> int | None:
-    """How many units a batch holds, by what the task says of them, by what was scored, or by what most of it says."""
-    count = next((len(own[k]) for k in ("clusters", "weights") if k in own), size_of(own.get("labels")))
-    if count is None and reads.counts is not None:
-        count = rows_of(at(batch, reads.counts))
-    return units_in(list(leaves(batch)), count)
-
-
-def _batch(
-    task: Task, batch: Any, name: str, number: int, reads: Reads, content: str, axes: Mapping[Path, int]
-) -> _Batch:
-    where = f"batch {number} of the {name} split"
-    own = _own(task, batch, name, where)
-    units = _units(batch, own, reads)
-    said = of_value(own, f"what the task says of {where}")
-    inputs: dict[Any, Prints] = {}
-    evidence: dict[Any, Prints] = {}
-    wide: dict[Path, Prints] = {}
-    untold = True
-    if not units:
-        inputs[()] = np.array([int(content, 16)], np.uint64)
-    for leaf, prints in columns(_turned(batch, units, reads, own.get("labels"), axes), units) if units else ():
-        untold &= prints is None or not reads.is_input(leaf.path)
-        if prints is None:
-            prints = np.full(units or 1, np.uint64(int(of_value(leaf.value, where), 16)))
-        elif tells_much(leaf.value) and len(wide) < COLUMNS_ALONE:
-            wide[leaf.path] = finished(prints)
-        if reads.is_input(leaf.path):
-            inputs[leaf.path] = finished(prints)
-        elif reads.is_judged(leaf.path):
-            evidence["loss", leaf.path] = finished(prints)
-    for place, (kind, told_of_units) in enumerate(sorted(own.items())):
-        for path, prints in _rows_of(told_of_units, units):
-            evidence[kind, path] = finished(prints + np.uint64(place))
-    answers = {key: prints for key, prints in evidence.items() if key[0] in ("loss", "labels")}
-    n = units or 1
-    told = _Columns.of(inputs, n), _Columns.of(evidence, n), _Columns.of(answers, n)
-    return _Batch(content, said, *told, wide, own.get("clusters"), untold)
-
-
-def _turned(batch: Any, units: int, reads: Reads, labels: Any, axes: Mapping[Path, int]) -> list[Leaf]:
-    """What the batch holds; turned so that it has a row per unit, where that is so along one of `axes`, and what the forward
-    reads where nothing of that has one."""
-    found = [
-        Leaf(leaf.path, along(leaf.value, axes[leaf.path])) if leaf.path in axes else leaf
-        for leaf in leaves(batch, units)
-    ]
-    inputs = [leaf for leaf in found if reads.is_input(leaf.path) and leaf.value is not labels]
-    if any(rows_of(leaf.value) == units for leaf in inputs):
-        return found
-    read = {id(leaf) for leaf in inputs}
-    return [Leaf(leaf.path, turned(leaf.value, units)) if id(leaf) in read else leaf for leaf in found]
-
-
-def _rows_of(values: Any, units: int | None) -> Iterator[tuple[Path, Prints]]:
-    """The columns of labels and the like that have a row per unit."""
-    for leaf, prints in columns(list(leaves(values, units)), units) if units and values is not None else ():
-        if prints is not None:
-            yield leaf.path, prints
-
-
-def _joined(parts: Sequence[_Columns]) -> Prints:
+def _joined(parts: Sequence[Columns]) -> Prints:
     """The sum of the columns of each unit: the order of keys and their names make no difference."""
     return np.concatenate([part.total for part in parts])
 
 
-def _without_constants(parts: Sequence[_Batch], inputs: Prints) -> tuple[Prints, ...]:
+def _without_constants(parts: Sequence[BatchPrint], inputs: Prints) -> tuple[Prints, ...]:
     """The inputs without what is one value throughout, where there is such: one more key with a constant is no new data."""
     alike = np.zeros(1, np.uint64)
     for path, value in parts[0].inputs.constant.items():
@@ -264,7 +153,7 @@ def _without_constants(parts: Sequence[_Batch], inputs: Prints) -> tuple[Prints,
     return (inputs - alike,) if alike.any() and _differ(inputs) else ()
 
 
-def _wide(parts: Sequence[_Batch], inputs: Prints) -> tuple[Prints, ...]:
+def _wide(parts: Sequence[BatchPrint], inputs: Prints) -> tuple[Prints, ...]:
     """The columns that tell nearly all units apart by themselves; none where that is all there is."""
     found = []
     for path in parts[0].wide:
@@ -277,35 +166,6 @@ def _wide(parts: Sequence[_Batch], inputs: Prints) -> tuple[Prints, ...]:
 
 def _differ(prints: Prints) -> bool:
     return bool((prints != prints[0]).any())
-
-
-def _own(task: Task, batch: Any, name: str, where: str) -> dict[str, Any]:
-    """What the task's own functions say of a batch: labels, clusters, weights, slices; nothing of one for calibration."""
-    if name == "calibration":
-        return {}
-    functions: dict[str, Callable[[Any], Any] | None] = {"clusters": task.clusters, "weights": task.weights}
-    functions |= {f"slice of {guard.label}": guard.where for guard in task.guarded}
-    here, found = to_device(batch, task.device), dict[str, Any]()
-    for name, function in functions.items():
-        if function is not None:
-            found[name] = _told(function, here, name, where)
-    labels = _told(lambda given: labels_of(task, given), here, "labels", where)
-    return found if labels is None else found | {"labels": labels}
-
-
-def _told(function: Callable[[Any], Any], batch: Any, name: str, where: str) -> Any:
-    try:
-        found = plain_column(function(batch))
-    except InputError:
-        raise
-    except Exception as error:
-        raise TaskError(f"{name} failed on {where}: {type(error).__name__}: {error}") from error
-    if name not in ("clusters", "weights"):
-        return found
-    if (array := numbers(found)) is None or array.ndim != 1:
-        shape = type(found).__name__ if array is None else tuple(array.shape)
-        raise TaskError(f"{where}: expected {name} to give one number per unit, got {shape}")
-    return array.astype(np.int64) if name == "clusters" else array
 
 
 def _changing(name: str) -> TaskError:

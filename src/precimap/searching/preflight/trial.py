@@ -15,27 +15,23 @@ from torch import Tensor
 from precimap.errors import FAILURES, first_line
 from precimap.layers.emulation import SharedInputs, emulate, operand
 from precimap.layers.interception import Interception, WeightCall
-from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import all_finite
-from precimap.numerics.schemes import Scheme
-from precimap.searching.calibrate import Calibration, codes
-from precimap.task import Task, first_batch
+from precimap.searching.pairs import Key, Pair
+from precimap.searching.subject import Subject
+from precimap.task import first_batch
 from precimap.user_code import called
 
-Key = tuple[str, str]  # layer, scheme name
 
-
-def tried(
-    task: Task, inventory: Inventory, calibration: Calibration, pairs: Sequence[tuple[str, Scheme]]
-) -> dict[Key, str]:
+def tried(subject: Subject, pairs: Sequence[Pair]) -> dict[Key, str]:
     """Why pairs that no rule refuses cannot be computed here, a sentence each. Costs one forward of the first batch."""
+    task = subject.task
     failed: dict[Key, str] = {}
     layers: dict[str, list[QuantizedLayer]] = defaultdict(list)
     for name, scheme in pairs:
         try:
-            layers[name] += codes(task, inventory, calibration, [(name, scheme)])
+            layers[name] += subject.codes([(name, scheme)])
         except FAILURES as error:
             failed[name, scheme.name] = first_line(error).removeprefix(f"{name}: ")
     mode = _Trial(parameter_names(task.model), layers)

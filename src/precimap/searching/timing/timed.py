@@ -13,19 +13,20 @@ from torch import nn
 from precimap.errors import FAILURES, InputError, JournalError, first_line
 from precimap.hardware_profile import Device, HardwareProfile, LowTimes, Row, Times
 from precimap.journal import Measurement, run_journal
-from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.stand_in import timed_codes, timed_module
 from precimap.layers.target import BASE, Target, Timer
 from precimap.numerics.schemes import SCHEMES, Amax, Scheme, schemes_of
-from precimap.searching.calibrate import Calibration, calibrated, codes
-from precimap.searching.eligibility import eligibility, open_pairs, refusing
-from precimap.searching.inventories import inventory_of
+from precimap.searching.calibrate import calibrated
+from precimap.searching.eligibility import Eligibility, eligibility
 from precimap.searching.latency.planned import Work, works
-from precimap.searching.preflight import check_weights
+from precimap.searching.pairs import Key
+from precimap.searching.preflight.checks import check_weights
+from precimap.searching.preflight.trial import tried
 from precimap.searching.progress import Progress, silent
+from precimap.searching.question import checked_sizes
 from precimap.searching.run import Run
-from precimap.searching.trial import tried
+from precimap.searching.subject import Subject, inventory_of
 from precimap.targets import target_of
 from precimap.task import Task
 
@@ -51,37 +52,31 @@ def bench_device(
         raise InputError(f"expected a target with times of its own, such as cpu-int8; {target.name} has none")
     check_weights(task)
     inventory = inventory_of(task)
-    allowed = eligibility(inventory, chosen, target, ())
-    pairs = open_pairs(allowed, chosen)
-    if not pairs:
-        raise InputError("; ".join(("nothing to time", *allowed.idle())))
+    eligible = eligibility(inventory, chosen, target, ())
+    _check_any(eligible)
     with run_journal(None, {}) as journal:
         run = Run(task, journal, progress)
-        calibration = calibrated(run, inventory, chosen)
-        allowed = refusing(allowed, tried(task, inventory, calibration, pairs), inventory, chosen)
-        pairs = open_pairs(allowed, chosen)
-        if not pairs:
-            raise InputError("; ".join(("nothing to time", *allowed.idle())))
-        return timed(run, inventory, calibration, pairs, target.name, timer, sizes or (inventory.units,))
+        subject = Subject(
+            run=run,
+            inventory=inventory,
+            schemes=chosen,
+            target=target,
+            eligibility=eligible,
+            calibration=calibrated(run, inventory, chosen),
+        )
+        subject = subject.without(tried(subject, subject.pairs))
+        _check_any(subject.eligibility)
+        return timed(subject, timer, sizes or (inventory.units,))
 
 
-def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Raises InputError for a batch size that is not at least 1, or stands twice."""
-    if any(size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
-        raise InputError(f"expected batch sizes of at least 1, each once, got {', '.join(map(str, sizes))}")
-    return tuple(sizes)
+def _check_any(eligible: Eligibility) -> None:
+    if not eligible.open_pairs():
+        raise InputError("; ".join(("nothing to time", *eligible.idle())))
 
 
-def timed(
-    run: Run,
-    inventory: Inventory,
-    calibration: Calibration,
-    pairs: Sequence[tuple[str, Scheme]],
-    target: str,
-    timer: Timer,
-    sizes: tuple[int, ...],
-) -> HardwareProfile:
+def timed(subject: Subject, timer: Timer, sizes: tuple[int, ...]) -> HardwareProfile:
     """Each work once, from the journal where it holds it. What cannot be timed is not in it: `untimed` says why."""
+    run, pairs, inventory = subject.run, subject.pairs, subject.inventory
     schemes: dict[str, list[Scheme]] = defaultdict(list)
     for name, scheme in pairs:
         schemes[name].append(scheme)
@@ -95,11 +90,11 @@ def timed(
     device = _device(run, timer, bool(missing))
     for done, (work, forms) in enumerate(missing.items()):
         run.progress("time layers", done, len(missing))
-        _time(run, inventory, calibration, timer, work, forms)
+        _time(subject, timer, work, forms)
     run.progress("time layers", len(missing), len(missing))
     used = {scheme.name: form_of(scheme) for _, scheme in pairs}
     rows = tuple(_row(run, work, forms) for work, forms in asked.items())
-    return HardwareProfile(target=target, device=device, batch_sizes=sizes, schemes=used, rows=rows)
+    return HardwareProfile(target=subject.target.name, device=device, batch_sizes=sizes, schemes=used, rows=rows)
 
 
 def _known(run: Run, work: Work, forms: Iterable[str]) -> bool:
@@ -126,21 +121,15 @@ def _device(run: Run, timer: Timer, needed: bool) -> Device:
     return there
 
 
-def _time(
-    run: Run,
-    inventory: Inventory,
-    calibration: Calibration,
-    timer: Timer,
-    work: Work,
-    forms: Mapping[str, tuple[str, Scheme | None]],
-) -> None:
+def _time(subject: Subject, timer: Timer, work: Work, forms: Mapping[str, tuple[str, Scheme | None]]) -> None:
     """Time the forms that the journal lacks, in turns with the module as it is; the last row ends the work."""
+    run, inventory = subject.run, subject.inventory
     lacking = [
         (layer, scheme)
         for name, (layer, scheme) in forms.items()
         if scheme is not None and _row_of(run, work, name) is None
     ]
-    made = codes(run.task, inventory, calibration, lacking)
+    made = subject.codes(lacking)
     module = timed_module(run.task.model, inventory.layer(forms[BASE][0]))
     named = {layer.scheme.name: timed_codes(layer, inventory.layer(layer.name)) for layer in made}
     try:
@@ -170,14 +159,13 @@ def _timeable(
     return fine
 
 
-def untimed(
-    run: Run, inventory: Inventory, pairs: Sequence[tuple[str, Scheme]], sizes: tuple[int, ...]
-) -> dict[tuple[str, str], str]:
+def untimed(subject: Subject, sizes: tuple[int, ...]) -> dict[Key, str]:
     """Why pairs have no time on this machine."""
     failed = {}
-    for name, scheme in pairs:
-        for work in (work for size in sizes for work in works(inventory, inventory.layer(name), size)):
-            found = run.journal.find(FAILED, str(work), scheme.name)
+    for name, scheme in subject.pairs:
+        layer = subject.inventory.layer(name)
+        for work in (work for size in sizes for work in works(subject.inventory, layer, size)):
+            found = subject.run.journal.find(FAILED, str(work), scheme.name)
             if found is not None:
                 failed[name, scheme.name] = str(found.value["reason"])
     return failed

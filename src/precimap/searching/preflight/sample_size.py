@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from precimap.errors import FAILURES, first_line
-from precimap.layers.inventory import Inventory
 from precimap.layers.target import EMULATED
 from precimap.metrics.guard import Guard
 from precimap.metrics.metric import PairedDrops
@@ -20,9 +19,9 @@ from precimap.metrics.power import least_margin, smallest_margin, units_for
 from precimap.metrics.sight import LEAST_RARE, Sight, sight_of
 from precimap.metrics.totals import totals_of
 from precimap.numerics.schemes import Scheme, scheme_key
-from precimap.searching.calibrate import Calibration
-from precimap.searching.evidence.probe import prepare
-from precimap.searching.run import Parts, Run, scattered, scored
+from precimap.searching.question import Question
+from precimap.searching.run import Parts, Pass, scattered, scored
+from precimap.searching.subject import Subject
 from precimap.task import Scored, Task
 
 PILOT_UNITS = 256
@@ -54,7 +53,7 @@ class Outlook:
     impossible: str | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Pilot:
     """One metric of a task, measured on some units; of a guard with its own margin, None for the gate.
 
@@ -94,41 +93,36 @@ class Pilot:
         return smallest_margin(self.noisy, int(units * totals.effective / self.noisy.rows), alpha)
 
 
-def pilots(
-    run: Run,
-    inventory: Inventory,
-    calibration: Calibration,
-    baseline: Parts,
-    pairs: Sequence[tuple[str, Scheme]],
-) -> tuple[Pilot, ...]:
-    """The gate and every guard, under the noisiest of the schemes: each in all layers that can take it (`pairs`)."""
+def pilots(subject: Subject, baseline: Parts) -> tuple[Pilot, ...]:
+    """The gate and every guard, under the noisiest of the schemes: each in all layers that can take it."""
+    task = subject.task
     numbers = scattered(baseline.sizes, PILOT_UNITS)
     before, whole = baseline.only(numbers), baseline.whole
     low, why = [before], None
-    for scheme in dict.fromkeys(scheme for _, scheme in pairs):
+    for scheme in dict.fromkeys(scheme for _, scheme in subject.pairs):
         try:
-            low.append(_all_low(run, inventory, calibration, numbers, scheme, pairs))
+            low.append(_all_low(subject, numbers, scheme))
         except FAILURES as error:  # layers that pass one by one may not do so together
             why = why or f"all layers at once in {scheme.name}: {first_line(error)}"
     known = why is None or len(low) > 1
     gate = Pilot(
-        run.task.metric.name,
-        run.task.metric.unit,
-        None,
-        _of_gate(run.task, whole, whole),
-        max((_of_gate(run.task, before, other) for other in low), key=_error) if known else None,
-        why,
+        label=task.metric.name,
+        unit=task.metric.unit,
+        margin=None,
+        nothing=_of_gate(task, whole, whole),
+        noisy=max((_of_gate(task, before, other) for other in low), key=_error) if known else None,
+        unmeasured=why,
     )
     guards = [
         Pilot(
-            f"the guard {guard.label}",
-            guard.metric.unit,
-            guard.margin,
-            _of_guard(guard, whole, whole),
-            max((_of_guard(guard, before, other) for other in low), key=_error) if known else None,
-            why,
+            label=f"the guard {guard.label}",
+            unit=guard.metric.unit,
+            margin=guard.margin,
+            nothing=_of_guard(guard, whole, whole),
+            noisy=max((_of_guard(guard, before, other) for other in low), key=_error) if known else None,
+            unmeasured=why,
         )
-        for guard in run.task.guarded
+        for guard in task.guarded
         if guard.where is None or before.slices[guard.label].any()
     ]
     return (gate, *guards)
@@ -169,6 +163,14 @@ def outlook(pilot: Pilot, margin: float, certify_share: float, alpha: float) -> 
     )
 
 
+def outlooks(subject: Subject, baseline: Parts, certify_share: float, question: Question) -> tuple[Outlook, ...]:
+    """What the splits can tell of the gate at the margin that is asked for, and of each guard at its own."""
+    return tuple(
+        outlook(pilot, question.margin if pilot.margin is None else pilot.margin, certify_share, question.alpha)
+        for pilot in pilots(subject, baseline)
+    )
+
+
 def _takes(margin: float, enough: int | None, about: int | None) -> str:
     if enough is None:
         return f"No number of units makes a margin of {margin:g} possible"
@@ -189,23 +191,16 @@ def _enough(margin_at: Callable[[float], float], margin: float, fewest: int) -> 
     return high
 
 
-def _all_low(
-    run: Run,
-    inventory: Inventory,
-    calibration: Calibration,
-    numbers: Sequence[int],
-    scheme: Scheme,
-    pairs: Sequence[tuple[str, Scheme]],
-) -> Scored:
-    task, choice = run.task, {layer: taken for layer, taken in pairs if taken == scheme}
-    return scored(
-        run,
-        "pilot",
-        f"all in {scheme_key(scheme)}",
-        task.splits.search,
-        lambda: EMULATED.running(task.model, prepare(task, inventory, calibration, choice)),
+def _all_low(subject: Subject, numbers: Sequence[int], scheme: Scheme) -> Scored:
+    task, choice = subject.task, {layer: taken for layer, taken in subject.pairs if taken == scheme}
+    asked = Pass(
+        kind="pilot",
+        of=f"all in {scheme_key(scheme)}",
+        batches=task.splits.search,
+        running=lambda: EMULATED.running(task.model, subject.quantized(choice)),
         numbers=numbers,
-    ).whole
+    )
+    return scored(subject.run, asked).whole
 
 
 def _of_gate(task: Task, before: Scored, after: Scored) -> PairedDrops:

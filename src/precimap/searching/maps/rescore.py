@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from precimap.searching.allocation.knapsack import Step
+from precimap.searching.comparison import Comparison
 from precimap.searching.evidence.predict import Predictor
-from precimap.searching.evidence.probe import Comparison
 from precimap.searching.evidence.screen import add_changes, find_routed
 from precimap.searching.evidence.screen_plan import decode, first_order, located
 from precimap.searching.run import Run

@@ -14,42 +14,42 @@ import torch
 from precimap.fingerprints import modules_of
 from precimap.layers.inventory import Inventory, Layer
 from precimap.metrics.power import units_needed
-from precimap.numerics.schemes import Scheme
 from precimap.precision_map import Decision, OfModel, PrecisionMap, Premise, Verdict
-from precimap.searching.calibrate import Calibration
-from precimap.searching.eligibility import Eligibility
-from precimap.searching.evidence.known import Known
-from precimap.searching.evidence.probe import Comparison
+from precimap.searching.allocation.layer_evidence import LayerEvidence
+from precimap.searching.allocation.table import Table
+from precimap.searching.comparison import Comparison
+from precimap.searching.pairs import Key
 from precimap.searching.splits.three_splits import SplitPrints
+from precimap.searching.subject import Subject
 from precimap.task import Task
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MapWriter:
     """All that is known before the maps of the chain are written down. realign: what is done to each, if anything.
 
-    kept_for_time: tables that no map takes because of their time, and why.
+    alpha: of the question. cutoff: the drop of a single layer up to which it is called tolerant. kept_for_time: tables that
+    no map takes because of their time, and why.
     """
 
-    inventory: Inventory
-    schemes: tuple[Scheme, ...]
-    eligibility: Eligibility
-    calibration: Calibration
-    known: tuple[Known, ...]
-    cutoff: float
-    target: str
+    subject: Subject
+    table: Table
     premise: Premise
     alpha: float
+    cutoff: float
     realign: Callable[[PrecisionMap], PrecisionMap] = lambda made: made
     kept_for_time: Mapping[str, str] = field(default_factory=dict)
-    _needed: dict[tuple[str, str], int | None] = field(default_factory=dict)  # every map of a chain asks again
+    _needed: dict[Key, int | None] = field(default_factory=dict)  # every map of a chain asks again
 
-    def needed(self, known: Known, found: Comparison) -> int | None:
+    def needed(self, known: LayerEvidence, found: Comparison) -> int | None:
         """The units that would tell a drop like this one from the cutoff; None where no number would."""
-        key = (known.layer, known.scheme)
-        if key not in self._needed:
-            self._needed[key] = units_needed(found.drop, self.cutoff, self.alpha, worst=found.largest or None)
-        return self._needed[key]
+        if known.key not in self._needed:
+            self._needed[known.key] = units_needed(found.drop, self.cutoff, self.alpha, worst=found.largest or None)
+        return self._needed[known.key]
+
+    def written(self, choice: Mapping[str, str]) -> PrecisionMap:
+        """The map of a choice, realigned if maps are."""
+        return self.realign(assemble(self, choice))
 
 
 def premise_of(task: Task, weights: str, prints: SplitPrints, version: str) -> Premise:
@@ -69,20 +69,20 @@ def premise_of(task: Task, weights: str, prints: SplitPrints, version: str) -> P
     )
 
 
-def assemble(findings: Findings, choice: dict[str, str]) -> PrecisionMap:
+def assemble(writer: MapWriter, choice: Mapping[str, str]) -> PrecisionMap:
     """The map that gives `choice` (layer -> scheme name) to its layers and base precision to all others."""
-    known: dict[str, list[Known]] = defaultdict(list)
-    for found in findings.known:
+    subject, known = writer.subject, defaultdict[str, list[LayerEvidence]](list)
+    for found in writer.table.known:
         known[found.layer].append(found)
     return PrecisionMap(
-        target=findings.target,
-        schemes={scheme.name: scheme.row() for scheme in findings.schemes},
+        target=subject.target.name,
+        schemes={scheme.name: scheme.row() for scheme in subject.schemes},
         layers={
-            layer.name: _decision(findings, layer, choice.get(layer.name), known[layer.name])
-            for layer in findings.inventory.layers
+            layer.name: _decision(writer, layer, choice.get(layer.name), known[layer.name])
+            for layer in subject.inventory.layers
         },
-        premise=findings.premise,
-        of_model=_of_model(findings.inventory),
+        premise=writer.premise,
+        of_model=_of_model(subject.inventory),
     )
 
 
@@ -92,11 +92,11 @@ def _of_model(inventory: Inventory) -> OfModel:
     )
 
 
-def _decision(findings: Findings, layer: Layer, chosen: str | None, known: Sequence[Known]) -> Decision:
-    verdict, reason = _judged(findings, layer, chosen, known)
-    scheme = next((s for s in findings.schemes if s.name == chosen), None)
-    found = None if scheme is None else findings.calibration.input_range(layer.name, scheme)
-    flops = findings.inventory.weight_flops
+def _decision(writer: MapWriter, layer: Layer, chosen: str | None, known: Sequence[LayerEvidence]) -> Decision:
+    subject, (verdict, reason) = writer.subject, _judged(writer, layer, chosen, known)
+    scheme = None if chosen is None else subject.by_name[chosen]
+    found = None if scheme is None else subject.calibration.input_range(layer.name, scheme)
+    flops = subject.inventory.weight_flops
     return Decision(
         scheme=chosen,
         verdict=verdict,
@@ -119,18 +119,18 @@ def _told(found: Comparison | None) -> TypeGuard[Comparison]:
     return found is not None and math.isfinite(found.drop.error)
 
 
-def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequence[Known]) -> tuple[Verdict, str]:
-    cutoff = findings.cutoff
-    if layer.name in findings.eligibility.pinned:
+def _judged(writer: MapWriter, layer: Layer, chosen: str | None, known: Sequence[LayerEvidence]) -> tuple[Verdict, str]:
+    cutoff, eligible = writer.cutoff, writer.subject.eligibility
+    if layer.name in eligible.pinned:
         return Verdict.PINNED, "kept by the user"
-    if not known and findings.eligibility.is_slower(layer.name):
-        return Verdict.SLOWER, "; ".join(findings.eligibility.reasons(layer.name))
-    if not known and any(name == layer.name for name, _ in findings.eligibility.open_pairs()):
+    if not known and eligible.is_slower(layer.name):
+        return Verdict.SLOWER, "; ".join(eligible.reasons(layer.name))
+    if not known and any(name == layer.name for name, _ in eligible.open_pairs()):
         return Verdict.UNDECIDED, "it was not measured: the search ended before"
     if not known:
-        return Verdict.INELIGIBLE, "; ".join(findings.eligibility.reasons(layer.name))
-    if chosen is None and layer.name in findings.kept_for_time:
-        return Verdict.SLOWER, findings.kept_for_time[layer.name]
+        return Verdict.INELIGIBLE, "; ".join(eligible.reasons(layer.name))
+    if chosen is None and layer.name in writer.kept_for_time:
+        return Verdict.SLOWER, writer.kept_for_time[layer.name]
     told = [found for found in known if found.decisive is not None and chosen in (None, found.scheme)]
     if not told:
         return Verdict.UNDECIDED, f"its own drop cannot be predicted in this metric; {_fate(chosen)}"
@@ -143,13 +143,13 @@ def _judged(findings: Findings, layer: Layer, chosen: str | None, known: Sequenc
         return Verdict.TOLERANT, f"its own drop is at most {best.upper:.2g}, below the cutoff {cutoff:.2g} {how}{kept}"
     if best.lower > cutoff and chosen is None:
         return Verdict.SENSITIVE, f"its own drop is at least {best.lower:.2g}, above the cutoff {cutoff:.2g} {how}"
-    drop, n = best.drop, findings.needed(found, best)
+    drop, n = best.drop, writer.needed(found, best)
     told_apart = f"its own drop {drop.estimate:+.2g} +- {drop.error:.2g} {how}"
     asks = f"cannot be told from the cutoff {cutoff:.2g}" + ("" if n is None else f" (needs about {n:,} units)")
     return Verdict.UNDECIDED, f"{told_apart} {asks}; {_fate(chosen)}"
 
 
-def _how(found: Known) -> str:
+def _how(found: LayerEvidence) -> str:
     if found.decisive is found.probed:
         return "probed"
     return "predicted" if found.correction is None else "predicted, corrected by a probe"

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from precimap.errors import TaskError
 from precimap.layers.emulation import quantized
-from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import QuantizedLayer
 from precimap.metrics.paired import Drop, drop_of
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
-from precimap.searching.batches import cut
-from precimap.searching.calibrate import Calibration
-from precimap.searching.evidence.probe import prepare
+from precimap.searching.preflight.batches import cut
+from precimap.searching.subject import Subject
 from precimap.task import Scored, Task, first_batch, join_parts, judge_scores
 from precimap.user_code import called
 
@@ -31,7 +29,7 @@ PARTS = 8  # beside halves; single units where a batch has no more than these
 CUT_TOLERANCE = 0.1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CutScores:
     """What cutting a batch of n units into `parts` does to their scores and to the gate.
 
@@ -49,7 +47,7 @@ class CutScores:
     base_change: Drop
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchDependence:
     """One scheme with a scale over the whole input. layers: that were in it. refused: why nothing was measured, or None.
 
@@ -85,19 +83,14 @@ def shares_a_scale(scheme: Scheme) -> bool:
     return scheme.input is not None and scheme.input.dynamic and scheme.input.granularity is Granularity.PER_TENSOR
 
 
-def batch_dependence(
-    task: Task,
-    inventory: Inventory,
-    calibration: Calibration,
-    schemes: Sequence[Scheme],
-    pairs: Sequence[tuple[str, str]],
-) -> tuple[BatchDependence, ...]:
+def batch_dependence(subject: Subject) -> tuple[BatchDependence, ...]:
     """Measure every scheme that shares a scale over the batch, with all its eligible layers in it; () where none does.
 
-    pairs: the eligible (layer, scheme name). Costs a scoring of the first search batch for each such scheme, one for the
+    Costs a scoring of the first search batch for each such scheme, one for the
     base model, and each twice more in parts. Raises TaskError as `score`.
     """
-    coupled = [scheme for scheme in schemes if shares_a_scale(scheme) and any(name == scheme.name for _, name in pairs)]
+    task, pairs = subject.task, subject.eligibility.open_pairs()
+    coupled = [one for one in subject.schemes if shares_a_scale(one) and any(name == one.name for _, name in pairs)]
     if not coupled:
         return ()
     batch = first_batch(task, task.splits.search)
@@ -110,13 +103,22 @@ def batch_dependence(
         choice = {layer: scheme for layer, name in pairs if name == scheme.name}
         measured: tuple[CutScores, ...] = ()
         if not isinstance(cuts, str):
-            layers = prepare(task, inventory, calibration, choice)
+            layers = subject.quantized(choice)
             whole = _Scores.of(task, layers, [batch])
             measured = tuple(
                 _compared(task, (base, base_cut), (whole, _Scores.of(task, layers, parts))) for parts, base_cut in cuts
             )
-        known = task.metric.name, len(choice), n
-        found.append(BatchDependence(scheme.name, *known, measured, refused, alternatives(scheme)))
+        found.append(
+            BatchDependence(
+                scheme=scheme.name,
+                metric=task.metric.name,
+                layers=len(choice),
+                n=n,
+                cuts=measured,
+                refused=refused,
+                alternatives=alternatives(scheme),
+            )
+        )
     return tuple(found)
 
 
@@ -203,7 +205,16 @@ def _compared(task: Task, base: tuple[_Scores, _Scores], quantised: tuple[_Score
         sample = task.metric.paired(one.judged.values, other.judged.values, one.judged.units)
         return drop_of(sample)
 
-    return CutScores(quantised[1].parts, *relative(*quantised), *relative(*base), change(*quantised), change(*base))
+    (rms, largest), (base_rms, base_largest) = relative(*quantised), relative(*base)
+    return CutScores(
+        parts=quantised[1].parts,
+        rms=rms,
+        largest=largest,
+        base_rms=base_rms,
+        base_largest=base_largest,
+        change=change(*quantised),
+        base_change=change(*base),
+    )
 
 
 def _moved(one: _Scores, other: _Scores) -> Tensor:

@@ -22,12 +22,12 @@ from precimap.layers.views import plain_name
 from precimap.metrics.click import NE, NE_MARGINS
 from precimap.metrics.guard import Head
 from precimap.metrics.metric import RELATIVE
-from precimap.searching.batch_invariance import BatchDependence
-from precimap.searching.batches import along_units
-from precimap.searching.in_place import check_tables, written_by
-from precimap.searching.own_model import USERS_ERRORS, ModelState, Uses, check_given_model, check_no_memory
-from precimap.searching.sample_size import Outlook
-from precimap.searching.split_checks import check_clusters, check_slice, check_splits
+from precimap.searching.preflight.batch_invariance import BatchDependence
+from precimap.searching.preflight.batches import along_units
+from precimap.searching.preflight.in_place import check_tables, written_by
+from precimap.searching.preflight.own_model import USERS_ERRORS, ModelState, Uses, check_given_model, check_no_memory
+from precimap.searching.preflight.sample_size import Outlook
+from precimap.searching.preflight.split_checks import check_clusters, check_slice, check_splits
 from precimap.searching.splits.axes import is_square
 from precimap.searching.splits.columns import counted_by
 from precimap.searching.splits.reads import Path, Reads, watched
@@ -42,7 +42,7 @@ LARGE_RELATIVE_MARGIN = 0.1
 LARGE_NE_MARGIN = 0.01
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Preflight:
     """What a few batches showed. outlook: what the splits can tell, of the gate first, then of each guard.
 
@@ -263,7 +263,7 @@ def _values(task: Task, baseline: Scored, split: str) -> dict[str, float]:
     return found
 
 
-def notes(inventory: Inventory, coupled: Sequence[BatchDependence]) -> tuple[str, ...]:
+def model_notes(inventory: Inventory, coupled: Sequence[BatchDependence]) -> tuple[str, ...]:
     """What is worth knowing before the search."""
     found = [dependence.note for dependence in coupled]
     if inventory.hidden_flops:

@@ -18,14 +18,13 @@ from itertools import pairwise
 from precimap.errors import InputError
 from precimap.searching.allocation.knapsack import Step, chain
 from precimap.searching.allocation.ladders import Option
-from precimap.searching.allocation.repair import repair
-from precimap.searching.allocation.rules import Rule
-from precimap.searching.evidence.gather import Evidence
-from precimap.searching.evidence.known import Known, Price, mean_cost
+from precimap.searching.allocation.layer_evidence import LayerEvidence
+from precimap.searching.allocation.price import Price, mean_cost
+from precimap.searching.allocation.repair import Goal, repair
+from precimap.searching.evidence.gather import EvidenceTable
 from precimap.searching.evidence.predict import Predictor
-from precimap.searching.evidence.screen_plan import Key
-from precimap.searching.whole.assemble import Findings
-from precimap.searching.whole.whole_maps import Chosen, Joint, hoped, predicted_joint, sequence
+from precimap.searching.maps.candidates import Chain, Looking, MapCandidate, candidate_of, hoped, sequence
+from precimap.searching.pairs import Key
 
 MOST_GROWTH = 6
 MOST_CONFIRMED = 3
@@ -39,7 +38,7 @@ UNFORESEEN, FORETOLD = (
 CREDIT_SCALE = 1e-3  # of the margin: what a layer that improves the metric costs at most, only to set an order
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Growth:
     """base: the largest map that passed, the empty one at first. failed: the smallest above it that did not.
 
@@ -47,54 +46,56 @@ class _Growth:
     which the base does without.
     """
 
-    findings: Findings
-    rule: Rule
+    looking: Looking
     rows: tuple[Option, ...]
-    margin: float
-    base: Joint
-    failed: Joint | None
+    base: MapCandidate
+    failed: MapCandidate | None
     predictor: Predictor | None
     suspects: Callable[[Iterable[Key]], frozenset[Key]]
-    below: list[Joint]
+    below: list[MapCandidate]
     banned: set[Key] = field(default_factory=set)
-    passed: list[Joint] = field(default_factory=list)
-    broken: list[Joint] = field(default_factory=list)
-    left_behind: list[Joint] = field(default_factory=list)
+    passed: list[MapCandidate] = field(default_factory=list)
+    broken: list[MapCandidate] = field(default_factory=list)
+    left_behind: list[MapCandidate] = field(default_factory=list)
 
-    def steps(self, within: Mapping[str, str] | None = None) -> tuple[Step, ...]:
-        """Nested maps above the base, what costs least first; `within`: only of its layers and schemes."""
-        return steps_above(self.findings, self.rule, self.rows, self.base.step, self.banned, within)
+    @property
+    def margin(self) -> float:
+        return self.looking.margin
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each layer in base precision."""
+        return {layer.name: layer.bytes for layer in self.looking.inventory.layers}
+
+    def steps(self, within: Mapping[str, str] | None = None, above: Step | None = None) -> tuple[Step, ...]:
+        """Nested maps above a step (None: the base), what costs least first; `within`: only of its layers and schemes.
+
+        The chain of the rows with those of the step for nothing, less what does not hold its layers.
+        """
+        base, looking = self.base.step if above is None else above, self.looking
+        kept = set(base.choice.items())
+        allowed = None if within is None else kept | set(within.items())
+        table = [
+            replace(row, cost=0.0) if row.key in kept else row
+            for row in self.rows
+            if row.key not in self.banned and (allowed is None or row.key in allowed)
+        ]
+        try:
+            steps = chain(table, self.sizes, looking.rule.limits(looking.inventory)) if table else ()
+        except InputError:  # these rows alone make no map that is small enough
+            return ()
+        return tuple(step for step in steps if step.choice.keys() >= base.choice.keys() and step.gain > base.gain)
+
+    def candidate(self, step: Step) -> MapCandidate:
+        """With what is predicted of it by now."""
+        return candidate_of(self.predictor, self.looking.known, step)
 
 
-def steps_above(
-    findings: Findings,
-    rule: Rule,
-    rows: Sequence[Option],
-    base: Step,
-    banned: set[Key],
-    within: Mapping[str, str] | None,
-) -> tuple[Step, ...]:
-    """The chain of the rows with those of `base` for nothing, less what does not hold its layers."""
-    kept = set(base.choice.items())
-    allowed = None if within is None else kept | set(within.items())
-    table = [
-        replace(row, cost=0.0) if (row.layer, row.scheme) in kept else row
-        for row in rows
-        if (row.layer, row.scheme) not in banned and (allowed is None or (row.layer, row.scheme) in allowed)
-    ]
-    sizes = {layer.name: layer.bytes for layer in findings.inventory.layers}
-    try:
-        steps = chain(table, sizes, rule.limits(findings.inventory)) if table else ()
-    except InputError:  # these rows alone make no map that is small enough
-        return ()
-    return tuple(step for step in steps if step.choice.keys() >= base.choice.keys() and step.gain > base.gain)
-
-
-def eager(rows: Sequence[Option], known: Mapping[Key, Known], counted: Price) -> tuple[Option, ...]:
+def eager(rows: Sequence[Option], known: Mapping[Key, LayerEvidence], counted: Price) -> tuple[Option, ...]:
     """The table with costs that order layers by their mean alone: what improves costs next to nothing, most first."""
     made = []
     for row in rows:
-        mean = mean_cost(known[row.layer, row.scheme], counted)
+        mean = mean_cost(known[row.key], counted)
         if mean is None or row.gain <= 0:
             made.append(row)
             continue
@@ -103,46 +104,37 @@ def eager(rows: Sequence[Option], known: Mapping[Key, Known], counted: Price) ->
     return tuple(made)
 
 
-def grown(
-    findings: Findings,
-    rule: Rule,
-    chosen: Chosen,
-    evidence: Evidence,
-    rows: Sequence[Option],
-    margin: float,
-    look: Callable[[Joint], Joint],
-    out_of_time: Callable[[], bool],
-) -> Chosen:
+def grown(looking: Looking, found: Chain, evidence: EvidenceTable, rows: Sequence[Option]) -> Chain:
     """The chain with what could be added to its best map, each addition measured as a whole; `rows` as of `eager`."""
-    known, state = evidence.by_key(), _started(findings, rule, chosen, rows, margin, evidence.suspects)
+    state = _started(looking, found, evidence, rows)
     everything = max((step.gain for step in state.steps()), default=0.0)
     worth = WORTH_A_LOOK * everything
     for number in range(MOST_GROWTH):
-        step = (
-            None if out_of_time() else (_repaired(state, worth) if not number else None) or _next(state, known, worth)
-        )
+        if looking.out_of_time():
+            break
+        step = (_repaired(state, worth) if not number else None) or _next(state, worth)
         if step is None:
             break
-        joint = look(predicted_joint(state.predictor, known, step))
-        if state.predictor is not None and joint.on_screened is not None:
-            state.predictor = state.predictor.fitted(list(step.choice.items()), joint.on_screened)
-        _learn(state, joint, joint.passed(margin) and rule.accepts(findings.inventory, step))
-    made = _rechained(state, chosen, known)
-    sure = evidence.audit is not None and not evidence.audit.distrusted and _foretold(made, margin)
-    return made if sure else _confirmed(made, margin, look, out_of_time)
+        candidate = looking.look(state.candidate(step))
+        if state.predictor is not None and candidate.on_screened is not None:
+            state.predictor = state.predictor.fitted(list(step.choice.items()), candidate.on_screened)
+        _learn(state, candidate, looking.passed(candidate) and looking.rule.accepts(looking.inventory, step))
+    made = _rechained(state, found)
+    sure = evidence.audit is not None and not evidence.audit.distrusted and _foretold(made, looking.margin)
+    return made if sure else _confirmed(made, looking)
 
 
-def _learn(state: _Growth, joint: Joint, passed: bool) -> None:
-    choice, base = joint.step.choice, state.base.step.choice
+def _learn(state: _Growth, candidate: MapCandidate, passed: bool) -> None:
+    choice, base = candidate.step.choice, state.base.step.choice
     if not passed:
-        state.failed = joint if choice.keys() >= base.keys() else state.failed
-        state.broken.append(joint)
+        state.failed = candidate if choice.keys() >= base.keys() else state.failed
+        state.broken.append(candidate)
         return
     if not choice.items() >= base.items():  # the chain is made anew, of what this map holds
         state.left_behind += [state.base, *state.passed]
         state.below, state.passed = [], []
-    state.base = joint
-    state.passed.append(joint)
+    state.base = candidate
+    state.passed.append(candidate)
     if state.failed is not None and not state.failed.step.choice.keys() > choice.keys():
         state.failed = None
 
@@ -152,44 +144,40 @@ def _repaired(state: _Growth, worth: float) -> Step | None:
     predictor, steps = state.predictor, state.steps()
     if predictor is None or not predictor.predicts_metric or not steps or state.failed is not None:
         return None
-    told = [row for row in state.rows if predictor.tells((row.layer, row.scheme))]
-    sizes = {layer.name: layer.bytes for layer in state.findings.inventory.layers}
+    told = [row for row in state.rows if predictor.tells(row.key)]
     if any(not predictor.tells(key) for key in (*steps[-1].choice.items(), *state.base.step.choice.items())):
         return None
 
     def predicted(choice: Mapping[str, str]) -> float:
         return hoped(predictor, state.base, choice, state.margin)
 
-    try:
-        step = repair(steps[-1], told, sizes, predicted, state.margin, most_tries=MOST_PREDICTIONS)
-    except InputError:  # nothing that is predicted to pass is small enough
-        return None
+    step = repair(steps[-1], told, state.sizes, Goal(predicted, state.margin, MOST_PREDICTIONS))
     return step if step.gain - state.base.step.gain >= max(worth, 1e-12) else None
 
 
-def _started(
-    findings: Findings,
-    rule: Rule,
-    chosen: Chosen,
-    rows: Sequence[Option],
-    margin: float,
-    suspects: Callable[[Iterable[Key]], frozenset[Key]],
-) -> _Growth:
+def _started(looking: Looking, found: Chain, evidence: EvidenceTable, rows: Sequence[Option]) -> _Growth:
     """From the best map, or from none; with the smallest map above it that failed, if it holds it."""
-    below = [] if chosen.best is None else list(chosen.joints[: chosen.best + 1])
-    base = below[-1] if below else _nothing(findings)
+    below = [] if found.best is None else list(found.candidates[: found.best + 1])
+    base = below[-1] if below else _nothing(looking)
     above = [
-        joint
-        for joint in chosen.joints
-        if joint.measured is not None
-        and not joint.passed(margin)
-        and base.step.choice.keys() <= joint.step.choice.keys()
+        candidate
+        for candidate in found.candidates
+        if candidate.measured is not None
+        and not looking.passed(candidate)
+        and base.step.choice.keys() <= candidate.step.choice.keys()
     ]
-    failed = min(above, key=lambda joint: joint.step.gain, default=None)
-    return _Growth(findings, rule, tuple(rows), margin, base, failed, chosen.predictor, suspects, below)
+    return _Growth(
+        looking=looking,
+        rows=tuple(rows),
+        base=base,
+        failed=min(above, key=lambda candidate: candidate.step.gain, default=None),
+        predictor=found.predictor,
+        suspects=evidence.suspects,
+        below=below,
+    )
 
 
-def _next(state: _Growth, known: Mapping[Key, Known], worth: float) -> Step | None:
+def _next(state: _Growth, worth: float) -> Step | None:
     """The map to look at: half way to one that failed, or the largest that is hoped to pass."""
     while state.failed is not None:
         if _unforeseen(state.failed, state.margin) and _banned(state, state.suspects(state.failed.step.choice.items())):
@@ -204,7 +192,7 @@ def _next(state: _Growth, known: Mapping[Key, Known], worth: float) -> Step | No
     for step in reversed(state.steps()):
         if step.gain - state.base.step.gain < worth:
             break
-        if _hoped(state, known, step) <= _reach(state):
+        if _hoped(state, step) <= _reach(state):
             return step
     return None
 
@@ -217,34 +205,35 @@ def _banned(state: _Growth, wrong: frozenset[Key]) -> bool:
     state.banned |= new
     state.failed = None
     if new & state.base.step.choice.items():
-        state.left_behind += [joint for joint in (state.base, *state.passed) if joint not in state.left_behind]
-        state.base, state.passed, state.below = _nothing(state.findings), [], []
+        state.left_behind += [one for one in (state.base, *state.passed) if one not in state.left_behind]
+        state.base, state.passed, state.below = _nothing(state.looking), [], []
     return True
 
 
-def _nothing(findings: Findings) -> Joint:
-    return Joint(Step({}, 0.0, 0.0, sum(layer.bytes for layer in findings.inventory.layers)), None, 0.0, 0.0)
+def _nothing(looking: Looking) -> MapCandidate:
+    bytes_before = sum(layer.bytes for layer in looking.inventory.layers)
+    return MapCandidate(step=Step({}, 0.0, 0.0, bytes_before), singles=0.0, drift=0.0)
 
 
-def _unforeseen(failed: Joint, margin: float) -> bool:
+def _unforeseen(failed: MapCandidate, margin: float) -> bool:
     """Whether a map lost much more than superposition says on the same units: then a layer is not what it seemed."""
     if failed.predicted is None or failed.on_screened is None:
         return True
     return failed.on_screened.drop.estimate - failed.predicted.drop.estimate > UNFORESEEN * margin
 
 
-def _foreseen(joint: Joint, margin: float) -> bool:
+def _foreseen(candidate: MapCandidate, margin: float) -> bool:
     """Whether a map between others is to be sent before them: layers may make good for each other, and fewer cost more."""
-    if joint.measured is not None:
-        return joint.passed(margin)
-    return joint.predicted is None or joint.predicted.strictest(margin) <= margin
+    if candidate.measured is not None:
+        return candidate.passed(margin)
+    return candidate.predicted is None or candidate.predicted.strictest(margin) <= margin
 
 
-def _hoped(state: _Growth, known: Mapping[Key, Known], step: Step) -> float:
+def _hoped(state: _Growth, step: Step) -> float:
     predictor = state.predictor
     if predictor is not None and predictor.predicts_metric:
         return hoped(predictor, state.base, step.choice, state.margin)
-    added = [known[key].decisive for key in step.choice.items() - state.base.step.choice.items()]
+    added = [state.looking.known[key].decisive for key in step.choice.items() - state.base.step.choice.items()]
     drops = [found.drop.estimate for found in added if found is not None]
     if len(drops) == len(added):
         return _bound_of(state) + sum(drops)
@@ -262,48 +251,46 @@ def _reach(state: _Growth) -> float:
     return base + LATITUDE * (state.margin - base)
 
 
-def _rechained(state: _Growth, chosen: Chosen, known: Mapping[Key, Known]) -> Chosen:
+def _rechained(state: _Growth, found: Chain) -> Chain:
     """Up to the last map that passed, with nested maps between; beyond it what else was looked at, or holds that map."""
-    made = [joint for joint in state.below[:-1] if _foreseen(joint, state.margin)] + state.below[-1:]
-    for start, end in pairwise([*(made[-1:] or [_nothing(state.findings)]), *state.passed]):
-        between = steps_above(state.findings, state.rule, state.rows, start.step, state.banned, end.step.choice)
-        joints = [predicted_joint(state.predictor, known, s) for s in between if s.gain < end.step.gain]
-        made += [joint for joint in joints if _foreseen(joint, state.margin)]
+    made = [one for one in state.below[:-1] if _foreseen(one, state.margin)] + state.below[-1:]
+    for start, end in pairwise([*(made[-1:] or [_nothing(state.looking)]), *state.passed]):
+        between = state.steps(end.step.choice, above=start.step)
+        candidates = [state.candidate(step) for step in between if step.gain < end.step.gain]
+        made += [one for one in candidates if _foreseen(one, state.margin)]
         made.append(end)
     top = made[-1].step.choice.keys() if made else set()
-    seen = {id(joint) for joint in made}
-    others = [j for j in (*chosen.joints, *state.broken, *state.left_behind) if id(j) not in seen]
-    beyond = [j for j in others if j.measured is not None or j.step.choice.keys() > top]
-    unique = {id(joint): joint for joint in beyond if joint.step.choice}
-    return Chosen(
-        (*made, *sorted(unique.values(), key=lambda joint: joint.step.gain)),
+    seen = {id(one) for one in made}
+    others = [one for one in (*found.candidates, *state.broken, *state.left_behind) if id(one) not in seen]
+    beyond = [one for one in others if one.measured is not None or one.step.choice.keys() > top]
+    unique = {id(one): one for one in beyond if one.step.choice}
+    return Chain(
+        (*made, *sorted(unique.values(), key=lambda one: one.step.gain)),
         len(made) - 1 if made else None,
         state.predictor,
     )
 
 
-def _foretold(chosen: Chosen, margin: float) -> bool:
+def _foretold(found: Chain, margin: float) -> bool:
     """Whether superposition was right about the best map; then it is for those below, too."""
-    best = None if chosen.best is None else chosen.joints[chosen.best]
+    best = None if found.best is None else found.candidates[found.best]
     if best is None or best.predicted is None or best.on_screened is None:
         return False
     return abs(best.on_screened.drop.estimate - best.predicted.drop.estimate) <= FORETOLD * margin
 
 
-def _confirmed(
-    chosen: Chosen, margin: float, look: Callable[[Joint], Joint], out_of_time: Callable[[], bool]
-) -> Chosen:
+def _confirmed(found: Chain, looking: Looking) -> Chain:
     """The maps that are sent before the best one, measured too; less what fails.
 
     A sequence ends at its first failure: a map of fewer layers that loses more would take the best one with it.
     """
     for _ in range(MOST_CONFIRMED):
-        asked = next((joint for joint in sequence(chosen) if joint.measured is None), None)
-        if asked is None or chosen.best is None or out_of_time():
+        asked = next((one for one in sequence(found) if one.measured is None), None)
+        if asked is None or found.best is None or looking.out_of_time():
             break
-        at = next(place for place, joint in enumerate(chosen.joints) if joint is asked)
-        found = look(asked)
-        kept = (found,) if found.passed(margin) else ()
-        joints = (*chosen.joints[:at], *kept, *chosen.joints[at + 1 :])
-        chosen = replace(chosen, joints=joints, best=chosen.best - (not kept))
-    return chosen
+        at = next(place for place, one in enumerate(found.candidates) if one is asked)
+        looked_at = looking.look(asked)
+        kept = (looked_at,) if looking.passed(looked_at) else ()
+        candidates = (*found.candidates[:at], *kept, *found.candidates[at + 1 :])
+        found = replace(found, candidates=candidates, best=found.best - (not kept))
+    return found

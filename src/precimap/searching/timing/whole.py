@@ -24,19 +24,14 @@ from precimap.errors import DeployError, InputError, JournalError, first_line
 from precimap.hardware_profile import Times
 from precimap.layers.copying import shared_copy
 from precimap.layers.given import leading_rows
-from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantize_map
 from precimap.layers.realign import realigned
 from precimap.layers.target import WholeTimer
 from precimap.numerics.schemes import Scheme
 from precimap.precision_map import PrecisionMap
-from precimap.searching.batches import resized
-from precimap.searching.calibrate import Calibration
-from precimap.searching.eligibility import Eligibility
-from precimap.searching.evidence.probe import prepare
-from precimap.searching.latency.planned import Latency
-from precimap.searching.latency.serving import Serving
-from precimap.searching.run import Run
+from precimap.searching.preflight.batches import resized
+from precimap.searching.question import Serving
+from precimap.searching.subject import Subject
 from precimap.task import Task, first_batch
 
 Call = Callable[[], Any]
@@ -55,35 +50,30 @@ def _no_batch(size: int) -> str:
     return f"no batch of {size} can be made of the first search batch"
 
 
-@dataclass(frozen=True, slots=True)
-class Stand:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeModelBench:
     """Where and how whole maps of one search are timed. seconds: about how long, at each batch size."""
 
-    run: Run
+    subject: Subject
     timer: WholeTimer
-    inventory: Inventory
-    calibration: Calibration
-    eligible: Eligibility
-    schemes: tuple[Scheme, ...]
-    latency: Latency | None
     serving: Serving
     seconds: float
     _beside: dict[Form, Callable[[], nn.Module]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        if self.latency is not None:
-            return self.latency.batch_sizes
-        return self.serving.batch_sizes or (self.inventory.units,)
+        if self.subject.latency is not None:
+            return self.subject.latency.batch_sizes
+        return self.serving.batch_sizes or (self.subject.inventory.units,)
 
     def check(self) -> None:
         """Raises InputError where no batch of a size can be made: before the long work."""
         for size in self.sizes:
-            if size == self.inventory.units:
+            if size == self.subject.inventory.units:
                 continue
             with torch.no_grad():
                 try:
-                    scored = len(self.run.task.forward(self.run.task.model, *self._batches(size, 1)))
+                    scored = len(self.subject.run.task.forward(self.subject.run.task.model, *self._batches(size, 1)))
                 except _FAILURES as error:
                     raise InputError(f"{_no_batch(size)}: forward fails on one ({first_line(error)})") from error
             if scored != size:
@@ -96,32 +86,32 @@ class Stand:
         the layers of this run were timed on another machine.
         """
         subject = f"{precision_map.fingerprint} at {', '.join(map(str, self.sizes))}"
-        found = self.run.journal.find("end to end", subject)
+        found = self.subject.run.journal.find("end to end", subject)
         if found is None:
             self._check_device()
             times = self._measured(precision_map)
-            self.run.journal.record("end to end", subject, times.model_dump(mode="json"))
+            self.subject.run.journal.record("end to end", subject, times.model_dump(mode="json"))
         else:
             times = EndToEnd.model_validate_json(json.dumps(found.value))
         given = self.serving.peak_flops
         return times if given is None else times.model_copy(update={"peak_flops": given, "peak_given": True})
 
     def _check_device(self) -> None:
-        here = self.timer.device()
-        if self.latency is not None and self.latency.device != here:
+        here, timed = self.timer.device(), self.subject.latency
+        if timed is not None and timed.device != here:
             raise JournalError(
-                f"the layers of this run were timed elsewhere: {'; '.join(self.latency.device.differences(here))}. Take it "
-                "up there, or choose another run directory"
+                f"the layers of this run were timed elsewhere: {'; '.join(timed.device.differences(here))}. Take it up "
+                "there, or choose another run directory"
             )
 
     def _measured(self, precision_map: PrecisionMap) -> EndToEnd:
-        task, refused = self.run.task, dict[str, str]()
+        task, refused = self.subject.run.task, dict[str, str]()
         models = self._models(precision_map, refused)
         sizes = []
         for number, size in enumerate(self.sizes):
-            self.run.progress("time whole models", number, len(self.sizes))
+            self.subject.run.progress("time whole models", number, len(self.sizes))
             sizes.append(self._at(size, models, refused))
-        self.run.progress("time whole models", len(self.sizes), len(self.sizes))
+        self.subject.run.progress("time whole models", len(self.sizes), len(self.sizes))
         return EndToEnd(
             map=precision_map.fingerprint,
             device=self.timer.device(),
@@ -129,14 +119,14 @@ class Stand:
             sizes=tuple(sizes),
             refused=refused,
             foretold=self._foretold(precision_map, sizes),
-            flops=round(self.inventory.flops / self.inventory.units),
+            flops=round(self.subject.inventory.flops / self.subject.inventory.units),
             peak_flops=self.timer.peak_flops(getattr(torch, task.base_precision)),
             peak_given=False,
         )
 
     def _models(self, precision_map: PrecisionMap, refused: dict[str, str]) -> dict[Form, nn.Module]:
         """Every form that can be made, by precision and form; the others with their reasons in `refused`."""
-        repaired = realigned(self.run.task.model, precision_map.realignment)
+        repaired = realigned(self.subject.run.task.model, precision_map.realignment)
         own = self.timer.forms(repaired, quantize_map(repaired, precision_map))
         if not self._beside:
             self._beside.update(self._forms_beside())
@@ -155,10 +145,10 @@ class Stand:
 
     def _forms_beside(self) -> dict[Form, Callable[[], nn.Module]]:
         """What every map is compared with; each made once, for compiling takes longer than all else here."""
-        task, forms = self.run.task, self.timer.forms
+        task, forms = self.subject.run.task, self.timer.forms
         made = {
             BASE: forms(task.model, {}),
-            BLANKET: forms(task.model, prepare(task, self.inventory, self.calibration, self._all_low())),
+            BLANKET: forms(task.model, self.subject.quantized(self._all_low())),
         }
         for dtype in self.timer.casts:
             name = str(dtype).removeprefix("torch.")
@@ -174,9 +164,9 @@ class Stand:
     def _all_low(self) -> dict[str, Scheme]:
         """Blanket low precision: every layer that can compute low does, under the first scheme that it can take."""
         chosen: dict[str, Scheme] = {}
-        for scheme in (scheme for scheme in self.schemes if scheme.computes_low):
-            for (layer, name), reason in self.eligible.refusals.items():
-                if name == scheme.name and reason is None and layer not in self.eligible.pinned:
+        for scheme in (scheme for scheme in self.subject.schemes if scheme.computes_low):
+            for (layer, name), reason in self.subject.eligibility.refusals.items():
+                if name == scheme.name and reason is None and layer not in self.subject.eligibility.pinned:
                     chosen.setdefault(layer, scheme)
         return chosen
 
@@ -185,12 +175,12 @@ class Stand:
         copies = [_copied(batch) for batch in self._batches(size, COPIES)]
         cases: dict[Form, Call] = {}
         with torch.no_grad():
-            rows = _rows_given(self.run.task, copies[0])
+            rows = _rows_given(self.subject.run.task, copies[0])
             for key, model in models.items():
                 name = ", ".join(key)
                 if name in refused:
                     continue
-                call = partial(_next_scored, self.run.task, model, itertools.cycle(copies))
+                call = partial(_next_scored, self.subject.run.task, model, itertools.cycle(copies))
                 try:
                     call()
                     self.timer.check(model)
@@ -208,7 +198,10 @@ class Stand:
 
     def _batches(self, size: int, count: int) -> list[Any]:
         """Of the task's first search batch, each from another one on. Raises InputError where none is of this size."""
-        given, units = first_batch(self.run.task, self.run.task.splits.search), self.inventory.units
+        given, units = (
+            first_batch(self.subject.run.task, self.subject.run.task.splits.search),
+            self.subject.inventory.units,
+        )
         made = [resized(given, units, size, first % units) for first in range(count)]
         if size == units:
             return [given if batch is None else batch for batch in made]
@@ -218,15 +211,15 @@ class Stand:
 
     def _foretold(self, precision_map: PrecisionMap, sizes: list[SizeTimes]) -> Times | None:
         """How many times as fast the sum of single layers says that the served map is; None where they were not timed."""
-        if self.latency is None:
+        if self.subject.latency is None:
             return None
-        saved = self.latency.savings.total(
+        saved = self.subject.latency.savings.total(
             (name, precision_map.layers[name].scheme or "") for name in precision_map.low
         )
         wholes = [_seconds(size, BASE, self.timer.served) for size in sizes]
-        parts = [layers / whole for layers, whole in zip(self.latency.seconds, wholes, strict=True)]
+        parts = [layers / whole for layers, whole in zip(self.subject.latency.seconds, wholes, strict=True)]
         part = min(1.0, sum(parts) / len(parts))  # alone, layers may take longer than the model that they are in
-        n = min((one.n for one in self.latency.saved.values()), default=1)
+        n = min((one.n for one in self.subject.latency.saved.values()), default=1)
         median, lower, upper = (1 / max(1e-9, 1 - part * share) for share in saved)
         return Times(median=median, lower=lower, upper=upper, n=n)
 

@@ -8,46 +8,52 @@ search split in any order costs no certainty; the certify split is another matte
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+from pydantic import TypeAdapter
 from torch import nn
 
+from precimap.layers.inventory import Inventory
 from precimap.layers.quantized import quantize_map
 from precimap.layers.realign import realigned
 from precimap.layers.target import EMULATED
 from precimap.precision_map import PrecisionMap
 from precimap.searching.allocation.knapsack import Step
-from precimap.searching.evidence.known import Known
+from precimap.searching.allocation.layer_evidence import LayerEvidence
+from precimap.searching.allocation.rules import Rule
+from precimap.searching.comparison import Comparison, compare
+from precimap.searching.evidence.bound import bound
 from precimap.searching.evidence.predict import Predictor
-from precimap.searching.evidence.probe import Comparison, compare
-from precimap.searching.evidence.screen_plan import Key
-from precimap.searching.run import Parts, Run, scored
+from precimap.searching.pairs import Key
+from precimap.searching.run import Parts, Pass, Run, scored
 
 MOST_LOOKS = 5
 CERTIFIED_BELOW = 2  # the fixed sequence starts this many maps below the best one of the search split
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Joint:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class MapCandidate:
     """One map as a whole. predicted: by the screen; measured: on the search split; either may be missing.
 
-    map: written down for those that are looked at or certified. on_screened: the measurement on the units that the
-    prediction is about. singles: the sum of its layers' own drops.
-    drift: predicted mean change of the scores (or losses).
+    map: written down for those that are looked at or certified, known by its `fingerprint`. on_screened: the measurement on
+    the units that the prediction is about. singles: the sum of its layers' own drops. drift: predicted mean change of the
+    scores (or losses).
     """
 
     step: Step
-    predicted: Comparison | None
-    singles: float | None
-    drift: float | None
-    map: PrecisionMap | None = None
+    predicted: Comparison | None = None
+    singles: float | None = None
+    drift: float | None = None
+    map: PrecisionMap | None = field(default=None, compare=False)  # what its fingerprint says
+    fingerprint: str | None = None
     measured: Comparison | None = None
     on_screened: Comparison | None = None
 
     def __repr__(self) -> str:
         drops = {"predicted": self.predicted, "measured": self.measured}
         said = [f"{name} drop {found.drop.estimate:+.3g}" for name, found in drops.items() if found is not None]
-        return f"Joint({', '.join([f'{len(self.step.choice)} layers low', *said])})"
+        return f"MapCandidate({', '.join([f'{len(self.step.choice)} layers low', *said])})"
 
     def passed(self, margin: float) -> bool:
         return self.measured is not None and self.measured.within(margin)
@@ -55,7 +61,7 @@ class Joint:
     def row(self, margin: float) -> dict[str, object]:
         """For the journal."""
         return {
-            "map": None if self.map is None else self.map.fingerprint,
+            "map": self.fingerprint,
             "low": list(self.step.choice),
             "gain": self.step.gain,
             "singles": self.singles,
@@ -63,7 +69,21 @@ class Joint:
             "predicted": None if self.predicted is None else _bounds(self.predicted),
             "measured": None if self.measured is None else _bounds(self.measured),
             "passed": None if self.measured is None else self.passed(margin),
+            "step": asdict(self.step),
+            "comparisons": {name: found and asdict(found) for name, found in self._comparisons().items()},
         }
+
+    def _comparisons(self) -> dict[str, Comparison | None]:
+        return {"predicted": self.predicted, "measured": self.measured, "on_screened": self.on_screened}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "MapCandidate":
+        """What `row` made, read back: without the map itself, but with its fingerprint."""
+        told = {key: row[key] for key in ("singles", "drift")}
+        return _READER.validate_python({"step": row["step"], "fingerprint": row["map"], **told, **row["comparisons"]})
+
+
+_READER = TypeAdapter(MapCandidate)
 
 
 def _bounds(found: Comparison) -> dict[str, object]:
@@ -76,15 +96,15 @@ def _bounds(found: Comparison) -> dict[str, object]:
     }
 
 
-def measure(run: Run, joint: Joint, baseline: Parts, alpha: float, screened: Sequence[int]) -> Joint:
+def measure(run: Run, candidate: MapCandidate, baseline: Parts, alpha: float, screened: Sequence[int]) -> MapCandidate:
     """Measure a map as a whole on the search split; `screened`: the numbers of the batches that the screen saw."""
-    assert joint.map is not None
-    parts = joint_parts(run, joint.map)
+    assert candidate.map is not None
+    parts = scored_map(run, candidate.map)
     there = compare(run.task, baseline.only(screened), parts.only(screened), alpha) if screened else None
-    return replace(joint, measured=compare(run.task, baseline.whole, parts.whole, alpha), on_screened=there)
+    return replace(candidate, measured=compare(run.task, baseline.whole, parts.whole, alpha), on_screened=there)
 
 
-def joint_parts(run: Run, precision_map: PrecisionMap) -> Parts:
+def scored_map(run: Run, precision_map: PrecisionMap) -> Parts:
     """The search split, scored under a map by emulation."""
     split = run.task.splits.search
 
@@ -92,39 +112,14 @@ def joint_parts(run: Run, precision_map: PrecisionMap) -> Parts:
         model = realigned(run.task.model, precision_map.realignment)
         return EMULATED.running(model, quantize_map(model, precision_map))
 
-    return scored(
-        run,
-        "joint",
-        precision_map.fingerprint,
-        split,
-        running,
-        lambda done: run.progress("whole maps", done, len(split) if isinstance(split, Sequence) else done),
-    )
+    def told(done: int) -> None:
+        run.progress("whole maps", done, len(split) if isinstance(split, Sequence) else done)
+
+    asked = Pass(kind="joint", of=precision_map.fingerprint, batches=split, running=running, after_batch=told)
+    return scored(run, asked)
 
 
-def bound(predictor: Predictor | None, known: Mapping[Key, Known], choice: Mapping[str, str], margin: float) -> float:
-    """The predicted upper bound of a whole map's drop, without credit for layers that surely improve it.
-
-    Where a guard fills more of its margin than the gate of `margin`, its bound counts, in units of the gate's. The screen
-    speaks for the layers that the audit left to it; others add what their probes measured, unit by unit, or, where those
-    saw fewer units, the upper bound of the probe. Infinite where nothing is predicted.
-    """
-    keys = list(choice.items())
-    told = [] if predictor is None else [key for key in keys if predictor.tells(key)]
-    comparison = None if predictor is None else predictor.comparison(told)
-    if comparison is None:
-        return float("inf")
-    upper = comparison.strictest(margin)
-    for key in keys:
-        decisive = known[key].decisive
-        if key not in told:
-            upper += max(0.0, decisive.upper) if decisive is not None else float("inf")
-        elif decisive is not None and decisive.upper < 0:
-            upper -= decisive.drop.estimate
-    return upper
-
-
-def hoped(predictor: Predictor, base: Joint, choice: Mapping[str, str], margin: float) -> float:
+def hoped(predictor: Predictor, base: MapCandidate, choice: Mapping[str, str], margin: float) -> float:
     """The predicted bound of a map above `base`, with all credit, for a look and for nothing else.
 
     Superposition says by how much the bound moves, `base` where it starts: what the prediction of `base` was off by is off
@@ -138,92 +133,101 @@ def hoped(predictor: Predictor, base: Joint, choice: Mapping[str, str], margin: 
     return base.measured.strictest(margin) + found.strictest(margin) - there.strictest(margin)
 
 
-def predicted_joint(predictor: Predictor | None, known: Mapping[Key, Known], step: Step) -> Joint:
+def candidate_of(predictor: Predictor | None, known: Mapping[Key, LayerEvidence], step: Step) -> MapCandidate:
     """A map with what the screen says of it as a whole."""
     keys = list(step.choice.items())
     decisive = [known[key].decisive for key in keys]
     singles = sum(d.drop.estimate for d in decisive if d is not None) if all(d is not None for d in decisive) else None
     comparison = None if predictor is None else predictor.comparison(keys)
     if predictor is None or any(key not in predictor.screen.pairs for key in keys):
-        return Joint(step, comparison, singles, None)
-    return Joint(step, comparison, singles, predictor.drift(keys))
+        return MapCandidate(step=step, predicted=comparison, singles=singles)
+    return MapCandidate(step=step, predicted=comparison, singles=singles, drift=predictor.drift(keys))
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """The chain as far as it was looked at. `best`: the most aggressive map that passed on the search split, or None."""
+class Chain:
+    """The chain as far as it was looked at, safest first. best: the place of the most aggressive map that passed on the
+    search split, or None."""
 
-    joints: tuple[Joint, ...]
+    candidates: tuple[MapCandidate, ...]
     best: int | None
     predictor: Predictor | None
 
 
-def choose(
-    joints: Sequence[Joint],
-    predictor: Predictor | None,
-    known: Mapping[Key, Known],
-    margin: float,
-    look: Callable[[Joint], Joint],
-    out_of_time: Callable[[], bool],
-) -> Chosen:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looking:
+    """How maps are looked at on the search split, and what they have to keep.
+
+    known: of single layers. margin: of the gate. look: measures a map as a whole. out_of_time: no new look may begin.
+    """
+
+    inventory: Inventory
+    rule: Rule
+    known: Mapping[Key, LayerEvidence]
+    margin: float
+    look: Callable[[MapCandidate], MapCandidate]
+    out_of_time: Callable[[], bool] = lambda: False
+
+    def passed(self, candidate: MapCandidate) -> bool:
+        return candidate.passed(self.margin)
+
+
+def choose(candidates: Sequence[MapCandidate], predictor: Predictor | None, looking: Looking) -> Chain:
     """Find the most aggressive map of a chain that passes on the search split, in at most `MOST_LOOKS` looks.
 
     A map that fails although it was predicted to pass says that the prediction is wrong, not by how much: the next one is
     at most half as far.
     """
-    found = list(joints)
+    found = list(candidates)
     low, high = -1, len(found)
     for _ in range(MOST_LOOKS):
-        at = _next(found, low, high, predictor, known, margin)
+        at = _next(found[low + 1 : high], predictor, looking, low < 0)
+        at = None if at is None else low + 1 + at
         if at is not None and high < len(found):
-            at = min(at, (low + high) // 2) if low + 1 < high else at
-        if at is None or out_of_time():
+            at = min(at, (low + high) // 2)
+        if at is None or looking.out_of_time():
             break
-        found[at] = look(found[at])
+        found[at] = looking.look(found[at])
         there = found[at].on_screened
         if predictor is not None and there is not None:
             predictor = predictor.fitted(list(found[at].step.choice.items()), there)
-        low, high = (at, high) if found[at].passed(margin) else (low, at)
-    return Chosen(tuple(found), low if low >= 0 else None, predictor)
+        low, high = (at, high) if looking.passed(found[at]) else (low, at)
+    return Chain(tuple(found), low if low >= 0 else None, predictor)
 
 
 def _next(
-    joints: Sequence[Joint],
-    low: int,
-    high: int,
-    predictor: Predictor | None,
-    known: Mapping[Key, Known],
-    margin: float,
+    between: Sequence[MapCandidate], predictor: Predictor | None, looking: Looking, none_passed: bool
 ) -> int | None:
-    """Which map to look at: the most aggressive between `low` and `high` that is predicted to pass."""
-    if low + 1 >= high:
+    """Which of the maps between one that passed and one that failed: the most aggressive that is predicted to pass."""
+    if not between:
         return None
+    middle = (len(between) - 1) // 2
     if predictor is None or not predictor.predicts_metric:
-        return (low + high) // 2
-    for at in range(high - 1, low, -1):
-        if bound(predictor, known, joints[at].step.choice, margin) <= margin:
+        return middle
+    for at in reversed(range(len(between))):
+        if bound(predictor, looking.known, between[at].step.choice, looking.margin) <= looking.margin:
             return at
-    return (low + high) // 2 if low < 0 else None
+    return middle if none_passed else None
 
 
-def sequence(chosen: Chosen) -> tuple[Joint, ...]:
+def sequence(chain: Chain) -> tuple[MapCandidate, ...]:
     """The maps that are certified in this order: one of about half the gain, then from two below the best one on.
 
     Where the certify split is unlucky with the second, the first is still an answer; it costs a pass and no certainty.
     """
-    if chosen.best is None:
+    if chain.best is None:
         return ()
-    first = max(0, chosen.best - CERTIFIED_BELOW)
-    half = chosen.joints[chosen.best].step.gain / 2
-    safer = min(range(first), key=lambda at: abs(chosen.joints[at].step.gain - half), default=None)
-    return (*(() if safer is None else (chosen.joints[safer],)), *chosen.joints[first : chosen.best + 1])
+    first = max(0, chain.best - CERTIFIED_BELOW)
+    half = chain.candidates[chain.best].step.gain / 2
+    safer = min(range(first), key=lambda at: abs(chain.candidates[at].step.gain - half), default=None)
+    return (*(() if safer is None else (chain.candidates[safer],)), *chain.candidates[first : chain.best + 1])
 
 
-def seen_on_search(joints: Sequence[Joint]) -> tuple[Comparison | None, ...]:
+def seen_on_search(candidates: Sequence[MapCandidate]) -> tuple[Comparison | None, ...]:
     """What each map of a sequence did on the search split; one that was not measured, as the next one above it that was."""
     found: list[Comparison | None] = []
     above: Comparison | None = None
-    for joint in reversed(joints):
-        above = joint.measured or above
+    for candidate in reversed(candidates):
+        above = candidate.measured or above
         found.append(above)
     return tuple(reversed(found))

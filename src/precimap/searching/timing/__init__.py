@@ -1,0 +1,6 @@
+"""What low precision takes on this machine, timed here.
+
+times.py   where times come from: a profile, or this machine
+timed.py   each distinct module once, on the target
+whole.py   a whole map, deployed as it will be served, against the base model and its rivals
+"""
