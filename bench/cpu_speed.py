@@ -11,20 +11,18 @@ change of the outputs against float32, by the root mean square of those. Quick: 
 against torch alone. Exits with 1 when a claim fails.
 """
 
-import argparse
 import copy
 import itertools
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch._dynamo
 from cpu_speed_models import Run, measured, minilm, ranker
 from cpu_speed_peers import engines
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from torch import Tensor, nn
 
 from precimap import CPU_INT8
@@ -73,10 +71,7 @@ class Product:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
-    parser.add_argument("--quick", action="store_true", help="products and one model, few turns")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "products and one model, few turns").parse_args()
     torch.set_num_threads(1)
     turns = 7 if arguments.quick else 11
     print_machine()
@@ -86,10 +81,7 @@ def main() -> int:
         model, inputs = MODELS[name][0]()
         runs += measured(name, model, inputs, turns, {} if arguments.quick else engines(model, inputs))
     claims = _claims(products, runs)
-    print_claims(claims)
-    if arguments.json:
-        write_json(arguments.json, [asdict(row) for row in (*products, *runs)], claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(arguments.json, [*products, *runs], claims)
 
 
 def _product(m: int, k: int, n: int, turns: int) -> Product:

@@ -9,14 +9,13 @@ libraries that the tests do not install; those that are not installed are named 
 Exits with 1 when a claim fails.
 """
 
-import argparse
 import contextlib
 import io
 import sys
 import tempfile
 import traceback
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
@@ -24,7 +23,7 @@ import pytest
 import torch
 import zoo_more
 import zoo_recommenders
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
 
 import zoo_language
 import zoo_senses
@@ -88,10 +87,8 @@ def _claims(rows: list[Row], quick: bool) -> list[Claim]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser = command_line(__doc__, "every eighth model")
     parser.add_argument("--only", default="")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of maps made by hand, and of the libraries about their own parts
@@ -103,10 +100,7 @@ def main() -> int:
         rows.append(_row(build))
         print(_printed(rows[-1]), flush=True)
     claims = _claims(rows, options.quick)
-    print_claims(claims)
-    if options.json:
-        write_json(options.json, [asdict(row) for row in rows], claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(options.json, rows, claims)
 
 
 if __name__ == "__main__":
