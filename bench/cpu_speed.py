@@ -4,11 +4,11 @@
 
 A figure is the CPU time of one thread, median [quartiles] over turns; a ratio is taken inside each turn. Products: a
 linear layer M x K -> N in float32 and BF16, oneDNN's INT8 product alone on codes that are given, and the deployed layer,
-which quantises its float32 input, eager and compiled. Models (`cpu_speed_models.py`): all-MiniLM-L6-v2 on full batches,
-and a DCNv2 whose layers are 1024 wide (three cross, three deep), with all layers that this CPU takes in INT8. Peers: torch
-itself, torchao, ONNX Runtime and OpenVINO (`cpu_speed_peers.py`), which need the extra `bench`. Error: root mean square
-change of the outputs against float32, by the root mean square of those. Quick: fewer turns, the ranker at 256 alone,
-against torch alone. Exits with 1 when a claim fails.
+which quantises its float32 input, eager and compiled. Models (`models/cpu_speed_models.py`): all-MiniLM-L6-v2 on full
+batches, and a DCNv2 whose layers are 1024 wide (three cross, three deep), with all layers that this CPU takes in INT8.
+Peers: torch itself, torchao, ONNX Runtime and OpenVINO (`models/cpu_speed_peers.py`), which need the extra `bench`.
+Error: root mean square change of the outputs against float32, by the root mean square of those. Quick: fewer turns, the
+ranker at 256 alone, against torch alone. Exits with 1 when a claim fails.
 """
 
 import copy
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import torch
 import torch._dynamo
-from cpu_speed_models import Run, measured, minilm, ranker
-from cpu_speed_peers import engines
-from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from torch import Tensor, nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from models.cpu_speed_models import Run, measured, minilm, ranker
+from models.cpu_speed_peers import engines
 from precimap import CPU_INT8
 from precimap.layers.quantized import InputRange, quantize_layer
 from precimap.numerics.schemes import scheme

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from harness import Claim, at_least, at_most, command_line, finished, print_machine
-from real_tasks import frappe_dcnv2, ncf
-from rival_scores import eligible
 from torch import nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from measuring.rival_scores import eligible
 from precimap import CPU_INT8, Task, discover
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import quantize_layer
@@ -26,6 +25,7 @@ from precimap.metrics.paired import Drop, drop_of
 from precimap.numerics.schemes import scheme
 from precimap.runtime.timing import Spread, interleaved, ratio
 from precimap.task import first_batch, score
+from tasks.real_tasks import frappe_dcnv2, ncf
 
 SCHEMES = ("int8-row", "int4-row")
 POOLED = 20  # ids of each bag, as the histories of a ranking model

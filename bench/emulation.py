@@ -17,9 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from torch import Tensor, nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from precimap.demos.minilm import load_encoder
 from precimap.layers.code_products import Operand, has_tiles
 from precimap.layers.emulation import Emulation, operand

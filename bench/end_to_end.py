@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from click_model import Recipe
-from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from rich.console import Console
 from torch import nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from models.click_model import Recipe
 from precimap import CPU_INT8, CPU_INT8_COMPILED, Effort, Serving, Splits, Task, metrics, search
 from precimap.demos.semantic_search import queries
 from precimap.layers.target import Target

@@ -3,8 +3,9 @@
     python bench/false_certificates.py [--quick] [--json FILE]
 
 Each cell is drawn again and again, a search and a certify split of the same size, and judged as a certificate is: bound,
-floors, blind spot (`false_cells.py`). A cell keeps the promise where at most alpha of its draws are certified, or where
-the certificates say in their blind spot that just such a population would escape them. Exits with 1 when a claim fails.
+floors, blind spot (`tasks/false_cells.py`). A cell keeps the promise where at most alpha of its draws are certified, or
+where the certificates say in their blind spot that just such a population would escape them. Exits with 1 when a claim
+fails.
 """
 
 import math
@@ -13,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from false_cells import ALPHA, Cell, click_cells, cluster_cells, independent_cells, outcome
 from harness import Claim, at_most, command_line, finished, print_machine
+from tasks.false_cells import ALPHA, Cell, click_cells, cluster_cells, independent_cells, outcome
 
 QUICK_DRAWS, DRAWS = 100, 500
 

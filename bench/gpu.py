@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from gpu_models import BF16, PRECISIONS, Encoder, Normed, Ranker, forms, relative_error
-from harness import Claim, at_least, at_most, command_line, finished, print_machine, write_json
 from torch import Tensor, nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine, write_json
+from models.gpu_models import BF16, PRECISIONS, Encoder, Normed, Ranker, forms, relative_error
 from precimap import compiled
 from precimap.errors import PrecimapError
 from precimap.layers.quantized import InputRange, quantize_layer

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Claim, at_most, command_line, finished, print_machine
 from torch import nn
 
+from harness import Claim, at_most, command_line, finished, print_machine
 from precimap import deploy, discover, load_deployed, save_deployed
 from precimap.runtime.x86.target import int8_scheme
 

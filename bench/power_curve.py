@@ -16,10 +16,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from finite_population import ALPHA, SCHEMES, TRADING, Choice, Population, Sample, population
-from harness import Claim, at_least, at_most, command_line, finished, print_machine
-from real_tasks import ncf
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from precimap.layers.target import EMULATED
 from precimap.metrics.units import Floats
 from precimap.precision_map import PrecisionMap
@@ -37,6 +35,8 @@ from precimap.searching.whole import choosing
 from precimap.searching.whole.assemble import Findings
 from precimap.searching.whole.whole_maps import Chosen, Joint, sequence
 from precimap.task import Scored
+from tasks.finite_population import ALPHA, SCHEMES, TRADING, Choice, Population, Sample, population
+from tasks.real_tasks import ncf
 
 SEARCH_UNITS = 1000
 CERTIFY_UNITS = (100, 200, 500, 1000, 2000, 5000)

@@ -17,13 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from harness import Claim, at_least, command_line, finished, print_machine, write_json
 from numpy.typing import NDArray
-from real_tasks import frappe_dcnv2, ncf, stackfaq_minilm
 from scipy.stats import spearmanr
-from search_work import ALPHA, Subject, baseline_of, subject_of
-from synthetic_task import deep_task
 
+from harness import Claim, at_least, command_line, finished, print_machine, write_json
+from measuring.search_work import ALPHA, Subject, baseline_of, subject_of
 from precimap.journal import run_journal
 from precimap.layers.emulation import quantized
 from precimap.numerics.schemes import scheme as scheme_by_name
@@ -35,6 +33,8 @@ from precimap.searching.limits import USUAL_EFFORT
 from precimap.searching.progress import silent
 from precimap.searching.run import Run
 from precimap.task import Batches, Scored, Task, score
+from tasks.real_tasks import frappe_dcnv2, ncf, stackfaq_minilm
+from tasks.synthetic import deep_task
 
 SCHEMES = tuple(map(scheme_by_name, ("fp8", "fp8-tensor", "int8")))
 SUPERPOSITION, FITTED = "superposition", "superposition, curvature of one map"

@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 
 import torch
-from harness import Claim, at_least, at_most, command_line, finished, print_machine
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.formats import E4M3, E5M2, INT8, Format
 from precimap.numerics.quantize import Affine, dequantize, quantize

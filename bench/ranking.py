@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from harness import Claim, at_least, at_most, command_line, finished, print_machine
-from real_tasks import amazon_sasrec, frappe_dcnv2, frappe_wukong, gmf, ncf, stackfaq_minilm
-from variants import BASELINE, Judge, Measured, Subject, measured, told_apart, ways_of
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from models.variants import BASELINE, Judge, Measured, Subject, measured, told_apart, ways_of
 from precimap import Knapsack, SearchResult, Task, search
 from precimap.metrics import (
     AUC,
@@ -36,6 +35,7 @@ from precimap.metrics import (
 )
 from precimap.metrics.metric import RELATIVE
 from precimap.searching.limits import Effort
+from tasks.real_tasks import amazon_sasrec, frappe_dcnv2, frappe_wukong, gmf, ncf, stackfaq_minilm
 
 GRIDS = 8
 BYTES_WORTH = 0.2

@@ -20,11 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from harness import Claim, at_least, at_most, command_line, finished, print_machine
-from peak_memory import peak_bytes, reset_peak
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet, string
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from measuring.peak_memory import peak_bytes, reset_peak
 from precimap.data import CRITEO, Encoding, Logs, hex_modulo, log_counts
 from precimap.demos.click_logs import generate, lines
 from precimap.runtime.timing import interleaved, ratio, spread

@@ -23,12 +23,11 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from finite_population import narrow
-from harness import Claim, at_most, command_line, finished, print_machine
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness import Claim, at_most, command_line, finished, print_machine
 from precimap import Effort, Splits, Task, discover, search
 from precimap.layers.target import EMULATED
 from precimap.metrics import LogLoss
@@ -38,6 +37,7 @@ from precimap.numerics.formats import FORMATS
 from precimap.searching.calibrate import Calibration
 from precimap.searching.evidence.probe import prepare
 from precimap.task import score
+from tasks.finite_population import narrow
 
 ALPHA = 0.05
 SCHEME = narrow(3)

@@ -16,16 +16,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from harness import Claim, at_least, at_most, command_line, finished, print_claims, print_machine, write_json
-from layer_ranking import GRADIENT, KEPT, ORACLE, OURS, Ranking, rankings_of, truth_of
-from peak_memory import peak_above_baseline
-from real_tasks import stackfaq_minilm
-from search_turns import Timed, heading, line, sampled_ways, say, seconds_line, timed
-from search_work import Row, Subject, before_certification, subject_of
-from synthetic_task import deep_task
 
+from harness import Claim, at_least, at_most, command_line, finished, print_claims, print_machine, write_json
+from measuring.layer_ranking import GRADIENT, KEPT, ORACLE, OURS, Ranking, rankings_of, truth_of
+from measuring.peak_memory import peak_above_baseline
+from measuring.search_turns import Timed, heading, line, sampled_ways, say, seconds_line, timed
+from measuring.search_work import Row, Subject, before_certification, subject_of
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.task import Task
+from tasks.real_tasks import stackfaq_minilm
+from tasks.synthetic import deep_task
 
 SCHEMES = tuple(map(scheme_by_name, ("fp8", "fp8-e5m2", "int8")))
 RESIDUAL_UNITS = 256

@@ -6,7 +6,7 @@ Every layer of a model that this CPU takes in INT8 is timed one by one, as a sea
 float32 and deployed, in turns. Foretold is the deployed model's time over the float32 one's, 1 - what the layers save over
 what the model takes: once as if each layer quantised its own input, once with inputs shared. A figure is the CPU time of
 one thread, median [quartiles] over turns. Models: all-MiniLM-L6-v2 (q, k and v share) and a trunk of 1024 with twelve heads
-of 16 columns, each of which loses time alone. Quick: fewer turns. The JSON here was made with MALLOC_MMAP_THRESHOLD_ and
+of 16 columns, each of which loses time alone. Quick: fewer turns. Its JSON was made with MALLOC_MMAP_THRESHOLD_ and
 MALLOC_TRIM_THRESHOLD_ at 1 GB: what else the allocator does is in docs/log.md. Exits with 1 when a claim fails.
 """
 
@@ -15,10 +15,10 @@ import time
 from dataclasses import dataclass
 
 import torch
-from all_low import all_low, takes, task_of
-from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from torch import Tensor, nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from models.all_low import all_low, takes, task_of
 from precimap import CPU_INT8, bench_device, discover
 from precimap.demos.minilm import load_encoder
 from precimap.numerics.schemes import scheme

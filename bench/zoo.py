@@ -21,12 +21,11 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import pytest
 import torch
-import zoo_more
-import zoo_recommenders
-from harness import Claim, at_least, at_most, command_line, finished, print_machine
 
 import zoo_language
 import zoo_senses
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from models import zoo_more, zoo_recommenders
 from specimen import Builder
 from zoo_deployed import Outcome, examined
 

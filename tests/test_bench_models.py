@@ -1,7 +1,6 @@
 """The models that the benchmarks train, and their tasks: what a score may depend on, and what training may have seen."""
 
 import gzip
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,21 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from measuring import rival_scores
+from models import sasrec
+from models.click_training import ClickTraining
+from models.sasrec import PAD, SASRec, SASRecRecipe
+from models.wukong import Compression, FactorizationMachine, Wukong, WukongRecipe
 from precimap import Task, discover
 from precimap.layers.refusals import refusal
-from precimap.task import first_batch, score
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-import real_tasks
-import rival_scores
-import sasrec
-import task_data
-from click_training import ClickTraining
-from sasrec import PAD, SASRec, SASRecRecipe
-from tasks_sequence import NEGATIVES, amazon_sasrec
-from wukong import Compression, FactorizationMachine, Wukong, WukongRecipe
-
 from precimap.numerics.schemes import scheme
+from precimap.task import first_batch, score
+from tasks import real_data, real_tasks
+from tasks.sequence import NEGATIVES, amazon_sasrec
 
 TINY = SASRecRecipe(width=16, blocks=1, heads=1, longest=6, negatives=32, epochs=1, batch_size=32)
 
@@ -137,7 +132,7 @@ def small_file(folder: Path, last: int = 0) -> None:
 
 def test_training_has_not_seen_the_item_that_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other last items change what is judged and nothing else: the weights are the ones that were kept."""
-    monkeypatch.setattr(task_data, "DATA", tmp_path)
+    monkeypatch.setattr(real_data, "DATA", tmp_path)
     tasks = []
     for last in (0, 5):
         small_file(tmp_path, last)
@@ -154,7 +149,7 @@ def test_training_has_not_seen_the_item_that_is_judged(tmp_path: Path, monkeypat
 
 
 def test_users_are_in_one_split_and_of_four_items_or_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_data, "DATA", tmp_path)
+    monkeypatch.setattr(real_data, "DATA", tmp_path)
     small_file(tmp_path)
     task = amazon_sasrec(20, 30, 10, tmp_path / "cache", TINY)
 

@@ -1,7 +1,6 @@
 """The tasks and the rival scores of the benchmarks: known baselines, disjoint splits, scores by hand."""
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from measuring import rival_scores
+from models.click_model import Recipe
+from models.click_training import ClickTraining, cached, train
 from precimap import Splits, Task, discover
 from precimap.errors import InputError
 from precimap.layers.inventory import Inventory
@@ -20,14 +22,8 @@ from precimap.metrics import Loss
 from precimap.numerics.schemes import scheme
 from precimap.searching.calibrate import Calibration
 from precimap.task import first_batch, score
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-import real_tasks
-import rival_scores
-import task_data
-from click_model import Recipe
-from click_training import ClickTraining, cached, train
-from synthetic_task import deep_task
+from tasks import real_data, real_tasks
+from tasks.synthetic import deep_task
 
 NO_CALIBRATION = Calibration({})
 
@@ -49,7 +45,7 @@ NO_CALIBRATION = Calibration({})
 def test_a_missing_file_is_named(
     make: Callable[[], Task], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_data, "DATA", tmp_path)
+    monkeypatch.setattr(real_data, "DATA", tmp_path)
     with pytest.raises(FileNotFoundError, match=file):
         make()
 

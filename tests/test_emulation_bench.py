@@ -1,11 +1,7 @@
 """The benchmark of the emulation: what it counts as a layer, and what its figures are of."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import emulation
 
 

@@ -11,16 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gpu
 from grouped_on_cpu import grouped_on_cpu
+from models import gpu_models
+from models.gpu_models import Encoder, Ranker
 from precimap.cli_options import TargetOption
 from precimap.runtime.nvidia import target as cuda_fp8
 from precimap.runtime.nvidia.graphs import Captured
 from precimap.runtime.timing import interleaved
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-import gpu
-import gpu_models
-from gpu_models import Encoder, Ranker
 
 BENCH = Path(gpu.__file__).parent
 CPU = torch.device("cpu")
@@ -145,7 +143,7 @@ def test_claims_are_of_the_figures_that_were_measured() -> None:
 
 
 def test_the_target_is_called_experimental_until_its_figures_are_committed() -> None:
-    """Wherever people meet its name; with `bench/gpu.json` the mark has to go, and this test with it."""
+    """Wherever people meet its name; with `bench/results/gpu.json` the mark has to go, and this test with it."""
     root = BENCH.parent
     said = {
         "name in reports": cuda_fp8.marked("cuda-fp8"),
@@ -155,7 +153,7 @@ def test_the_target_is_called_experimental_until_its_figures_are_committed() -> 
         **{name: (root / name).read_text() for name in ("README.md", "docs/architecture.md")},
     }
     marked = [name for name, text in said.items() if "not yet measured on a GPU" in text]
-    assert marked == ([] if (BENCH / "gpu.json").exists() else list(said))
+    assert marked == ([] if (BENCH / "results" / "gpu.json").exists() else list(said))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -1,20 +1,16 @@
 """The benchmark of regret: its oracle against brute force, its mean, and what it calls false."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import regret
 from precimap.layers.discover import discover
 from precimap.metrics.paired import upper_bound
 from precimap.metrics.units import Units
 from precimap.numerics.schemes import scheme
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-import regret
 from regret import Residual, Row, best_gain, claims_of, mean_regret, task_of, trained
 
 ROW = Row("calibrated", 0, 0.1, 0, gain=0.4, best=0.5, reachable=0.6, drop=0.05, looks=2, sent=3)

@@ -12,20 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+import prediction
+import search_cost
+from measuring import peak_memory, search_turns
+from measuring.layer_ranking import Residuals, Truth, ranked
+from measuring.rival_scores import residual_error
+from measuring.search_work import Cost, Pass, Subject, default_search, plain_pass, replayed_loop, subject_of
 from precimap.numerics.schemes import scheme
 from precimap.searching.evidence.screen_plan import Pair
 from small_tasks import planted_task
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-import peak_memory
-import prediction
-import search_cost
-import search_turns
-import task_data
-from layer_ranking import Residuals, Truth, ranked
-from rival_scores import residual_error
-from search_work import Cost, Pass, Subject, default_search, plain_pass, replayed_loop, subject_of
-from synthetic_task import deep_task
+from tasks import real_data
+from tasks.synthetic import deep_task
 
 FP8, INT8 = scheme("fp8"), scheme("int8")
 
@@ -173,7 +170,7 @@ def test_predictions_of_a_small_model() -> None:
 def test_a_run_without_data_says_so_and_writes_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(task_data, "DATA", tmp_path)
+    monkeypatch.setattr(real_data, "DATA", tmp_path)
     for name, value in (("DEEP_LAYERS", 40), ("DEEP_SAMPLE", 2), ("DEEP_UNITS", (128,)), ("CLAIMED_UNITS", 128)):
         monkeypatch.setattr(search_cost, name, value)
     file = tmp_path / "cost.json"

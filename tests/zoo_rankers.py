@@ -1,18 +1,13 @@
 """Specimens of ranking models: those of the papers, and those that the benchmarks train, here with random weights."""
 
-import sys
-from pathlib import Path
-
 import torch
 from torch import nn
 
 import zoo_ranking_models
+from models.click_model import Recipe
+from models.sasrec import PAD, SASRec, SASRecRecipe
+from models.wukong import WukongRecipe
 from specimen import ROWS, Specimen, call, call_all, seeded
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-from click_model import Recipe
-from sasrec import PAD, SASRec, SASRecRecipe
-from wukong import WukongRecipe
 
 FEATURES, FIELDS, ITEMS, TOKENS, CANDIDATES = 60, 6, 50, 7, 5
 

@@ -1,10 +1,8 @@
 """Predictions of whole maps against measured ones, and what is given back at the joint point."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +30,6 @@ from precimap.searching.whole.rescore import contributions, halved, reverted
 from precimap.task import Scored, judge_scores, score
 from small_tasks import planted_task
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 NONE = Calibration({})
 
 
@@ -91,7 +88,7 @@ def score_changes(found: Screened, key: tuple[str, str]) -> tuple[np.ndarray, np
 
 def real(name: str) -> Task:
     """A task of the benchmarks; the test is skipped where its data are not."""
-    import real_tasks
+    from tasks import real_tasks
 
     try:
         return real_tasks.ncf(400, 200) if name == "ncf" else real_tasks.frappe_dcnv2(search=4000, certify=1000)

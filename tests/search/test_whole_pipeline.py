@@ -5,27 +5,22 @@ margin is put on the true drop of a map, or every map's differences are shifted 
 such a map is false. Draws are counted only where a search sent such a map to the certify split: the others cannot fail.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from models.click_model import Recipe
+from models.click_training import ClickTraining
+from power_curve import Count, Seen, certified, chosen_at, count, searched, to_certify
 from precimap import Task
 from precimap.metrics import NDCG
 from precimap.metrics.paired import upper_bound
 from precimap.metrics.units import Units
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-import finite_population
-import real_tasks
-from click_model import Recipe
-from click_training import ClickTraining
-from finite_population import Choice, Population, Sample, population
-from power_curve import Count, Seen, certified, chosen_at, count, searched, to_certify
+from tasks import finite_population, real_tasks
+from tasks.finite_population import Choice, Population, Sample, population
 
 SEARCHES, JUDGEMENTS = 60, 30
 AT_THE_MARGIN = (("w5a8", "int8", "w4a8"), ("w4a8", "int8", "w4a8"), ("w4a8", "w5a8", "w4a8"))  # maps of its chain

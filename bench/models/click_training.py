@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from trained import BestEpoch, alone, kept
+
+from models.trained import BestEpoch, alone, kept
 
 
 @dataclass(frozen=True, slots=True)

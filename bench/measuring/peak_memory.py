@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from search_work import MARGIN, Subject, default_search, plain_pass, replayed_loop, subject_of
 
+from measuring.search_work import MARGIN, Subject, default_search, plain_pass, replayed_loop, subject_of
 from precimap.numerics.schemes import Scheme
 from precimap.task import Task
 

@@ -4,13 +4,11 @@ Invariant: what is missing raises FileNotFoundError with the file's name; nothin
 lie beside the checkout and are no part of the project.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from real_models import DATA
 
 Rows = NDArray[np.int64]

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from all_low import all_low
-from click_model import Recipe
 from torch import Tensor, nn
 
+from models.all_low import all_low
+from models.click_model import Recipe
 from precimap import CPU_INT8
 from precimap.demos.minilm import load_encoder
 from precimap.numerics.schemes import scheme

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rival_scores import elementwise_gradient, layer_sqnr
 from scipy.stats import spearmanr
-from search_work import Pass, Subject, plain_pass
 from torch import Tensor
 
+from measuring.rival_scores import elementwise_gradient, layer_sqnr
+from measuring.search_work import Pass, Subject, plain_pass
 from precimap.numerics.schemes import Scheme
 from precimap.searching.evidence.predict import Predictor
 from precimap.searching.evidence.screen_plan import Pair

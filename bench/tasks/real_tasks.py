@@ -1,6 +1,6 @@
 """The real tasks on which the benchmarks measure: semantic search, film and video game recommendation, click prediction.
 
-    python bench/real_tasks.py
+    PYTHONPATH=bench python -m tasks.real_tasks
 
 prints the baseline of each. Invariant: a task is the same on every call, splits share no cluster (thread, user), and
 what is missing raises FileNotFoundError with the file's name. Random weights, which need no data, were not taken: what
@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from rival_scores import eligible
-from tasks_click import frappe_dcnv2, frappe_wukong
-from tasks_films import gmf, ncf
-from tasks_retrieval import stackfaq_minilm
-from tasks_sequence import amazon_sasrec
 
+from measuring.rival_scores import eligible
 from precimap import Task, discover
 from precimap.numerics.schemes import scheme
 from precimap.task import first_batch, score
+from tasks.click import frappe_dcnv2, frappe_wukong
+from tasks.films import gmf, ncf
+from tasks.retrieval import stackfaq_minilm
+from tasks.sequence import amazon_sasrec
 
 # Beside which each baseline is read.
 TASKS: dict[Callable[[], Task], str] = {

@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import torch
-from task_data import Rows, read
 from torch import Tensor, nn
 
 from precimap import Splits, Task
 from precimap.data import split_by_cluster
 from precimap.demos.minilm import batches_by_length, embed, load_encoder, load_tokenizer
 from precimap.metrics import MRR, NDCG, Loss
+from tasks.real_data import Rows, read
 
 # The temperature with which sentence-transformers trains and scores cosine similarities (scale 20).
 SCALE = 20.0

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from click_model import Recipe
-from click_training import ClickRecipe, cached
-from task_data import Rows, read
 from torch import Tensor
 from torch.nn import functional as F
-from wukong import WukongRecipe
 
+from models.click_model import Recipe
+from models.click_training import ClickRecipe, cached
+from models.wukong import WukongRecipe
 from precimap import Splits, Task
 from precimap.data import split_by_cluster
 from precimap.metrics import LogLoss
+from tasks.real_data import Rows, read
 
 
 def frappe_dcnv2(

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from click_training import ClickTraining
 from torch import Tensor, nn
+
+from models.click_training import ClickTraining
 
 
 @dataclass(frozen=True, slots=True)

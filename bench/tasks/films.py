@@ -7,15 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from task_data import Rows, present
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from precimap import Splits, Task
 from precimap.data import split_by_cluster
 from precimap.metrics import NDCG, Loss
-
-from real_models import ncf_candidates, ncf_gmf, ncf_mlp  # isort: skip - task_data puts tests/ on the path
+from real_models import ncf_candidates, ncf_gmf, ncf_mlp
+from tasks.real_data import Rows, present
 
 USERS_IN_A_BATCH = 250
 

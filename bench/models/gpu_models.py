@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from all_low import all_low
-from click_model import Recipe
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.all_low import all_low
+from models.click_model import Recipe
 from precimap import CUDA_FP8, compiled, graphed
 from precimap.numerics.schemes import scheme
 

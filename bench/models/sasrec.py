@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from trained import BestEpoch, alone, kept
+
+from models.trained import BestEpoch, alone, kept
 
 PAD = 0  # items are numbered from 1
 VALIDATION_NEGATIVES = 4096  # the same for all users: fewer make epochs differ by what was drawn

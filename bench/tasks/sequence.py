@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sasrec import PAD, SASRec, SASRecRecipe, cached
-from task_data import Rows, read
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.sasrec import PAD, SASRec, SASRecRecipe, cached
 from precimap import Splits, Task
 from precimap.data import split_by_cluster
 from precimap.metrics import NDCG, Loss, Recall
+from tasks.real_data import Rows, read
 
 SHORTEST = 4  # one input and one target to train on, one item to stop on, one to judge
 NEGATIVES = 100

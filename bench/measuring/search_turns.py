@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from search_work import (
+
+from measuring.search_work import (
     COLUMNS,
     MARGIN,
     Cost,
@@ -23,7 +24,6 @@ from search_work import (
     replayed_loop,
     subject_of,
 )
-
 from precimap.numerics.schemes import Scheme
 from precimap.searching.evidence.probe import Probe
 from precimap.searching.evidence.screen_plan import Pair
