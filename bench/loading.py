@@ -27,7 +27,7 @@ from precimap import deploy, discover, load_deployed, save_deployed
 from precimap.runtime.x86.target import int8_scheme
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from small_maps import map_over, premise_for
+from helpers.small_maps import map_over, premise_for
 
 LIMIT = 1.1  # of the file
 

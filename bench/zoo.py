@@ -4,9 +4,9 @@
 
 Each model is accounted for to the FLOP, deployed in INT8 with every layer that this CPU takes and emulated in FP8 and INT8,
 compared with the emulation that a search measures, copied, pickled, saved, read into a tree of zeros, asked for what its
-library calls, and compared bit by bit with what it was (`tests/zoo_deployed.py`). The models: those of the tests, and of
-libraries that the tests do not install; those that are not installed are named and not counted. Quick: every eighth model.
-Exits with 1 when a claim fails.
+library calls, and compared bit by bit with what it was (`tests/helpers/zoo_deployed.py`). The models: those of the tests,
+and of libraries that the tests do not install; those that are not installed are named and not counted. Quick: every eighth
+model. Exits with 1 when a claim fails.
 """
 
 import contextlib
@@ -22,12 +22,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import pytest
 import torch
 
-import zoo_language
-import zoo_senses
 from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from helpers import zoo_language, zoo_senses
+from helpers.specimen import Builder
+from helpers.zoo_deployed import Outcome, examined
 from models import zoo_more, zoo_recommenders
-from specimen import Builder
-from zoo_deployed import Outcome, examined
 
 OURS = (
     *(*zoo_language.DECODERS, *zoo_language.STATES, *zoo_language.ENCODERS, *zoo_language.PAIRS),

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import RenderableType
 
+from helpers.small_tasks import planted_task
 from precimap import Effort, search
 from precimap.report.answer_page import answer_page, shared_prefix
 from precimap.report.run_record import RunRecord, read_run
 from precimap.report.terminal import Terminal
-from small_tasks import planted_task
 
 QUICK = Effort(rounding_draws=0)
 

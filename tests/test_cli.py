@@ -16,7 +16,7 @@ from precimap.metrics import NE, NE_MARGINS, Calibration, LogLoss
 from precimap.searching.limits import margin_of
 
 TASK = """
-from small_tasks import planted_task
+from helpers.small_tasks import planted_task
 def task():
     return planted_task()
 def broken():

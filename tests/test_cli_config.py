@@ -11,7 +11,7 @@ from precimap.precision_map import PrecisionMap
 from precimap.report.run_record import SAVED
 
 TASK = """
-from small_tasks import planted_task
+from helpers.small_tasks import planted_task
 
 def task():
     return planted_task()

@@ -24,7 +24,7 @@ from precimap.report.terminal import Rows, Terminal, lines_of, shown
 TASK = """
 import ctypes, os, sys, time
 print("at import")
-from small_tasks import planted_task, forward as plain
+from helpers.small_tasks import planted_task, forward as plain
 libc = ctypes.CDLL(None)
 def task():
     print("in task()")

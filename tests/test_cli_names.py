@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.small_tasks import planted_task
 from precimap import CPU_INT8
 from precimap.cli import main
 from precimap.errors import ModelError, TaskError
 from precimap.report.terminal import shown
 from precimap.searching.preflight import check_weights
-from small_tasks import planted_task
 
 NAMES = ("[red]", "[/]", "\x1b[2J", "a\nCERTIFIED", "\u202egnp", "\x07", "[link=http://x]", ":smile:")
 TASK = f"""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gpu
-from grouped_on_cpu import grouped_on_cpu
+from helpers.grouped_on_cpu import grouped_on_cpu
 from models import gpu_models
 from models.gpu_models import Encoder, Ranker
 from precimap.cli_options import TargetOption

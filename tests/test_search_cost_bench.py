@@ -14,13 +14,13 @@ from torch import Tensor
 
 import prediction
 import search_cost
+from helpers.small_tasks import planted_task
 from measuring import peak_memory, search_turns
 from measuring.layer_ranking import Residuals, Truth, ranked
 from measuring.rival_scores import residual_error
 from measuring.search_work import Cost, Pass, Subject, default_search, plain_pass, replayed_loop, subject_of
 from precimap.numerics.schemes import scheme
 from precimap.searching.evidence.screen_plan import Pair
-from small_tasks import planted_task
 from tasks import real_data
 from tasks.synthetic import deep_task
 

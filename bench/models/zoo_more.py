@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import zoo_transformers
-from specimen import ROWS, Builder, Specimen, call, call_all, seeded
+from helpers import zoo_transformers
+from helpers.specimen import ROWS, Builder, Specimen, call, call_all, seeded
 
 # fmt: off
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from specimen import ROWS, Builder, Specimen, call, seeded
+from helpers.specimen import ROWS, Builder, Specimen, call, seeded
 
 CLICKS = "DCN DCNMix xDeepFM AutoInt DeepFM NFM WDL FiBiNET ONN IFM DIFM AFN PNN".split()
 SEVERAL_TASKS = "MMOE PLE SharedBottom ESMM".split()

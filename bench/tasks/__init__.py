@@ -14,4 +14,4 @@ false_cells.py        populations on which every certificate is false
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))  # for `real_models`
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))  # for `helpers`

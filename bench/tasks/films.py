@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers.real_models import ncf_candidates, ncf_gmf, ncf_mlp
 from precimap import Splits, Task
 from precimap.data import split_by_cluster
 from precimap.metrics import NDCG, Loss
-from real_models import ncf_candidates, ncf_gmf, ncf_mlp
 from tasks.real_data import Rows, present
 
 USERS_IN_A_BATCH = 250

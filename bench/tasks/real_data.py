@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from real_models import DATA
+from helpers.real_models import DATA
 
 Rows = NDArray[np.int64]
 

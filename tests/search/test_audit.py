@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from helpers.small_tasks import planted_task
 from precimap import search
 from precimap.layers.inventory import Inventory, Layer
 from precimap.numerics.schemes import SCHEMES
@@ -28,7 +29,6 @@ from precimap.searching.evidence.gather import Evidence
 from precimap.searching.evidence.means import kind_of
 from precimap.searching.evidence.screen import Screen, screen
 from precimap.searching.limits import Effort
-from small_tasks import planted_task
 
 Changed = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 MARGIN = 0.2

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import ttest_1samp
 
+from helpers.small_tasks import planted_task
 from precimap import Guard, SearchResult, Task, search
 from precimap.metrics import Loss
 from precimap.metrics.metric import PairedDrops
@@ -22,7 +23,6 @@ from precimap.searching.evidence.means import FALSE_ALARMS, GATE, MATERIAL, Mean
 from precimap.searching.evidence.probe import Differences
 from precimap.searching.evidence.screen import Screen, screen
 from precimap.searching.limits import Effort
-from small_tasks import planted_task
 
 QUICK = Effort(rounding_draws=0)
 MARGIN = 0.02

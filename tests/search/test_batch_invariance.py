@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from helpers.small_tasks import planted_task
 from precimap import Splits, Task, discover, search
 from precimap.layers.emulation import quantized
 from precimap.metrics import Loss
@@ -23,7 +24,6 @@ from precimap.searching.batches import along_units, cut
 from precimap.searching.calibrate import Calibration
 from precimap.searching.evidence.probe import prepare
 from precimap.task import first_batch
-from small_tasks import planted_task
 
 UNITS, WIDTH = 8, 16
 NO_RANGES = Calibration({})

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.small_tasks import planted_task
 from precimap import search
 from precimap.metrics.metric import PairedDrops
 from precimap.metrics.paired import paired_drop
@@ -19,7 +20,6 @@ from precimap.searching.evidence.probe import Differences
 from precimap.searching.evidence.screen import Screen, screen
 from precimap.searching.limits import Effort
 from precimap.searching.whole.whole_maps import bound
-from small_tasks import planted_task
 
 MARGIN = 0.2
 KEY = (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import precimap as pm
+from helpers.small_tasks import Planted, planted_task
 from precimap import CPU_INT8, Task, search
 from precimap.certificate import Certificate
 from precimap.errors import AlphaSpent, DeployError, InputError, ModelError, TaskError
@@ -19,7 +20,6 @@ from precimap.searching.certificate.one_map import certify
 from precimap.searching.certificate.second_model import compare
 from precimap.searching.limits import Effort, margin_of
 from precimap.targets import TARGETS, target_of
-from small_tasks import Planted, planted_task
 
 MARGIN = 0.2
 QUICK = Effort(rounding_draws=0)

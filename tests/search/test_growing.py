@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers.small_tasks import planted_task
 from precimap import Effort, SearchResult, Splits, Task, search
 from precimap.layers.inventory import Inventory, Layer
 from precimap.metrics import LogLoss
@@ -28,7 +29,6 @@ from precimap.searching.evidence.probe import Comparison
 from precimap.searching.whole import choosing, growing
 from precimap.searching.whole.growing import MOST_CONFIRMED, MOST_GROWTH, eager, grown
 from precimap.searching.whole.whole_maps import CERTIFIED_BELOW, MOST_LOOKS, Chosen, Joint, choose, sequence
-from small_tasks import planted_task
 
 MARGIN = 1.0
 ERROR = 0.01

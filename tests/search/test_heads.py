@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers.zoo_ranking_models import MultiGateExperts
 from precimap import Splits, Task, search
 from precimap.journal import open_journal, run_journal
 from precimap.layers.discover import discover
@@ -30,7 +31,6 @@ from precimap.searching.progress import silent
 from precimap.searching.run import Run, scored
 from precimap.searching.whole.rescore import contributions
 from precimap.task import Scored, score
-from zoo_ranking_models import MultiGateExperts
 
 INPUTS, HEADS, NONE = 32, 2, Calibration({})
 

@@ -15,13 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import search_attempts
-from precimap import PrecisionMap, Task
-from precimap.errors import JournalError, TaskError
-from precimap.journal import open_journal
-from precimap.metrics import NDCG
-from precimap.numerics.schemes import SCHEMES, Percentile
-from search_attempts import (
+from helpers import search_attempts
+from helpers.search_attempts import (
     EFFORT,
     SLOW,
     STAGES,
@@ -33,6 +28,11 @@ from search_attempts import (
     searched,
     task_of,
 )
+from precimap import PrecisionMap, Task
+from precimap.errors import JournalError, TaskError
+from precimap.journal import open_journal
+from precimap.metrics import NDCG
+from precimap.numerics.schemes import SCHEMES, Percentile
 
 KILLS = 24  # about so many, spread evenly over the measurements
 
@@ -42,7 +42,9 @@ Start = Callable[..., Attempt]
 @pytest.fixture(scope="module")
 def start() -> Iterator[Start]:
     """Starts a search of the same command in a folder."""
-    path = os.pathsep.join([str(Path(search_attempts.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [str(Path(search_attempts.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     with subprocess.Popen(
         [sys.executable, search_attempts.__file__],
         stdin=subprocess.PIPE,

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from helpers.small_tasks import planted_task
 from precimap import CPU_INT8, EMULATED, HardwareProfile, SearchResult, Serving, Task, bench_device, discover, search
 from precimap.errors import DeployError, InputError, JournalError, ProfileError
 from precimap.hardware_profile import Device, LowTimes, Row, Times
@@ -28,7 +29,6 @@ from precimap.searching.evidence.known import gain
 from precimap.searching.latency.planned import planned
 from precimap.searching.latency.serving import foreseen
 from precimap.searching.limits import Effort
-from small_tasks import planted_task
 
 HERE = Device(name="a", capability="b", threads=1, allocator="default", clock="processor time", torch="2", precimap="0")
 EFFORT = Effort(rounding_draws=0)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.small_tasks import COUNTED_INT8
 from precimap import Effort, Splits, Task, search
 from precimap.errors import TaskError
 from precimap.metrics import Loss
 from precimap.searching.own_model import check_given_model
 from precimap.searching.preflight import check_task
-from small_tasks import COUNTED_INT8
 
 
 class Body(nn.Module):

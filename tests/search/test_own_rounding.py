@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers.small_tasks import INPUTS, Planted, batches, loss, planted_task
 from precimap import Splits, Task, search
 from precimap.journal import open_journal
 from precimap.layers.nudging import MOVED, Nudged, nudged
@@ -24,7 +25,6 @@ from precimap.searching.evidence.audit import LEAST_CORRELATION, Audited
 from precimap.searching.evidence.gather import Evidence
 from precimap.searching.evidence.screen import Screen, screen
 from precimap.searching.limits import Effort
-from small_tasks import INPUTS, Planted, batches, loss, planted_task
 
 QUICK = Effort(rounding_draws=0)
 NUMPY = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: np.float16}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.small_tasks import planted_task
 from precimap import Task
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
@@ -28,7 +29,6 @@ from precimap.searching.progress import silent
 from precimap.searching.run import Run, scored
 from precimap.searching.whole.rescore import contributions, halved, reverted
 from precimap.task import Scored, judge_scores, score
-from small_tasks import planted_task
 
 NONE = Calibration({})
 

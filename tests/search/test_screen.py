@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers.small_tasks import planted_task
 from precimap import Effort, Splits, Task, search
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
@@ -27,7 +28,6 @@ from precimap.searching.evidence.screen_plan import plan_screen
 from precimap.searching.progress import silent
 from precimap.searching.run import Run, scattered
 from precimap.task import score
-from small_tasks import planted_task
 
 PLENTY = 4 * 2**30
 UNITS = 32

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.small_tasks import COUNTED_INT8, batches, planted_task
 from precimap import CPU_INT8, PrecisionMap, SearchResult, Splits, Threshold, search
 from precimap.errors import AlphaSpent, InputError, JournalError, ModelError, PremiseMismatch, SchemeError, TaskError
 from precimap.journal import open_journal
@@ -23,7 +24,6 @@ from precimap.searching.certificate.one_map import certify
 from precimap.searching.limits import Effort
 from precimap.searching.preflight import Preflight
 from precimap.task import score
-from small_tasks import COUNTED_INT8, batches, planted_task
 
 # A drop of 0.2 nats is far above what FP8 does here and far below what the planted layer does under one scale.
 MARGIN = 0.2

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers.small_tasks import planted_task
 from precimap import SearchResult, plan, search
 from precimap.searching.limits import Effort
-from small_tasks import planted_task
 
 MARGIN = 0.2
 

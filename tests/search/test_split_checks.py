@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.small_tasks import batches, forward, loss, planted_task
 from precimap import Guard, Splits, Task, search
 from precimap.errors import TaskError
 from precimap.metrics import AUC, NDCG, NE, Loss
@@ -21,7 +22,6 @@ from precimap.searching.limits import Effort
 from precimap.searching.preflight import check_task
 from precimap.searching.split_checks import check_splits
 from precimap.task import score
-from small_tasks import batches, forward, loss, planted_task
 
 Batch = dict[str, Any]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.small_tasks import planted_task
 from precimap.errors import InputError
 from precimap.journal import run_journal
 from precimap.layers.discover import discover
@@ -29,7 +30,6 @@ from precimap.searching.run import Parts, Run, scored
 from precimap.searching.splits.three_splits import fingerprint_splits
 from precimap.searching.whole.assemble import Findings, assemble, premise_of
 from precimap.task import Task, score
-from small_tasks import planted_task
 
 NAMES = ("first.weight", "outlier.weight", "last.weight")
 

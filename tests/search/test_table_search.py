@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from helpers.small_tasks import COUNTED_INT8
 from precimap import SearchResult, Splits, Task, deploy, search
 from precimap.errors import InputError
 from precimap.hardware_profile import Device
@@ -25,7 +26,6 @@ from precimap.searching.eligibility import eligibility
 from precimap.searching.evidence.known import gain, options
 from precimap.searching.limits import Effort
 from precimap.searching.whole import choosing
-from small_tasks import COUNTED_INT8
 
 EFFORT = Effort(rounding_draws=2)
 WIDTH, CLASSES = 16, 16

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from helpers.small_tasks import planted_task
 from precimap import CPU_INT8_COMPILED, Effort, PrecisionMap, SearchResult, Serving, Splits, Task, search
 from precimap.end_to_end import EndToEnd, FormTimes, SizeTimes
 from precimap.errors import DeployError, InputError
@@ -28,7 +29,6 @@ from precimap.searching.allocation.knapsack import Constraints
 from precimap.searching.allocation.rules import Knapsack
 from precimap.searching.batches import resized
 from precimap.task import score
-from small_tasks import planted_task
 
 HERE = Device(name="a", capability="b", threads=1, allocator="default", clock="processor time", torch="2", precimap="0")
 TURNS = (0.9, 0.95, 1.0, 1.05, 1.1)

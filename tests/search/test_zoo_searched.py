@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import zoo
-import zoo_language
-import zoo_senses
+from helpers import zoo, zoo_language, zoo_senses
+from helpers.small_tasks import COUNTED_INT8
+from helpers.specimen import Builder, Specimen, run
+from helpers.zoo_deployed import by_half, rms
+from helpers.zoo_outside import untouched
 from precimap import Knapsack, Splits, Task, deploy, load_deployed, save_deployed, search
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import quantize_map
@@ -18,10 +20,6 @@ from precimap.metrics import Loss
 from precimap.runtime.weights.placing import low_weights
 from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.limits import Effort
-from small_tasks import COUNTED_INT8
-from specimen import Builder, Specimen, run
-from zoo_deployed import by_half, rms
-from zoo_outside import untouched
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 _BY_NAME = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo_models import uniform
+from helpers.zoo_models import uniform
 
 
 def tower(width: int) -> nn.Sequential:

@@ -1,6 +1,6 @@
 """The families of language models that are deployed in tests: decoders, state spaces, encoders, pairs."""
 
-from zoo_transformers import EXPERTS, SEQUENCES, family
+from helpers.zoo_transformers import EXPERTS, SEQUENCES, family
 
 # fmt: off
 _GPT2 = {

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-import zoo_ranking_models
+from helpers import zoo_ranking_models
+from helpers.specimen import ROWS, Specimen, call, call_all, seeded
 from models.click_model import Recipe
 from models.sasrec import PAD, SASRec, SASRecRecipe
 from models.wukong import WukongRecipe
-from specimen import ROWS, Specimen, call, call_all, seeded
 
 FEATURES, FIELDS, ITEMS, TOKENS, CANDIDATES = 60, 6, 50, 7, 5
 

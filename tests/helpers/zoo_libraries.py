@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from specimen import ROWS, Specimen, call_all, call_by_name, seeded
+from helpers.specimen import ROWS, Specimen, call_all, call_by_name, seeded
 
 
 def _logits(model: Any, batch: Tensor) -> Tensor:

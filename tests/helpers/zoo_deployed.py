@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import zoo_flops
-from going_round import through_pickle, through_torch
+from helpers import zoo_flops
+from helpers.going_round import through_pickle, through_torch
+from helpers.small_maps import map_over, premise_for
+from helpers.specimen import Specimen, run
+from helpers.zoo_outside import calls_of, count_calls, names, tensors, untouched
 from precimap import CPU_INT8, Splits, Task, deploy, discover, load_deployed, save_deployed
 from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Inventory
@@ -29,9 +32,6 @@ from precimap.runtime.weights.placing import low_weights
 from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.calibrate import calibrate
 from precimap.searching.progress import silent
-from small_maps import map_over, premise_for
-from specimen import Specimen, run
-from zoo_outside import calls_of, count_calls, names, tensors, untouched
 
 # What the kernels of a whole model may add to what quantising does to its outputs, rms: in half of the units, and in all
 # together. Their sums differ in the last bit, and so an input of a later layer goes to the next code now and then: in a

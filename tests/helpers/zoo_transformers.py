@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specimen import ROWS, Builder, Specimen, seeded
+from helpers.specimen import ROWS, Builder, Specimen, seeded
 
 VOCABULARY, TOKENS = 64, 6
 # fmt: off

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specimen import Specimen, run
+from helpers.specimen import Specimen, run
 
 
 class Calls:

@@ -20,12 +20,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from helpers.small_tasks import INPUTS, Planted, loss
 from precimap import PrecisionMap, SearchResult, Splits, Task, search
 from precimap.journal import Journal, open_journal
 from precimap.layers import code_products
 from precimap.metrics import Loss
 from precimap.searching.limits import Effort
-from small_tasks import INPUTS, Planted, loss
 
 MARGIN = 0.2
 STAGES = ("calibration", "baseline", "floor", "screen", "probe", "rates", "joint", "certify", "draw")

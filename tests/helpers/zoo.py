@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import zoo_flops
-import zoo_models
-from specimen import ROWS, Builder, Specimen, call, call_all, seeded
-from zoo_libraries import (
+from helpers import zoo_flops, zoo_models
+from helpers.specimen import ROWS, Builder, Specimen, call, call_all, seeded
+from helpers.zoo_libraries import (
     bert_bi_encoder,
     bert_cross_encoder,
     minilm,
@@ -22,7 +21,7 @@ from zoo_libraries import (
     torchrec_dlrm_dcn,
     torchrec_embedding_bags,
 )
-from zoo_rankers import dcnv2, deepfm, hstu, mmoe, ple, sasrec, two_tower, wukong
+from helpers.zoo_rankers import dcnv2, deepfm, hstu, mmoe, ple, sasrec, two_tower, wukong
 
 
 def flops_by_op(specimen: Specimen) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The families that read images, sound and series, and are deployed in tests."""
 
-from zoo_transformers import IMAGES, SEQUENCES, family
+from helpers.zoo_transformers import IMAGES, SEQUENCES, family
 
 # fmt: off
 _TOWER = {
