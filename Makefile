@@ -31,7 +31,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 FAST := tests/numerics tests/layers tests/test_architecture.py tests/test_precision_map.py tests/test_defaults.py \
-	tests/test_answer_page.py tests/search/test_door.py tests/search/test_own_rounding.py
+	tests/report/test_answer_page.py tests/searching/test_door.py tests/searching/test_own_rounding.py
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from precimap.cli import app
 from precimap.numerics.schemes import SCHEMES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

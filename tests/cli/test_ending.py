@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(*arguments: str, cwd: Path, out: int) -> "subprocess.Popen[str]":
-    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-c", "from precimap.cli import main; main()", *arguments],
         cwd=cwd, env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "80"}, stdout=out, stderr=subprocess.PIPE, text=True,

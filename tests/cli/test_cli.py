@@ -51,7 +51,7 @@ class Ran:
 def in_a_process(*arguments: str, cwd: Path) -> Ran:
     """Run the command as a shell would."""
     state = {"PRECIMAP_STATE": str(cwd / "state")}  # this may run before the fixture that moves every test's state
-    paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    paths = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "80", **state}
     found = subprocess.run(
         [sys.executable, "-c", "from precimap.cli import main; main()", *arguments],

@@ -23,7 +23,7 @@ from precimap.precision_map import Realignment
 from precimap.searching.limits import Effort
 from precimap.searching.realign import realigning
 from precimap.task import first_batch
-from search.test_guards import Clicks, click_task
+from searching.test_guards import Clicks, click_task
 
 QUICK = Effort(rounding_draws=0, audit_units=250)
 
@@ -71,7 +71,7 @@ def test_scores_that_say_nothing_are_only_shifted() -> None:
 
 
 def test_the_miscalibrated_layer_comes_in_once_the_last_logit_is_realigned(tmp_path: Path) -> None:
-    """Without it the guard keeps `gain` out (tests/search/test_guards.py); its 1.1 % are undone by the last layer."""
+    """Without it the guard keeps `gain` out (tests/searching/test_guards.py); its 1.1 % are undone by the last layer."""
     task = click_task(metric=Calibration())
     fields: dict[str, Any] = {"schemes": ["fp8-tensor"], "margin": 0.005, "effort": QUICK, "alpha_budget": 0.1}
     plain = search(task, ledger=tmp_path, **fields)
