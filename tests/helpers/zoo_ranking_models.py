@@ -1,7 +1,7 @@
 """Small ranking models from the papers, where no code can be installed: faithful in how they multiply, and tiny.
 
 Weights are uniform with a fan-in scale; nothing is trained. What the benchmarks train themselves (DCNv2, Wukong, SASRec)
-is in bench/, written once.
+is in bench/models/, written once.
 """
 
 import torch
