@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PINS := $(VENV)/.created pyproject.toml constraints.txt
-# The other modules there are shared by the benchmarks and take no such option. gpu.py ends at once without a GPU.
+# Those that take the option; harness.py is what they share. gpu.py ends at once without a GPU.
 BENCHES := $(filter-out bench/gpu.py,$(shell grep -l -e '\[--quick\]' bench/*.py))
 
 .PHONY: help demo test test-fast check fix bench bench-gpu clean
@@ -20,7 +20,7 @@ help:
 	@echo 'make check   format, lint and types, changing nothing'
 	@echo 'make fix     format, and repair what the linter can'
 	@echo 'make bench   every benchmark, in its quick form; each writes bench/NAME.quick.json'
-	@echo 'make bench-gpu  all that is measured on a GPU with FP8, once it is there; writes bench/gpu.json'
+	@echo 'make bench-gpu  all that is measured on a GPU with FP8, once it is there; writes bench/results/gpu.json'
 	@echo 'make clean   remove all that make, the tools and the build made, .venv too'
 
 demo: $(VENV)/.installed-demo
@@ -31,7 +31,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 FAST := tests/numerics tests/layers tests/test_architecture.py tests/test_precision_map.py tests/test_defaults.py \
-	tests/test_answer_page.py tests/search/test_door.py tests/search/test_own_rounding.py
+	tests/report/test_answer_page.py tests/searching/test_door.py tests/searching/test_own_rounding.py
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST)
@@ -48,7 +48,7 @@ fix: $(VENV)/.installed-check
 bench: $(BENCHES:.py=.quick.json)
 
 bench-gpu: $(VENV)/.installed-check
-	$(BIN)/python bench/gpu.py --json bench/gpu.json
+	$(BIN)/python bench/gpu.py --json bench/results/gpu.json
 
 # Never up to date: a time belongs to the moment it was measured. A claim that fails is printed and stands in the JSON; only
 # a bench that ends without one stops the others.

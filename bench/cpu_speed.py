@@ -4,29 +4,27 @@
 
 A figure is the CPU time of one thread, median [quartiles] over turns; a ratio is taken inside each turn. Products: a
 linear layer M x K -> N in float32 and BF16, oneDNN's INT8 product alone on codes that are given, and the deployed layer,
-which quantises its float32 input, eager and compiled. Models (`cpu_speed_models.py`): all-MiniLM-L6-v2 on full batches,
-and a DCNv2 whose layers are 1024 wide (three cross, three deep), with all layers that this CPU takes in INT8. Peers: torch
-itself, torchao, ONNX Runtime and OpenVINO (`cpu_speed_peers.py`), which need the extra `bench`. Error: root mean square
-change of the outputs against float32, by the root mean square of those. Quick: fewer turns, the ranker at 256 alone,
-against torch alone. Exits with 1 when a claim fails.
+which quantises its float32 input, eager and compiled. Models (`models/cpu_speed_models.py`): all-MiniLM-L6-v2 on full
+batches, and a DCNv2 whose layers are 1024 wide (three cross, three deep), with all layers that this CPU takes in INT8.
+Peers: torch itself, torchao, ONNX Runtime and OpenVINO (`models/cpu_speed_peers.py`), which need the extra `bench`.
+Error: root mean square change of the outputs against float32, by the root mean square of those. Quick: fewer turns, the
+ranker at 256 alone, against torch alone. Exits with 1 when a claim fails.
 """
 
-import argparse
 import copy
 import itertools
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch._dynamo
-from cpu_speed_models import Run, measured, minilm, ranker
-from cpu_speed_peers import engines
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
 from torch import Tensor, nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from models.cpu_speed_models import Run, measured, minilm, ranker
+from models.cpu_speed_peers import engines
 from precimap import CPU_INT8
 from precimap.layers.quantized import InputRange, quantize_layer
 from precimap.numerics.schemes import scheme
@@ -73,10 +71,7 @@ class Product:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
-    parser.add_argument("--quick", action="store_true", help="products and one model, few turns")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "products and one model, few turns").parse_args()
     torch.set_num_threads(1)
     turns = 7 if arguments.quick else 11
     print_machine()
@@ -86,10 +81,7 @@ def main() -> int:
         model, inputs = MODELS[name][0]()
         runs += measured(name, model, inputs, turns, {} if arguments.quick else engines(model, inputs))
     claims = _claims(products, runs)
-    print_claims(claims)
-    if arguments.json:
-        write_json(arguments.json, [asdict(row) for row in (*products, *runs)], claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(arguments.json, [*products, *runs], claims)
 
 
 def _product(m: int, k: int, n: int, turns: int) -> Product:

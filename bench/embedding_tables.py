@@ -8,19 +8,16 @@ nothing else, paired drop on the certify split, in nats, with its standard error
 left out and said to be. Exits with 1 when a claim fails.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
-from real_tasks import frappe_dcnv2, ncf
-from rival_scores import eligible
 from torch import nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from measuring.rival_scores import eligible
 from precimap import CPU_INT8, Task, discover
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import quantize_layer
@@ -28,6 +25,7 @@ from precimap.metrics.paired import Drop, drop_of
 from precimap.numerics.schemes import scheme
 from precimap.runtime.timing import Spread, interleaved, ratio
 from precimap.task import first_batch, score
+from tasks.real_tasks import frappe_dcnv2, ncf
 
 SCHEMES = ("int8-row", "int4-row")
 POOLED = 20  # ids of each bag, as the histories of a ranking model
@@ -134,11 +132,8 @@ def claims_of(timed: list[Lookup], real: list[Real]) -> list[Claim]:
     return claims
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer turns and the smaller tables")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+def main() -> int:
+    given = command_line(__doc__, "fewer turns and the smaller tables").parse_args()
     torch.set_num_threads(1)
     print_machine()
     sizes = ((400_000, 64),) if given.quick else ((400_000, 64), (2_000_000, 64), (2_000_000, 16))
@@ -158,11 +153,8 @@ def main() -> None:
             f"log-loss {drop.estimate:+.2e} ± {drop.error:.1e} of {found.baseline:.5f}, n = {drop.n:,} in {drop.clusters:,}"
         )
     claims = claims_of(timed, real)
-    print_claims(claims)
-    if given.json:
-        write_json(given.json, [asdict(row) for row in (*timed, *real)], claims)
-    sys.exit(0 if all(claim.holds for claim in claims) else 1)
+    return finished(given.json, [*timed, *real], claims)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

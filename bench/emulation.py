@@ -9,18 +9,17 @@ FOLDER: SmolLM2-135M as transformers saves it, in BF16 ("smollm2": the PyPI pack
 when a claim fails; those of speed are made only where the CPU has BF16 tiles.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
 from torch import Tensor, nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from precimap.demos.minilm import load_encoder
 from precimap.layers.code_products import Operand, has_tiles
 from precimap.layers.emulation import Emulation, operand
@@ -191,10 +190,8 @@ def claims_of(rows: list[Row], errors: list[Accuracy]) -> list[Claim]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
+    parser = command_line(__doc__, "fewer turns: under a minute")
     parser.add_argument("--smollm2", type=Path, metavar="FOLDER", help="measure SmolLM2-135M, too")
-    parser.add_argument("--quick", action="store_true", help="fewer turns: under a minute")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     subjects = [ranker(), minilm()] + ([smollm2(arguments.smollm2)] if arguments.smollm2 else [])
@@ -218,10 +215,7 @@ def main() -> int:
             f"values {error.values:.1e} {error.values_over_bound:.3f}"
         )
     claims = claims_of(rows, errors)
-    print_claims(claims)
-    if arguments.json:
-        write_json(arguments.json, [asdict(row) for row in (*rows, *errors)], claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(arguments.json, [*rows, *errors], claims)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,17 @@ turns, median [quartiles]. Foretold is what the layers, each timed alone, say to
 float32, eager. Exits with 1 when a claim fails.
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from click_model import Recipe
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
 from rich.console import Console
 from torch import nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from models.click_model import Recipe
 from precimap import CPU_INT8, CPU_INT8_COMPILED, Effort, Serving, Splits, Task, metrics, search
 from precimap.demos.semantic_search import queries
 from precimap.layers.target import Target
@@ -52,10 +50,7 @@ class Row:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
-    parser.add_argument("--quick", action="store_true", help="one search")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "one search").parse_args()
     torch.set_num_threads(1)
     print_machine()
     asked: list[tuple[Callable[[], Task], Target, tuple[int, ...], float]] = [
@@ -71,10 +66,7 @@ def main() -> int:
         asked += [(queries, target, (32,), 0.02) for target in (CPU_INT8, CPU_INT8_COMPILED)]
     rows = [_searched(make(), target, sizes, margin, quick=arguments.quick) for make, target, sizes, margin in asked]
     claims = _claims(rows)
-    print_claims(claims)
-    if arguments.json:
-        write_json(arguments.json, [asdict(row) for row in rows], claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(arguments.json, rows, claims)
 
 
 def _ranker(dtype: torch.dtype) -> Task:

@@ -3,20 +3,19 @@
     python bench/false_certificates.py [--quick] [--json FILE]
 
 Each cell is drawn again and again, a search and a certify split of the same size, and judged as a certificate is: bound,
-floors, blind spot (`false_cells.py`). A cell keeps the promise where at most alpha of its draws are certified, or where
-the certificates say in their blind spot that just such a population would escape them. Exits with 1 when a claim fails.
+floors, blind spot (`tasks/false_cells.py`). A cell keeps the promise where at most alpha of its draws are certified, or
+where the certificates say in their blind spot that just such a population would escape them. Exits with 1 when a claim
+fails.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from false_cells import ALPHA, Cell, click_cells, cluster_cells, independent_cells, outcome
-from harness import Claim, at_most, print_claims, print_machine, write_json
+from harness import Claim, at_most, command_line, finished, print_machine
+from tasks.false_cells import ALPHA, Cell, click_cells, cluster_cells, independent_cells, outcome
 
 QUICK_DRAWS, DRAWS = 100, 500
 
@@ -58,10 +57,7 @@ def claims_of(rows: list[dict[str, Any]], draws: int) -> list[Claim]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer draws and label rates, under a minute")
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    asked = command_line(__doc__, "fewer draws and label rates, under a minute").parse_args()
     draws = QUICK_DRAWS if asked.quick else DRAWS
     print_machine()
     rows = rows_of(independent_cells(), (200,) if asked.quick else (100, 500, 2000), draws)
@@ -69,10 +65,7 @@ def main() -> int:
     rates = (0.02,) if asked.quick else (0.3, 0.02, 0.001)
     rows += rows_of(click_cells(rates), (2000,) if asked.quick else (1000, 10_000), draws)
     claims = claims_of(rows, draws)
-    print_claims(claims)
-    if asked.json is not None:
-        write_json(asked.json, rows, claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(asked.json, rows, claims)
 
 
 if __name__ == "__main__":

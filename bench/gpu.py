@@ -14,20 +14,18 @@ What is not begun within the budget (seven minutes; quick: 45 seconds) is skippe
 and the rest goes on. Exits with 2 without a GPU that has FP8, with 1 when a claim or a part fails.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
-from gpu_models import BF16, PRECISIONS, Encoder, Normed, Ranker, forms, relative_error
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
 from torch import Tensor, nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine, write_json
+from models.gpu_models import BF16, PRECISIONS, Encoder, Normed, Ranker, forms, relative_error
 from precimap import compiled
 from precimap.errors import PrecimapError
 from precimap.layers.quantized import InputRange, quantize_layer
@@ -89,10 +87,7 @@ QUICK = Sizes(
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
-    parser.add_argument("--quick", action="store_true", help="three products and one model, few turns")
-    arguments = parser.parse_args(given)
+    arguments = command_line(__doc__, "three products and one model, few turns").parse_args(given)
     missing = missing_hardware(None)
     if missing is not None:
         print(
@@ -107,11 +102,8 @@ def main(given: Sequence[str] | None = None) -> int:
         rows.append(row)
         failed |= "failed" in row
         print("  ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
-        if arguments.json:
-            write_json(arguments.json, rows, claims(rows))
-    found = claims(rows)
-    print_claims(found)
-    return 0 if not failed and all(claim.holds for claim in found) else 1
+        write_json(arguments.json, rows, claims(rows))
+    return finished(arguments.json, rows, claims(rows)) or int(failed)
 
 
 def measured(sizes: Sizes, device: torch.device) -> Iterator[Row]:

@@ -9,26 +9,25 @@ while it is read; its pages are the system's cache, which takes them back when o
 Exits with 1 when a claim fails.
 """
 
-import argparse
 import multiprocessing
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Claim, at_most, print_claims, print_machine, write_json
 from torch import nn
 
+from harness import Claim, at_most, command_line, finished, print_machine
 from precimap import deploy, discover, load_deployed, save_deployed
 from precimap.runtime.x86.target import int8_scheme
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from small_maps import map_over, premise_for
+from helpers.small_maps import map_over, premise_for
 
 LIMIT = 1.1  # of the file
 
@@ -150,10 +149,7 @@ def claims_of(rows: list[Row]) -> list[Claim]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
-    parser.add_argument("--quick", action="store_true", help="smaller models: under a minute")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "smaller models: under a minute").parse_args()
     print_machine()
     print(f"{'model':8}{'target':10}{'scheme':18}{'file, MiB':>12}{'peak':>10}{'kept':>10}{'peak over file':>18}")
     rows = []
@@ -164,10 +160,7 @@ def main() -> int:
             sizes = "".join(f"{each:10.0f}" for each in (row.peak, row.kept))
             print(f"{row.model:8}{row.target:10}{row.scheme:18}{row.file:12.0f}{sizes}{row.over_file:18.2f}")
     claims = claims_of(rows)
-    print_claims(claims)
-    if arguments.json:
-        write_json(arguments.json, [asdict(row) for row in rows], claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(arguments.json, rows, claims)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,16 @@ precimap's own code, from the costs to the certificate; only what measures is re
 Exits with 1 when a claim fails.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from finite_population import ALPHA, SCHEMES, TRADING, Choice, Population, Sample, population
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
-from real_tasks import ncf
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from precimap.layers.target import EMULATED
 from precimap.metrics.units import Floats
 from precimap.precision_map import PrecisionMap
@@ -38,6 +34,8 @@ from precimap.searching.pairs import Key
 from precimap.searching.question import Question
 from precimap.searching.run import Parts, Run
 from precimap.task import Scored
+from tasks.finite_population import ALPHA, SCHEMES, TRADING, Choice, Population, Sample, population
+from tasks.real_tasks import ncf
 
 SEARCH_UNITS = 1000
 CERTIFY_UNITS = (100, 200, 500, 1000, 2000, 5000)
@@ -292,10 +290,7 @@ def claims_of(rows: Sequence[Row], counts: Mapping[str, Count], easy: float) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
-    parser.add_argument("--quick", action="store_true", help="2,000 users and fewer draws: under a minute")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "2,000 users and fewer draws: under a minute").parse_args()
     torch.set_num_threads(1)
     print_machine()
     users, draws = (2000, 100) if arguments.quick else (5940, 500)
@@ -313,10 +308,7 @@ def main() -> int:
     rows = power(trading, margins, CERTIFY_UNITS, draws)
     print_power(rows, baseline, CERTIFY_UNITS)
     claims = claims_of(rows, counts, margins[3])
-    print_claims(claims)
-    if arguments.json:
-        write_json(arguments.json, [*map(asdict, rows), *map(asdict, counts.values())], claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(arguments.json, [*rows, *counts.values()], claims)
 
 
 if __name__ == "__main__":

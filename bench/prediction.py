@@ -10,22 +10,18 @@ against the drop on the certify split, which no score has seen.
 A claim that fails is printed and written as such; the exit code is 0.
 """
 
-import argparse
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from harness import Claim, at_least, print_claims, print_machine, write_json
 from numpy.typing import NDArray
-from real_tasks import frappe_dcnv2, ncf, stackfaq_minilm
 from scipy.stats import spearmanr
-from search_work import ALPHA, QUESTION, Work, work_of
-from synthetic_task import deep_task
 
+from harness import Claim, at_least, command_line, finished, print_machine, write_json
+from measuring.search_work import ALPHA, QUESTION, Work, work_of
 from precimap.journal import run_journal
 from precimap.layers.emulation import quantized
 from precimap.numerics.schemes import scheme as scheme_by_name
@@ -39,6 +35,8 @@ from precimap.searching.progress import silent
 from precimap.searching.question import USUAL_EFFORT
 from precimap.searching.run import Run, scattered, scored_baseline
 from precimap.task import Batches, Scored, Task, score
+from tasks.real_tasks import frappe_dcnv2, ncf, stackfaq_minilm
+from tasks.synthetic import deep_task
 
 SCHEMES = tuple(map(scheme_by_name, ("fp8", "fp8-tensor", "int8")))
 SUPERPOSITION, FITTED = "superposition", "superposition, curvature of one map"
@@ -203,9 +201,7 @@ def on_task(task: Task, maps: int) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
-    parser.add_argument("--quick", action="store_true", help="a small synthetic model only: under a minute")
+    parser = command_line(__doc__, "a small synthetic model only: under a minute")
     parser.add_argument("--maps", type=int, default=40, metavar="N", help="random maps of each task, 4 or more")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -223,9 +219,8 @@ def main() -> int:
             _say(f"not measured: {error}")
             continue
         rows += on_task(task, arguments.maps)
-        if arguments.json:  # what is measured is kept, also when the rest is cut off
-            write_json(arguments.json, [asdict(row) for row in rows], claims_of(rows, arguments.quick))
-    print_claims(claims_of(rows, arguments.quick))
+        write_json(arguments.json, rows, claims_of(rows, arguments.quick))
+    finished(arguments.json, rows, claims_of(rows, arguments.quick))
     return 0
 
 

@@ -7,15 +7,13 @@ thread, because with more the figures on a machine that does other work too are 
 Exits with 1 when a claim fails.
 """
 
-import argparse
 import sys
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.formats import E4M3, E5M2, INT8, Format
 from precimap.numerics.quantize import Affine, dequantize, quantize
@@ -95,10 +93,7 @@ def claims_of(rows: list[Row]) -> list[Claim]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
-    parser.add_argument("--quick", action="store_true", help="fewer turns: under a minute")
-    arguments = parser.parse_args()
+    arguments = command_line(__doc__, "fewer turns: under a minute").parse_args()
     torch.set_num_threads(1)
     turns = {"1M": 15, "16M": 2} if arguments.quick else {"1M": 60, "16M": 15}
 
@@ -116,10 +111,7 @@ def main() -> int:
                 figures = "".join(f"{each:.2f}".rjust(24) for each in (row.codes, row.twin, row.copy))
                 print(f"{row.format:7}{row.granularity:12}{size:5}{figures}{f'{row.ratio:.1f}':>20}{row.different:8}")
     claims = claims_of(rows)
-    print_claims(claims)
-    if arguments.json:
-        write_json(arguments.json, [asdict(row) for row in rows], claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(arguments.json, rows, claims)
 
 
 if __name__ == "__main__":

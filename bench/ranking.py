@@ -9,18 +9,15 @@ FP8" quantises every product, a static scale per tensor, also those that no kern
 left out and said to be. --quick: NCF-MLP and GMF on fewer users. Exits with 1 when a claim fails.
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
-from real_tasks import amazon_sasrec, frappe_dcnv2, frappe_wukong, gmf, ncf, stackfaq_minilm
-from variants import BASELINE, Judge, Measured, Subject, measured, told_apart, ways_of
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from models.variants import BASELINE, Judge, Measured, Subject, measured, told_apart, ways_of
 from precimap import Knapsack, SearchResult, Task, search
 from precimap.metrics import (
     AUC,
@@ -38,6 +35,7 @@ from precimap.metrics import (
 )
 from precimap.metrics.metric import RELATIVE
 from precimap.searching.question import Effort
+from tasks.real_tasks import amazon_sasrec, frappe_dcnv2, frappe_wukong, gmf, ncf, stackfaq_minilm
 
 GRIDS = 8
 BYTES_WORTH = 0.2
@@ -225,11 +223,8 @@ def as_row(found: Found) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="NCF-MLP and GMF on fewer users")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+def main() -> int:
+    given = command_line(__doc__, "NCF-MLP and GMF on fewer users").parse_args()
     torch.set_num_threads(1)
     print_machine()
     found: list[Found] = []
@@ -241,11 +236,8 @@ def main() -> None:
             continue
         show(found[-1])
     claims = claims_of(found)
-    print_claims(claims)
-    if given.json is not None:
-        write_json(given.json, [as_row(case) for case in found], claims)
-    sys.exit(0 if all(claim.holds for claim in claims) else 1)
+    return finished(given.json, [as_row(case) for case in found], claims)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

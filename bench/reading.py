@@ -10,7 +10,6 @@ columns, once the file has that much. A claim that fails is printed and written 
 fails may be the machine's load.
 """
 
-import argparse
 import csv
 import gzip
 import math
@@ -21,11 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
-from peak_memory import peak_bytes, reset_peak
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet, string
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from measuring.peak_memory import peak_bytes, reset_peak
 from precimap.data import CRITEO, Encoding, Logs, hex_modulo, log_counts
 from precimap.demos.click_logs import generate, lines
 from precimap.runtime.timing import interleaved, ratio, spread
@@ -130,17 +129,13 @@ def measured(rows: int, turns: int) -> tuple[list[dict[str, object]], list[Claim
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
+    parser = command_line(__doc__, "fewer rows and turns")
     parser.add_argument("--rows", type=int, default=None)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print_machine()
     rows, claims = measured(options.rows or (40_000 if options.quick else 400_000), 3 if options.quick else 5)
-    print_claims(claims)
-    if options.json:
-        write_json(options.json, rows, claims)
+    finished(options.json, rows, claims)
 
 
 if __name__ == "__main__":

@@ -14,23 +14,20 @@ whose true drop keeps the margin, no certificate of so many units reaches: both 
 A claim that fails is printed and written as such; the exit code is 0.
 """
 
-import argparse
 import itertools
 import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from finite_population import narrow
-from harness import Claim, at_most, print_claims, print_machine, write_json
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness import Claim, at_most, command_line, finished, print_machine
 from precimap import Effort, Splits, Task, discover, search
 from precimap.layers.target import EMULATED
 from precimap.metrics import LogLoss
@@ -39,6 +36,7 @@ from precimap.metrics.units import Units
 from precimap.numerics.formats import FORMATS
 from precimap.searching.calibrate import InputRanges, prepare
 from precimap.task import score
+from tasks.finite_population import narrow
 
 ALPHA = 0.05
 SCHEME = narrow(3)
@@ -254,9 +252,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
-    parser.add_argument("--quick", action="store_true", help="one model and a smaller population: under a minute")
+    parser = command_line(__doc__, "one model and a smaller population: under a minute")
     parser.add_argument("--search-rows", type=int, default=SEARCH, help=f"of the search split (default {SEARCH:,})")
     parser.add_argument("--splits", type=int, help="draws of the splits for each model and margin (default 6, quick 2)")
     arguments = parser.parse_args()
@@ -276,9 +272,7 @@ def main() -> int:
             )
     print_rows(rows)
     claims = claims_of(rows)
-    print_claims(claims)
-    if arguments.json:
-        write_json(arguments.json, [asdict(row) | {"regret": row.regret} for row in rows], claims)
+    finished(arguments.json, [asdict(row) | {"regret": row.regret} for row in rows], claims)
     return 0
 
 

@@ -10,23 +10,22 @@ no ratio. Peak memory is that of a fresh process for each way, above the peak of
 A claim that fails is printed and written as such; the exit code is 0, for what fails may be the machine's load.
 """
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
-from layer_ranking import GRADIENT, KEPT, ORACLE, OURS, Ranking, rankings_of, truth_of
-from peak_memory import peak_above_baseline
-from real_tasks import stackfaq_minilm
-from search_turns import Timed, heading, line, sampled_ways, say, seconds_line, timed
-from search_work import Row, Work, before_certification, work_of
-from synthetic_task import deep_task
 
+from harness import Claim, at_least, at_most, command_line, finished, print_claims, print_machine, write_json
+from measuring.layer_ranking import GRADIENT, KEPT, ORACLE, OURS, Ranking, rankings_of, truth_of
+from measuring.peak_memory import peak_above_baseline
+from measuring.search_turns import Timed, heading, line, sampled_ways, say, seconds_line, timed
+from measuring.search_work import Row, Work, before_certification, work_of
 from precimap.numerics.schemes import scheme as scheme_by_name
 from precimap.task import Task
+from tasks.real_tasks import stackfaq_minilm
+from tasks.synthetic import deep_task
 
 SCHEMES = tuple(map(scheme_by_name, ("fp8", "fp8-e5m2", "int8")))
 RESIDUAL_UNITS = 256
@@ -89,8 +88,7 @@ class Document:
         self.rows.extend({"table": table, **row} for row in rows)
         self.claims.extend(claims)
         print_claims(claims)
-        if self.path is not None:
-            write_json(self.path, self.rows, self.claims)
+        write_json(self.path, self.rows, self.claims)
 
 
 def on_task(document: Document, make: Callable[[], Task], quick: bool) -> None:
@@ -165,9 +163,7 @@ def _say_ratios(rows: Sequence[Row]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and claims to this file")
-    parser.add_argument("--quick", action="store_true", help="small synthetic models only: under a minute")
+    parser = command_line(__doc__, "small synthetic models only: under a minute")
     parser.add_argument(
         "--units", type=int, default=480, metavar="N", help="units of the search split of the real task"
     )
@@ -188,7 +184,7 @@ def main() -> int:
         for units in DEEP_UNITS:
             on_deep(document, DEEP_LAYERS, units, DEEP_SAMPLE, False)
     say("")
-    print_claims(document.claims)
+    finished(document.path, document.rows, document.claims)
     return 0
 
 

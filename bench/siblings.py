@@ -6,21 +6,19 @@ Every layer of a model that this CPU takes in INT8 is timed one by one, as a sea
 float32 and deployed, in turns. Foretold is the deployed model's time over the float32 one's, 1 - what the layers save over
 what the model takes: once as if each layer quantised its own input, once with inputs shared. A figure is the CPU time of
 one thread, median [quartiles] over turns. Models: all-MiniLM-L6-v2 (q, k and v share) and a trunk of 1024 with twelve heads
-of 16 columns, each of which loses time alone. Quick: fewer turns. The JSON here was made with MALLOC_MMAP_THRESHOLD_ and
+of 16 columns, each of which loses time alone. Quick: fewer turns. Its JSON was made with MALLOC_MMAP_THRESHOLD_ and
 MALLOC_TRIM_THRESHOLD_ at 1 GB: what else the allocator does is in docs/log.md. Exits with 1 when a claim fails.
 """
 
-import argparse
 import sys
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from all_low import all_low, takes, task_of
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
 from torch import Tensor, nn
 
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from models.all_low import all_low, takes, task_of
 from precimap import CPU_INT8, bench_device, discover
 from precimap.demos.minilm import load_encoder
 from precimap.numerics.schemes import scheme
@@ -95,10 +93,7 @@ def _row(name: str, model: nn.Module, inputs: tuple[Tensor, ...], turns: int) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = command_line(__doc__, "fewer turns").parse_args()
     torch.set_num_threads(1)
     print_machine()
     generator = torch.Generator().manual_seed(0)
@@ -116,10 +111,7 @@ def main() -> int:
         losing = f"of {row.number} lose alone {row.slower_alone}, with siblings {row.slower}"
         print(f"{row.model:18}{f'{row.float32:.2f}':>22}{row.layers:>12.2f}   {said}; {losing}", flush=True)
     claims = _claims(rows)
-    print_claims(claims)
-    if options.json:
-        write_json(options.json, [asdict(row) for row in rows], claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(options.json, rows, claims)
 
 
 def _claims(rows: list[Row]) -> list[Claim]:

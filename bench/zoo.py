@@ -4,32 +4,29 @@
 
 Each model is accounted for to the FLOP, deployed in INT8 with every layer that this CPU takes and emulated in FP8 and INT8,
 compared with the emulation that a search measures, copied, pickled, saved, read into a tree of zeros, asked for what its
-library calls, and compared bit by bit with what it was (`tests/zoo_deployed.py`). The models: those of the tests, and of
-libraries that the tests do not install; those that are not installed are named and not counted. Quick: every eighth model.
-Exits with 1 when a claim fails.
+library calls, and compared bit by bit with what it was (`tests/helpers/zoo_deployed.py`). The models: those of the tests,
+and of libraries that the tests do not install; those that are not installed are named and not counted. Quick: every eighth
+model. Exits with 1 when a claim fails.
 """
 
-import argparse
 import contextlib
 import io
 import sys
 import tempfile
 import traceback
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import pytest
 import torch
-import zoo_more
-import zoo_recommenders
-from harness import Claim, at_least, at_most, print_claims, print_machine, write_json
 
-import zoo_language
-import zoo_senses
-from specimen import Builder
-from zoo_deployed import Outcome, examined
+from harness import Claim, at_least, at_most, command_line, finished, print_machine
+from helpers import zoo_language, zoo_senses
+from helpers.specimen import Builder
+from helpers.zoo_deployed import Outcome, examined
+from models import zoo_more, zoo_recommenders
 
 OURS = (
     *(*zoo_language.DECODERS, *zoo_language.STATES, *zoo_language.ENCODERS, *zoo_language.PAIRS),
@@ -88,10 +85,8 @@ def _claims(rows: list[Row], quick: bool) -> list[Claim]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser = command_line(__doc__, "every eighth model")
     parser.add_argument("--only", default="")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of maps made by hand, and of the libraries about their own parts
@@ -103,10 +98,7 @@ def main() -> int:
         rows.append(_row(build))
         print(_printed(rows[-1]), flush=True)
     claims = _claims(rows, options.quick)
-    print_claims(claims)
-    if options.json:
-        write_json(options.json, [asdict(row) for row in rows], claims)
-    return 0 if all(claim.holds for claim in claims) else 1
+    return finished(options.json, rows, claims)
 
 
 if __name__ == "__main__":

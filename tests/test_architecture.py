@@ -1,6 +1,7 @@
 """The folders show the architecture, and imports run one way."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "precimap"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "precimap"
 FILES = sorted(SOURCE.rglob("*.py"))
+BENCHES = sorted(path for path in (ROOT / "bench").glob("*.py") if path.name != "harness.py")
+LISTED = [
+    *sorted(path for path in (ROOT / "bench").iterdir() if path.is_dir() and not path.name.startswith(("_", "."))),
+    ROOT / "tests" / "helpers",
+]
 
 # Left may never import right; parts of one step may import each other unless they are listed as strangers.
 ORDER = (
@@ -232,6 +239,33 @@ def test_no_file_is_a_drawer() -> None:
 
 def test_every_module_says_what_it_is() -> None:
     assert not [path for path in FILES if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))]
+
+
+def _listed(folder: Path) -> list[str]:
+    """The files that a folder's docstring has a line for."""
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    return re.findall(r"^(\w+\.\w+) +\S", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("folder", LISTED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_folder_of_benches_or_of_the_tests_names_each_of_its_files(folder: Path) -> None:
+    there = [path.name for path in folder.iterdir() if path.is_file() and path.name != "__init__.py"]
+    assert sorted(_listed(folder)) == sorted(there)
+    assert folder.name not in ("utils", "common", "misc")
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=lambda p: p.stem)
+def test_every_bench_uses_the_one_harness(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    from_harness = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "harness"
+        for alias in node.names
+    }
+    assert {"command_line", "print_machine", "finished"} <= from_harness
+    assert not {"argparse", "json"} & imported(path)
+    assert f"python bench/{path.name} [--quick]" in (ast.get_docstring(tree) or ""), "make finds benches by this"
 
 
 def test_the_rule_finds_a_wrong_import(tmp_path: Path) -> None:

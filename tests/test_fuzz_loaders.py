@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from helpers.small_maps import a_map, certified, decision
+from helpers.small_tasks import planted_task
 from precimap import Effort, HardwareProfile, PrecisionMap, load_deployed, search
 from precimap.cli_options import margin_text
 from precimap.cli_values import allowed_of, sizes_of
@@ -30,8 +32,6 @@ from precimap.runtime.checkpoint import DIGEST_KEY, METADATA_KEY, _digest
 from precimap.runtime.deploy import deployed_layers, deployment_of
 from precimap.searching.certificate.ledger import AskedSplit, Ledger
 from precimap.task_file import load_task
-from small_maps import a_map, certified, decision
-from small_tasks import planted_task
 
 CASES = 5000
 WHOLE = certified(a_map(**{"a.weight": decision("fp8"), "b.weight": decision(), "c.weight": decision("int8-static")}))

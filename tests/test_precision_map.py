@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.small_maps import a_map, certified, decision
 from precimap.errors import MapError, PremiseMismatch, SaveError
 from precimap.numerics.schemes import SCHEMES
 from precimap.precision_map import PrecisionMap
-from small_maps import a_map, certified, decision
 
 SCHEMA = Path(__file__).parent.parent / "docs" / "precision_map.schema.json"
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-import zoo
+from helpers import zoo
 
 
 @pytest.fixture(params=zoo.ZOO, ids=lambda build: build.__name__)

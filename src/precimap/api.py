@@ -16,6 +16,7 @@ from precimap.numerics.schemes import Scheme as Scheme
 from precimap.precision_map import PrecisionMap as PrecisionMap
 from precimap.runtime.checkpoint import load_deployed as load_deployed
 from precimap.runtime.checkpoint import save_deployed as save_deployed
+from precimap.runtime.compiling.compiled import compile as compile
 from precimap.runtime.compiling.compiled import compiled as compiled
 from precimap.runtime.compiling.target import CPU_INT8_COMPILED as CPU_INT8_COMPILED
 from precimap.runtime.compiling.target import CUDA_FP8_COMPILED as CUDA_FP8_COMPILED

@@ -21,7 +21,7 @@ import typer
 import precimap.cli_options as options
 from precimap.cli_config import ConfigOption, VerboseOption, WidthOption, write_config
 from precimap.cli_ending import DONE, NO, Result, ended, taken_up_again, unexpected
-from precimap.errors import MapError, UncertifiedMapWarning
+from precimap.errors import EmulatedWarning, MapError, UncertifiedMapWarning
 from precimap.numerics.schemes import SCHEMES
 from precimap.report.progress_bar import progress_bar
 from precimap.report.terminal import Terminal, lines_of
@@ -79,11 +79,11 @@ def search(
     cutoff: options.CutoffOption = None,
     alpha_budget: options.BudgetOption = None,
     realign: options.RealignOption = False,
-    scheme: options.SchemeOption,
+    schemes: options.SchemeOption,
     rule: options.RuleOption = options.RuleName.KNAPSACK,
     target: options.TargetOption = options.TargetName.EMULATED,
-    pin: options.PinOption = None,
-    allow: options.AllowOption = None,
+    pinned: options.PinOption = None,
+    allowed: options.AllowOption = None,
     input_range: options.RangeOption = "amax",
     minimum_gain: options.GainOption = 0.0,
     maximum_bytes: options.MaximumBytesOption = None,
@@ -93,11 +93,11 @@ def search(
     batch_sizes: options.BatchSizesOption = "",
     timing_seconds: options.TimingOption = options.TIMING_SECONDS,
     peak_tflops: options.PeakOption = None,
-    probe: options.ProbeOption = options.Probes.AMBIGUOUS,
+    probe_all: options.ProbeOption = False,
     rounding_draws: options.DrawsOption = options.ROUNDING_DRAWS,
-    screen_memory: options.ScreenMemoryOption = options.MEMORY_MB,
-    replay_memory: options.ReplayMemoryOption = options.MEMORY_MB,
-    max_minutes: options.MinutesOption = None,
+    screen_memory: options.ScreenMemoryOption = options.MEMORY,
+    replay_memory: options.ReplayMemoryOption = options.MEMORY,
+    minutes: options.MinutesOption = None,
     run: options.RunOption,
     config: ConfigOption = None,
     verbose: VerboseOption = False,
@@ -105,30 +105,38 @@ def search(
     as_json: options.JsonOption = False,
 ) -> Result:
     """Find a precision map and certify it. Exit code 1 when no map is certified."""
-    from precimap.cli_values import allowed_of, effort_of, ranged_schemes, rule_of, serving_of
+    from precimap.cli_values import allowed_of, ranged_schemes, rule_of, serving_of
     from precimap.report.tables import preflight_text
     from precimap.searching.pipeline import search as search_task
+    from precimap.searching.question import Effort
     from precimap.task_file import load_task
 
     def begun(found: "Preflight") -> None:
         write_config(context, run)
         _errors.print(preflight_text(found))
 
-    schemes = ranged_schemes(scheme, input_range)
+    effort = Effort(
+        probe_all=probe_all,
+        rounding_draws=rounding_draws,
+        screen_memory=screen_memory,
+        replay_memory=replay_memory,
+        timing_seconds=timing_seconds,
+        minutes=minutes,
+    )
     loaded = load_task(task)
     with progress_bar(_errors) as progress:
         result = search_task(
             loaded,
-            schemes=schemes,
+            schemes=ranged_schemes(schemes, input_range),
             margin=margin,
             confidence=confidence,
             rule=rule_of(rule, minimum_gain, maximum_bytes, effective_bits, bytes_worth),
             cutoff=cutoff,
             target=target.value,
-            pinned=pin or (),
-            allowed=allowed_of(allow or ()),
+            pinned=pinned or (),
+            allowed=allowed_of(allowed or ()),
             alpha_budget=alpha_budget,
-            effort=effort_of(probe, rounding_draws, timing_seconds, max_minutes, (screen_memory, replay_memory)),
+            effort=effort,
             serving=serving_of(batch_sizes, profile, peak_tflops),
             run=run,
             realign=realign,
@@ -154,7 +162,7 @@ def plan(
     *,
     margin: options.MarginOption,
     confidence: options.ConfidenceOption = 0.95,
-    scheme: options.PlannedSchemeOption = None,
+    schemes: options.PlannedSchemeOption = None,
     target: options.TargetOption = options.TargetName.EMULATED,
     as_json: options.JsonOption = False,
 ) -> Result:
@@ -166,7 +174,7 @@ def plan(
     loaded = load_task(task)
     with progress_bar(_errors) as progress:
         found = plan_task(
-            loaded, margin, schemes=scheme or "fp8", confidence=confidence, target=target.value, progress=progress
+            loaded, margin, schemes=schemes or "fp8", confidence=confidence, target=target.value, progress=progress
         )
     return Result(row=found.as_row(), page=plan_page(found), as_json=as_json, code=DONE if found.possible else NO)
 
@@ -221,10 +229,9 @@ def deploy(
 ) -> Result:
     """Deploy a map, compare it with its emulation on one batch, and save it."""
     from precimap.precision_map import PrecisionMap
+    from precimap.report.deployed_page import deployed_page
+    from precimap.runtime import deploy as deploying
     from precimap.runtime.checkpoint import save_deployed
-    from precimap.runtime.deploy import deploy as deploy_map
-    from precimap.runtime.deploy import deployment_of
-    from precimap.runtime.nvidia.target import marked
     from precimap.task_file import load_task
 
     loaded, given = load_task(task), PrecisionMap.load(precision_map)
@@ -232,9 +239,10 @@ def deploy(
         raise MapError(f"{precision_map}: the map keeps every layer at base precision; there is nothing to deploy")
     started = time.perf_counter()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UncertifiedMapWarning)  # said below, in the result
-        deployed = deploy_map(loaded.model, given, target=None if target is None else target.value, task=loaded)
-    found = deployment_of(deployed).agreement
+        for said_below in (UncertifiedMapWarning, EmulatedWarning):
+            warnings.simplefilter("ignore", said_below)
+        deployed = deploying.deploy(loaded.model, given, target=None if target is None else target.value, task=loaded)
+    found = deploying.deployment_of(deployed).agreement
     assert found is not None
     save_deployed(deployed, loaded.model, output)
     row = {
@@ -244,14 +252,8 @@ def deploy(
         "not_certified": given.not_certified,
         **asdict(found),
     }
-    lines = [
-        f"{len(given.low)} layers deployed for {marked(row['target'])} in {time.perf_counter() - started:.1f} s",
-        f"difference to the emulation: rms {found.rms_difference:.2g}, largest {found.largest_difference:.2g}, "
-        f"of scores up to {found.largest_output:.3g} (n = {found.units})",
-        f"saved {output}",
-        *([] if given.not_certified is None else [f"NOT CERTIFIED: {given.not_certified}"]),
-    ]
-    return Result(row=row, page=lines_of(lines), as_json=as_json)
+    page = deployed_page(row, time.perf_counter() - started)
+    return Result(row=row, page=page, as_json=as_json)
 
 
 @command
@@ -270,7 +272,7 @@ def report(
 def bench_device(
     task: options.TaskArgument,
     *,
-    scheme: options.TimedSchemeOption = None,
+    schemes: options.TimedSchemeOption = None,
     target: options.TargetOption = options.TargetName.CPU_INT8,
     batch_sizes: options.BatchSizesOption = "",
     output: options.TimesOption,
@@ -288,7 +290,7 @@ def bench_device(
             loaded,
             target=target.value,
             batch_sizes=sizes_of(batch_sizes),
-            schemes=scheme or list(SCHEMES),
+            schemes=schemes or list(SCHEMES),
             progress=progress,
         )
     found.save(output)

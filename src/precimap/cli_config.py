@@ -28,7 +28,7 @@ def given_by(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(found, Mapping):
         raise typer.BadParameter(f"expected {path} to hold options such as 'margin: 0.1%', a line each")
-    names = {_typed(parameter): parameter for parameter in context.command.params}
+    names = {name: parameter for parameter in context.command.params for name in _typed_as(parameter)}
     unknown = [str(name) for name in found if name not in names or names[name].name in _NOT_WRITTEN]
     if unknown:
         known = ", ".join(name for name, one in names.items() if one.name not in (*_NOT_WRITTEN, "help"))
@@ -57,7 +57,13 @@ def write_config(context: typer.Context, folder: Path) -> None:
 
 def _typed(parameter: Any) -> str:
     """Its name as it is typed, without the dashes before it."""
-    return str(parameter.opts[0]).lstrip("-") if parameter.param_type_name == "option" else str(parameter.name)
+    return _typed_as(parameter)[0]
+
+
+def _typed_as(parameter: Any) -> list[str]:
+    """All its names."""
+    option = parameter.param_type_name == "option"
+    return [str(name).lstrip("-") for name in parameter.opts] if option else [str(parameter.name)]
 
 
 def _text(parameter: Any, value: Any) -> Any:

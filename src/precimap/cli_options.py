@@ -21,7 +21,7 @@ from precimap.report.terminal import lines_of
 # Repeated from metrics.click, runtime.nvidia.target, searching.allocation.table and searching.question.
 NE_MARGINS = ("0.02%", "0.05%", "0.1%")
 EXPERIMENTAL = "experimental: not yet measured on a GPU"
-BYTES_WORTH, TIMING_SECONDS, ROUNDING_DRAWS, MEMORY_MB = 1e-3, 10.0, 8, 4096
+BYTES_WORTH, TIMING_SECONDS, ROUNDING_DRAWS, MEMORY = 1e-3, 10.0, 8, "4GiB"
 
 PANELS = QUESTION, CHOICE, SERVING, EFFORT, OUTPUT = "Question", "Choice", "Serving", "Effort", "Output"
 
@@ -35,13 +35,6 @@ class TargetName(StrEnum):
     CUDA_FP8 = "cuda-fp8"
     CUDA_FP8_COMPILED = "cuda-fp8-compiled"
     TORCHREC = "torchrec"
-
-
-class Probes(StrEnum):
-    """Which layers are measured directly. Ambiguous: those that the screen leaves open, and a random audit of it."""
-
-    AMBIGUOUS = "ambiguous"
-    ALL = "all"
 
 
 class RuleName(StrEnum):
@@ -145,21 +138,29 @@ RealignOption = Annotated[
     ),
 ]
 
+_SCHEMES = ("--schemes", "--scheme")  # given once for each, or all at once in Python
 SchemeOption = Annotated[
     list[str],
     option(
         CHOICE,
         "Layers may take this low-precision scheme; give the option several times, and each layer takes one of them. The "
         f"schemes are {', '.join(SCHEMES)}.",
+        *_SCHEMES,
     ),
 ]
 PlannedSchemeOption = Annotated[
     list[str] | None,
-    option(CHOICE, "Plan for this low-precision scheme; it can be given several times, and the default is fp8."),
+    option(
+        CHOICE, "Plan for this low-precision scheme; it can be given several times, and the default is fp8.", *_SCHEMES
+    ),
 ]
 TimedSchemeOption = Annotated[
     list[str] | None,
-    option(CHOICE, "Time this scheme; it can be given several times, and the default is every scheme that runs here."),
+    option(
+        CHOICE,
+        "Time this scheme; it can be given several times, and the default is every scheme that runs here.",
+        *_SCHEMES,
+    ),
 ]
 RuleOption = Annotated[
     RuleName,
@@ -183,6 +184,7 @@ PinOption = Annotated[
         CHOICE,
         "Keep the layer of this name in its original precision, or all layers whose names match this shell pattern; the "
         "option can be given several times.",
+        *("--pinned", "--pin"),
     ),
 ]
 AllowOption = Annotated[
@@ -191,6 +193,7 @@ AllowOption = Annotated[
         CHOICE,
         "With PATTERN=SCHEME,SCHEME the layer of that name, or all layers that match that shell pattern, may take these "
         "schemes only. The option can be given several times.",
+        *("--allowed", "--allow"),
     ),
 ]
 RangeOption = Annotated[
@@ -255,11 +258,12 @@ PeakOption = Annotated[
 ]
 
 ProbeOption = Annotated[
-    Probes,
+    bool,
     option(
         EFFORT,
-        "These layers are measured one at a time: ambiguous takes those that a quick look at all layers leaves open, and a "
-        "random sample of the others as a check; all takes every layer.",
+        "Measure every layer one at a time. Without this option a quick look at all layers decides, and only those that it "
+        "leaves open are measured, with a random sample of the others as a check.",
+        "--probe-all",
     ),
 ]
 DrawsOption = Annotated[
@@ -271,19 +275,24 @@ DrawsOption = Annotated[
     ),
 ]
 ScreenMemoryOption = Annotated[
-    int, option(EFFORT, "The quick look at all layers may hold this many megabytes for a batch.")
+    str,
+    option(EFFORT, "The quick look at all layers may hold this much memory for a batch, for instance 512MB or 4GiB."),
 ]
 ReplayMemoryOption = Annotated[
-    int,
+    str,
     option(
         EFFORT,
-        "Measurements of single layers may keep this many megabytes of results, so that they need not compute again what "
-        "does not depend on the layer.",
+        "Measurements of single layers may keep results in this much memory, so that they need not compute again what does "
+        "not depend on the layer.",
     ),
 ]
 MinutesOption = Annotated[
     float | None,
-    option(EFFORT, "After this many minutes the search begins no new measurement, and certifies the best map so far."),
+    option(
+        EFFORT,
+        "After this many minutes the search begins no new measurement, and certifies the best map so far.",
+        *("--minutes", "--max-minutes"),
+    ),
 ]
 
 RunOption = Annotated[

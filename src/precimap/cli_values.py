@@ -6,13 +6,13 @@ Apart from `cli_options`, which `--help` needs, because this imports torch: comm
 from collections.abc import Sequence
 from pathlib import Path
 
-from precimap.cli_options import Probes, RuleName
+from precimap.cli_options import RuleName
 from precimap.errors import InputError
 from precimap.hardware_profile import HardwareProfile
 from precimap.numerics.schemes import Scheme, range_rule_from_row, schemes_of
 from precimap.searching.allocation.knapsack import Constraints
 from precimap.searching.allocation.rules import KNAPSACK, Knapsack, Rule, Threshold
-from precimap.searching.question import Effort, Serving
+from precimap.searching.question import Serving
 
 
 def ranged_schemes(names: Sequence[str], input_range: str) -> list[Scheme]:
@@ -27,7 +27,7 @@ def allowed_of(rules: Sequence[str]) -> dict[str, list[str]]:
     for text in rules:
         pattern, equals, names = text.rpartition("=")
         if not equals:
-            raise InputError(f"expected --allow PATTERN=SCHEME,SCHEME (or PATTERN= for none), got {text!r}")
+            raise InputError(f"expected --allowed PATTERN=SCHEME,SCHEME (or PATTERN= for none), got {text!r}")
         found[pattern] = [name for name in names.split(",") if name]
     return found
 
@@ -59,21 +59,7 @@ def rule_of(
     return Threshold()
 
 
-def effort_of(
-    probe: Probes, rounding_draws: int, timing_seconds: float, minutes: float | None, megabytes: tuple[int, int]
-) -> Effort:
-    """How hard to look. megabytes: of memory for the screen, and for replay."""
-    return Effort(
-        probe_all=probe is Probes.ALL,
-        screen_memory=megabytes[0] << 20,
-        replay_memory=megabytes[1] << 20,
-        rounding_draws=rounding_draws,
-        timing_seconds=timing_seconds,
-        minutes=minutes,
-    )
-
-
 def serving_of(batch_sizes: str, profile: Path | None, peak_tflops: float | None) -> Serving:
     """How the model is served. Raises InputError for batch sizes that are none, ProfileError for a bad file."""
     planned_for = None if profile is None else HardwareProfile.load(profile)
-    return Serving(sizes_of(batch_sizes), planned_for, None if peak_tflops is None else 1e12 * peak_tflops)
+    return Serving(sizes_of(batch_sizes), planned_for, peak_tflops)

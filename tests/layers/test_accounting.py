@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import zoo_flops
+from helpers import zoo_flops
 from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import zoo
+from helpers import zoo
 from precimap.layers.discover import discover
 from precimap.layers.emulation import quantized
 from precimap.layers.groups import fused_by_engines

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from helpers.zoo import ROWS, ZOO, Builder, Specimen
 from precimap.layers.discover import discover
 from precimap.layers.emulation import SharedInputs, emulate
 from precimap.layers.first_order import (
@@ -25,7 +26,6 @@ from precimap.layers.interception import Interception, WeightCall
 from precimap.layers.quantized import QuantizedLayer, quantize_layer
 from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import SCHEMES
-from zoo import ROWS, ZOO, Builder, Specimen
 
 FP8 = SCHEMES["fp8-tensor"]  # one scale for a tensor: also where the calls of a layer contract different dims
 TABLE = SCHEMES["fp8-weight"]  # a lookup has no input

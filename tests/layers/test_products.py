@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import zoo
+from helpers import zoo
 from precimap.layers.discover import discover
 from precimap.layers.inventory import ActivationProduct, Inventory
 

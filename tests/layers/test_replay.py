@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import zoo
+from helpers import zoo
 from precimap.errors import ModelError
 from precimap.layers.discover import discover
 from precimap.layers.emulation import Emulation, operands, quantized

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.quantiser_oracle import oracle
 from precimap.errors import SchemeError
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
@@ -20,7 +21,6 @@ from precimap.numerics.schemes import BF16_FLOOR, SCHEMES, Scheme, scheme
 from precimap.runtime.weights.placing import weight_of
 from precimap.runtime.x86.int8 import INT8_KERNEL
 from precimap.runtime.x86.target import int8_scheme
-from quantiser_oracle import oracle
 
 W = torch.randn(24, 48, generator=torch.Generator().manual_seed(1))  # [N, K]
 X = torch.randn(6, 48, generator=torch.Generator().manual_seed(2))

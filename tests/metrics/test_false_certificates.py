@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
+from helpers.real_models import ncf_in_fp8
 from precimap.metrics import LogLoss, Recall
 from precimap.metrics.paired import paired_drop, upper_bound
 from precimap.metrics.units import Floats, Units
-from real_models import ncf_in_fp8
 
 ALPHA = 0.05
 DRAWS = 2000

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
+from helpers.real_models import ncf_in_fp8
 from precimap.metrics import AUC, GAUC, NE, Calibration, Custom, Metric, PairedDrops, RecalibratedNE
 from precimap.metrics.paired import bounded, paired_drop, upper_bound
 from precimap.metrics.units import Floats, Units
-from real_models import ncf_in_fp8
 
 ALPHA = 0.05
 DRAWS = 600

@@ -5,19 +5,15 @@ certificate of a cell is false, for the margin is its true drop. A cell keeps th
 are certified, the others being refused, or saying in their blind spot that just such a population would escape them.
 """
 
-import sys
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from precimap.metrics.paired import bounded, paired_drop
 from precimap.metrics.units import Units
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-from false_cells import ALPHA, Cell, Outcome, click_cells, cluster_cells, differences, independent_cells, outcome
+from tasks.false_cells import ALPHA, Cell, Outcome, click_cells, cluster_cells, differences, independent_cells, outcome
 
 DRAWS = 200
 ALLOWED = ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / DRAWS)  # 0.096

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.quantiser_oracle import DTYPES, every_value
 from precimap.numerics import formats
 from precimap.numerics.formats import (
     E2M1,
@@ -20,7 +21,6 @@ from precimap.numerics.formats import (
     FloatFormat,
     IntegerFormat,
 )
-from quantiser_oracle import DTYPES, every_value
 
 float_rows = pytest.mark.parametrize("row", DTYPES, ids=lambda row: row.name)
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy import stats
 
+from helpers.quantiser_oracle import oracle
 from precimap.errors import SchemeError
 from precimap.numerics.formats import BF16, E2M1, E4M3, E5M2, FORMATS, FP16, INT8, UINT8, FloatFormat, Format
 from precimap.numerics.grid_shift import INTEGER_JITTER, GridShift, _power_of_two
 from precimap.numerics.quantize import Affine, dequantize, quantize
 from precimap.numerics.ranges import affine_from_range, fit
 from precimap.numerics.schemes import Amax, Granularity, Percentile, RangeRule, Rounding
-from quantiser_oracle import oracle
 
 RULES: list[RangeRule] = [Amax(), Percentile(80)]
 SHIFTABLE = [format for format in FORMATS.values() if format.bits < 16]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.quantiser_oracle import DTYPES, every_value, hard_values, raw
 from precimap.numerics.fast import fake_quantize
 from precimap.numerics.formats import E2M1, E4M3, INT8, UINT8, FloatFormat, Format, IntegerFormat
 from precimap.numerics.quantize import Affine, dequantize, quantize, storage_dtype
-from quantiser_oracle import DTYPES, every_value, hard_values, raw
 
 
 @pytest.mark.parametrize("format", [f for f in DTYPES if f.torch_dtype], ids=lambda format: format.name)

@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.quantiser_oracle import bits, hard_values, oracle, raw
 from precimap.errors import SchemeError
 from precimap.numerics import fast
 from precimap.numerics.fast import all_finite, fake_quantize
@@ -29,7 +30,6 @@ from precimap.numerics.formats import (
     IntegerFormat,
 )
 from precimap.numerics.quantize import Affine, dequantize, quantize, sqnr_db, storage_dtype
-from quantiser_oracle import bits, hard_values, oracle, raw
 
 SCALES = (1.0, 0.0123, 3.0, 2.0**-126, 2.0**-120 * 1.1, 1e30, 7.5e35)
 every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)

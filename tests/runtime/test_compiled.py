@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.small_tasks import COUNTED_INT8, planted_task
 from precimap import (
     CPU_INT8,
     CPU_INT8_COMPILED,
@@ -32,7 +33,6 @@ from precimap.runtime.deploy import deployment_of
 from precimap.runtime.nvidia import target as cuda_fp8
 from precimap.runtime.weights import low_weight
 from precimap.runtime.x86.target import has_qlinear, int8_scheme
-from small_tasks import COUNTED_INT8, planted_task
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Inductor and dynamo warn about parts of their own

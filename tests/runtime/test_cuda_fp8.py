@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from helpers.small_tasks import planted_task
 from precimap import (
     CUDA_FP8,
     HardwareProfile,
@@ -50,7 +51,6 @@ from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import low_weights
 from precimap.searching.result import SearchResult
 from precimap.task import Task
-from small_tasks import planted_task
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or missing_hardware(None) is not None, reason="no CUDA device with FP8 here"

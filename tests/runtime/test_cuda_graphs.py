@@ -85,6 +85,26 @@ def test_each_batch_runs_on_the_smallest_that_holds_it() -> None:
 
 
 @pytest.mark.usefixtures("host")
+def test_arguments_may_have_names() -> None:
+    model, names = model_of(), ("ids", "dense", "scale")
+    fast = graphed(model, *(dict(zip(names, example(size), strict=True)) for size in (4, 2)))
+    asked = dict(zip(names, example(3, seed=1), strict=True))
+    with torch.no_grad():
+        expected = model(**asked)
+    for given_batch in (asked, dict(reversed(asked.items()))):
+        assert_same(fast(**given_batch), expected, rtol=1e-5, atol=1e-3)
+    for wrong in ({}, {"ids": asked["ids"]}, {**asked, "more": 1}):
+        with pytest.raises(InputError, match="expected the arguments ids, dense, scale by name as in the examples"):
+            fast(**wrong)
+    with pytest.raises(InputError, match="got 3 positional"):
+        fast(*example(3))
+    with pytest.raises(InputError, match="expected positional arguments"):
+        graphed(model, example(2))(**asked)
+    with pytest.raises(InputError, match="expected examples with the same arguments"):
+        graphed(model, asked, example(2))
+
+
+@pytest.mark.usefixtures("host")
 def test_results_outlive_the_next_call() -> None:
     fast = graphed(model_of(), example(4))
     first = fast(*example(3, seed=1))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.small_tasks import COUNTED_INT8, planted_task
 from precimap import CPU_INT8, PrecisionMap, SearchResult, deploy, load_deployed, save_deployed, search
 from precimap.errors import DeployError, MapError, PremiseMismatch, SaveError
 from precimap.layers.discover import discover
@@ -21,7 +22,6 @@ from precimap.runtime.x86 import target as cpu_int8
 from precimap.runtime.x86.int8 import INT8_KERNEL, Int8Kernel
 from precimap.runtime.x86.target import has_bf16, int8_scheme, products_are_exact
 from precimap.task import Task
-from small_tasks import COUNTED_INT8, planted_task
 
 X = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
 

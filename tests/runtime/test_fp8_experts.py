@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from grouped_on_cpu import grouped_on_cpu
+from helpers.grouped_on_cpu import grouped_on_cpu
+from helpers.specimen import Builder
+from helpers.zoo_libraries import mixtral, qwen3_moe
 from precimap import CUDA_FP8, Splits, Task, deploy, discover, load_deployed, save_deployed, search
 from precimap.errors import DeployError
 from precimap.layers.emulation import quantized
@@ -26,8 +28,6 @@ from precimap.runtime.nvidia import fp8 as fp8_weights
 from precimap.runtime.nvidia import target as cuda_fp8
 from precimap.runtime.nvidia.fp8 import FP8_KERNEL, scaled_experts
 from precimap.runtime.weights.low_weight import LowWeight
-from specimen import Builder
-from zoo_libraries import mixtral, qwen3_moe
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() in ((9, 0), (10, 0))
 DEVICE = "cuda" if HOPPER else "cpu"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
-from going_round import wrong_in_threads
+from helpers.going_round import wrong_in_threads
 from precimap import CPU_INT8
 from precimap.errors import DeployError, SchemeError
 from precimap.layers.emulation import quantized

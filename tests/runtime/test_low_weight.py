@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
-from going_round import through_pickle, through_torch, wrong_in_threads
+from helpers.going_round import through_pickle, through_torch, wrong_in_threads
+from helpers.small_maps import map_of
 from precimap import CPU_INT8, Splits, Task, deploy, discover, load_deployed, save_deployed
 from precimap.errors import DeployError, MapError
 from precimap.layers.emulation import quantized
@@ -33,7 +34,6 @@ from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import low_weights, placed
 from precimap.runtime.x86 import int8 as int8_weights
 from precimap.runtime.x86.target import has_bf16, int8_scheme
-from small_maps import map_of
 
 X = torch.randn(6, 4, 32, generator=torch.Generator().manual_seed(0))
 pytestmark = [

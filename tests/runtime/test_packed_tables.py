@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.small_maps import map_of
 from precimap import CPU_INT8, PrecisionMap, Splits, Task, deploy, load_deployed, save_deployed
 from precimap.errors import DeployError
 from precimap.layers.discover import discover
@@ -24,7 +25,6 @@ from precimap.runtime.x86 import rows as packed_rows
 from precimap.runtime.x86.int8 import INT8_KERNEL
 from precimap.runtime.x86.rows import ROWS_KERNEL
 from precimap.runtime.x86.target import int8_scheme
-from small_maps import map_of
 
 ROWS = ("int8-row", "int4-row")
 GENERATOR = torch.Generator().manual_seed(11)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from helpers.small_tasks import COUNTED_INT8, planted_task
 from precimap import CPU_INT8, Knapsack, SearchResult, deploy, load_deployed, save_deployed, search
 from precimap.errors import DeployError
 from precimap.layers.emulation import quantized
@@ -16,7 +17,6 @@ from precimap.runtime.deploy import deployment_of
 from precimap.runtime.weights.placing import low_weights
 from precimap.runtime.x86.stored import STORED_KERNEL, StoredKernel
 from precimap.task import Task
-from small_tasks import COUNTED_INT8, planted_task
 
 X = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
 

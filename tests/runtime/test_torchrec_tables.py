@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.zoo import torchrec_dlrm
 from precimap import CPU_INT8, TORCHREC, Knapsack, Splits, Task, deploy, load_deployed, save_deployed, search
 from precimap.errors import DeployError
 from precimap.layers.discover import discover
@@ -21,7 +22,6 @@ from precimap.runtime.deploy import deployment_of
 from precimap.runtime.torchrec_tables import held_rows, quantized_collection
 from precimap.runtime.weights.placing import low_weights
 from precimap.searching.question import Effort
-from zoo import torchrec_dlrm
 
 NAMES = ("int4-row", "int8-row-half")
 

@@ -7,17 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import zoo
-import zoo_language
-import zoo_senses
+from helpers import zoo, zoo_language, zoo_senses
+from helpers.small_maps import map_over, premise_for
+from helpers.specimen import Builder
+from helpers.zoo_deployed import calibrated, examined, int8_choice, names, rms
 from precimap import Splits, Task, deploy, discover
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import quantize_map
 from precimap.metrics import Loss
 from precimap.runtime.weights.placing import low_weights
-from small_maps import map_over, premise_for
-from specimen import Builder
-from zoo_deployed import calibrated, examined, int8_choice, names, rms
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of maps made by hand, and of the libraries about their own parts
 MODELS: tuple[Builder, ...] = (

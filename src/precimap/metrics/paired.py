@@ -162,11 +162,10 @@ def _upper(totals: Totals, alpha: float, elsewhere: Farthest | None, lost: Clust
     check_alpha(alpha)
     if totals.count < 2:
         return math.inf
-    far = _farthest(totals, either_side=lost is None)
-    if elsewhere is not None and elsewhere.above > far.above:
-        far = elsewhere
-    unseen = [Cluster(totals.mean * far.weight + far.above, far.weight), *(() if lost is None else (lost,))]
-    return max(bound_with(totals, alpha, cluster) for cluster in unseen)
+    # Each by itself: of two clusters the one that lies farther may weigh more, and then the other bounds higher.
+    far = [_farthest(totals, either_side=lost is None), *(() if elsewhere is None else (elsewhere,))]
+    unseen = [Cluster(totals.mean * one.weight + one.above, one.weight) for one in far]
+    return max(bound_with(totals, alpha, cluster) for cluster in (*unseen, *(() if lost is None else (lost,))))
 
 
 def lower_bound(d: Floats, units: Units, alpha: float) -> float:

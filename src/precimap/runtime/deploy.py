@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from precimap.errors import DeployError, UncertifiedMapWarning
+from precimap.errors import DeployError, EmulatedWarning, UncertifiedMapWarning
 from precimap.fingerprints import modules_of, of_weights
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import QuantizedLayer, quantize_map
@@ -76,11 +76,12 @@ def deploy(
     precision_map: a map, or its file. target: an object or its name: `cpu-int8`, `cpu-int8-compiled`, `cuda-fp8`
     (experimental: not yet measured on a GPU), `torchrec` or `emulated`; by default the map's own. task: if given, the
     deployed model and the emulation score its first calibration batch, and `precimap.agreement` of the result holds the
-    difference. Each kernel is compared with its emulation in any case. A batch outside the sizes that the map was timed
-    with on this target is answered with a BatchSizeWarning, once. A map that is not certified is deployed with an
-    UncertifiedMapWarning. Raises
-    PremiseMismatch for a map of other weights or modules, DeployError for what the target cannot run or runs wrongly,
-    MapError for a file that is no map.
+    difference. Each kernel is compared with its emulation in any case.
+
+    Warns with a BatchSizeWarning, once, when a batch lies outside the sizes that the map was timed with on this target; with
+    an UncertifiedMapWarning of a map that is not certified; with an EmulatedWarning of the target `emulated`, which computes
+    exactly what was measured and is slower than the model. Raises PremiseMismatch for a map of other weights or modules,
+    DeployError for what the target cannot run or runs wrongly, MapError for a file that is no map.
     """
     if not isinstance(precision_map, PrecisionMap):
         precision_map = PrecisionMap.load(precision_map)
@@ -94,6 +95,8 @@ def deploy(
         _carry(deployed, replace(deployment_of(deployed), agreement=found))
     watch_batches(deployed)
     warn_of(precision_map)
+    if name == EMULATED.name and layers:
+        warnings.warn(emulated.SLOW, EmulatedWarning, stacklevel=2)
     return deployed
 
 

@@ -9,6 +9,11 @@ from precimap.runtime.weights.emulated import EMULATED_KERNEL
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import placed, weight_of
 
+SLOW = (
+    "The target emulated computes exactly what was measured, in several times the time of the model: it is for looking. To "
+    "serve, search and deploy for a target that this machine computes, such as cpu-int8."
+)
+
 
 def deployed(model: nn.Module, layers: Mapping[str, QuantizedLayer], *, owned: bool = False) -> nn.Module:
     """A copy of the model with the given layers emulated; owned: as of `placed`."""

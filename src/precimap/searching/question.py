@@ -7,6 +7,7 @@ refused are written once. Torch-free but for the rule that it holds.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +25,17 @@ class Effort:
 
     probe_all: measure every layer on its own instead of screening. Of the search split, screen_units are screened where
     losses are, audit_units are probed to check the screen, check_units see the noise floor and the rounding draws.
-    screen_memory, replay_memory: bytes. rounding_draws: shifted grids for the final map, 0 for none.
-    timing_seconds: of timing a whole map at each batch size, about; 0: none is timed end to end.
-    minutes: after these no new look at the search split is begun; the best answer so far is certified.
+    screen_memory, replay_memory: bytes, or a text such as "4GiB". rounding_draws: shifted grids for the final map, 0 for
+    none. timing_seconds: of timing a whole map at each batch size, about; 0: none is timed end to end. minutes: after these
+    no new look at the search split is begun; the best answer so far is certified.
     """
 
     probe_all: bool = False
     screen_units: int = 256
     audit_units: int = 32
     check_units: int = 128
-    screen_memory: int = 4 * 2**30
-    replay_memory: int = 4 * 2**30
+    screen_memory: int | str = 4 * 2**30
+    replay_memory: int | str = 4 * 2**30
     rounding_draws: int = 8
     timing_seconds: float = 10.0
     minutes: float | None = None
@@ -44,8 +45,7 @@ class Effort:
             if getattr(self, name) < 2:
                 raise InputError(f"expected {name} of at least 2, got {getattr(self, name)}")
         for name in ("screen_memory", "replay_memory"):
-            if getattr(self, name) < 0:
-                raise InputError(f"expected {name} in bytes, 0 or more, got {getattr(self, name)}")
+            object.__setattr__(self, name, bytes_of(getattr(self, name), name))
         if self.rounding_draws < 0 or self.rounding_draws == 1:
             raise InputError(f"expected 0 or at least 2 rounding draws (a spread needs two), got {self.rounding_draws}")
         if not 0 <= self.timing_seconds < float("inf"):
@@ -54,26 +54,39 @@ class Effort:
             raise InputError(f"expected a number of minutes above zero, got {self.minutes}")
 
 
+_UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def bytes_of(given: int | str, name: str = "memory") -> int:
+    """A size of memory in bytes: a number of bytes, or a text with its unit. Raises InputError for another."""
+    if isinstance(given, int) and given >= 0:
+        return given
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", str(given), re.IGNORECASE)
+    if isinstance(given, int) or found is None:
+        raise InputError(f"expected {name} as a number of bytes, or with a unit such as 512MB or 4GiB, got {given!r}")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
 USUAL_EFFORT = Effort()
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
     """How the model will be served. batch_sizes: units of a batch, all of them counting alike; none: those of the
-    profile, or the batch that discovery sees. profile: of the machine it is for, instead of timing here. peak_flops: per
-    second in base precision, what utilisation is counted against; None: a large product is timed.
+    profile, or the batch that discovery sees. profile: of the machine it is for, instead of timing here. peak_tflops:
+    10^12 operations per second in base precision, what utilisation is counted against; None: a large product is timed.
 
     Raises InputError for a size that is not at least 1, or stands twice, and for a peak that is not above zero.
     """
 
     batch_sizes: tuple[int, ...] = ()
     profile: HardwareProfile | None = None
-    peak_flops: float | None = None
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         checked_sizes(self.batch_sizes)
-        if self.peak_flops is not None and not 0 < self.peak_flops < float("inf"):
-            raise InputError(f"expected peak FLOPs per second above zero, got {self.peak_flops}")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
+            raise InputError(f"expected peak TFLOPs per second above zero, got {self.peak_tflops}")
 
     def is_of(self, here: Device) -> bool:
         """Whether what is timed here is what is planned for."""

@@ -194,7 +194,7 @@ def compile_calls(model: nn.Module) -> CompiledCalls:
     return calls
 
 
-def compiled(deployed: nn.Module, *examples: tuple[Any, ...] | Mapping[str, Any] | Tensor) -> nn.Module:
+def compile(deployed: nn.Module, *examples: tuple[Any, ...] | Mapping[str, Any] | Tensor) -> nn.Module:
     """`deployed` compiled by Inductor for the shapes of the examples.
 
     examples: each a tuple of positional arguments, a mapping of named ones, or the only argument of a call.
@@ -214,6 +214,7 @@ def compiled(deployed: nn.Module, *examples: tuple[Any, ...] | Mapping[str, Any]
     return model
 
 
+compiled = compile  # its name until 0.2
 EAGER, COMPILED = "eager", "compiled"  # the forms that a model is served in
 
 

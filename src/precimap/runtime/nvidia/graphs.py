@@ -10,8 +10,9 @@ captures a graph for every size that it meets, and none for an eager model.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,19 +36,27 @@ class Captured:
 
 
 class GraphedModel(nn.Module):
-    """Calls of this module replay graphs. Not for several threads at once: they would share the graphs' buffers."""
+    """Calls of this module replay graphs. Not for several threads at once: they would share the graphs' buffers.
 
-    def __init__(self, model: nn.Module, graphs: Mapping[int, Captured]) -> None:
+    names: of the arguments, where the examples have them; () for positional ones.
+    """
+
+    def __init__(self, model: nn.Module, graphs: Mapping[int, Captured], names: tuple[str, ...]) -> None:
         super().__init__()
         self.model = model
         self._graphs = dict(sorted(graphs.items()))
+        self._names = names
 
     @torch.no_grad()
-    def forward(self, *arguments: Any) -> Any:
-        """As the model, for positional arguments like those of the examples, in new tensors without gradients.
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        """As the model, for arguments like those of the examples, in new tensors without gradients.
 
         Raises InputError for an empty batch, one larger than every graph, and arguments unlike the examples'.
         """
+        if set(named) != set(self._names) or (self._names and arguments):
+            how = f"the arguments {', '.join(self._names)} by name" if self._names else "positional arguments"
+            raise InputError(f"expected {how} as in the examples, got {len(arguments)} positional and {sorted(named)}")
+        arguments = tuple(named[name] for name in self._names) or arguments
         sizes = list(self._graphs)
         units = batch_size(arguments)
         if not 1 <= units <= sizes[-1]:
@@ -59,24 +68,42 @@ class GraphedModel(nn.Module):
         return _first(graph.outputs, units, size)
 
 
-def graphed(model: nn.Module, *examples: Arguments) -> GraphedModel:
-    """`model`, on a CUDA device, captured once for each example: the positional arguments of one call.
+def graphed(model: nn.Module, *examples: Arguments | Mapping[str, Any] | Tensor) -> GraphedModel:
+    """`model`, on a CUDA device, captured once for each example.
 
-    Every tensor argument has its units along its first dim, and so has every tensor of the result; other arguments stay
+    examples: each a tuple of positional arguments, a mapping of named ones, or the only argument of a call; all in the same
+    way. Every tensor argument has its units along its first dim, and so has every tensor of the result; other arguments stay
     as in the example. Raises InputError for examples that are otherwise, or of one size; DeployError without CUDA and
     for a model whose graph computes something else than the model, such as one that decides on the host.
     """
-    sizes = [batch_size(example) for example in examples]
+    given, names = _by_position(examples)
+    call: Callable[..., Any] = partial(_named, model, names) if names else model
+    sizes = [batch_size(example) for example in given]
     if not sizes or min(sizes) < 1 or len(set(sizes)) != len(sizes):
         raise InputError(f"expected examples of different batch sizes of at least 1, got {sizes}")
     graphs: dict[int, Captured] = {}
     pool: Any = None
     # The largest first: the others then find room in the memory that it leaves behind.
-    for size, example in sorted(zip(sizes, examples, strict=True), key=lambda pair: -pair[0]):
-        graphs[size], pool = capture(model, example, pool)
+    for size, example in sorted(zip(sizes, given, strict=True), key=lambda pair: -pair[0]):
+        graphs[size], pool = capture(call, example, pool)
         _first(graphs[size].outputs, 1, size)
-        _check(model, graphs[size], example)
-    return GraphedModel(model, graphs)
+        _check(call, graphs[size], example)
+    return GraphedModel(model, graphs, names)
+
+
+def _by_position(examples: Sequence[Arguments | Mapping[str, Any] | Tensor]) -> tuple[list[Arguments], tuple[str, ...]]:
+    """The values of each example, and their names, if they have any. Raises InputError where examples name others."""
+    named = [example for example in examples if isinstance(example, Mapping)]
+    names = tuple(named[0]) if named else ()
+    if named and any(not isinstance(e, Mapping) or set(e) != set(names) for e in examples):
+        raise InputError(f"expected examples with the same arguments, here {', '.join(names)} by name, got others, too")
+    if named:
+        return [tuple(example[name] for name in names) for example in named], names
+    return [(one,) if isinstance(one, Tensor) else tuple(one) for one in examples], ()
+
+
+def _named(model: nn.Module, names: tuple[str, ...], *values: Any) -> Any:
+    return model(**dict(zip(names, values, strict=True)))
 
 
 def capture(model: Callable[..., Any], example: Arguments, pool: Any = None) -> tuple[Captured, Any]:
@@ -144,7 +171,7 @@ def _first(outputs: Any, units: int, size: int) -> Any:
     return tree_map_only(Tensor, rows, outputs)
 
 
-def _check(model: nn.Module, graph: Captured, example: Arguments) -> None:
+def _check(model: Callable[..., Any], graph: Captured, example: Arguments) -> None:
     """Compare the graph with the model on units that it was not captured with: the example's, in another order."""
     turned = tuple(value.roll(1, 0).flip(0) if isinstance(value, Tensor) else value for value in example)
     units = batch_size(turned)

@@ -27,7 +27,7 @@ from precimap.searching.evidence.probe import Probe, probe
 from precimap.searching.evidence.screen import Screen, screen
 from precimap.searching.latency.savings import Savings
 from precimap.searching.pairs import Key, Pair, key_of
-from precimap.searching.question import Question
+from precimap.searching.question import Question, bytes_of
 from precimap.searching.run import Parts, Run, batch_subject
 from precimap.searching.subject import Subject
 
@@ -92,7 +92,7 @@ def gather(subject: Subject, question: Question, baseline: Parts, realigned: int
     if effort.probe_all or not pairs:
         probed = probing.on(pairs, tuple(range(len(baseline.sizes))))
         return _written(run, EvidenceTable(known=_timed(subject, [_measured(baseline, found) for found in probed])))
-    screened = screen(subject, pairs, effort.screen_memory, effort.screen_units, baseline.scattered)
+    screened = screen(subject, pairs, bytes_of(effort.screen_memory), effort.screen_units, baseline.scattered)
     numbers = tuple(sorted(screened.batches)) or baseline.scattered(effort.screen_units)
     predictor = _predictor(subject, question, baseline, screened, realigned)
     seen = [pair for pair in pairs if key_of(pair) in screened.pairs]
@@ -171,7 +171,7 @@ class _Probing:
         """Of the model's own, on the batches that all these probes saw."""
         numbers = probes[0].numbers if probes else ()
         layers = [one.layer for one in probes]
-        memory = self.question.effort.replay_memory
+        memory = bytes_of(self.question.effort.replay_memory)
         return own_rounding(self.subject.run, self.baseline, layers, numbers, memory)
 
 

@@ -20,7 +20,7 @@ from precimap.layers.views import parameter_names
 from precimap.numerics.schemes import scheme_key
 from precimap.searching.comparison import Comparison, compare
 from precimap.searching.pairs import Pair
-from precimap.searching.question import Question
+from precimap.searching.question import Question, bytes_of
 from precimap.searching.run import Parts, Run, batch_subject, part_of, record_part
 from precimap.searching.subject import Subject
 from precimap.task import Scored, join_parts, score_batch, to_device
@@ -49,7 +49,7 @@ def probe(
     time, the batches that all pairs have seen are used; pairs that have seen none are left out, and so are those that fail
     where the model itself does not (`failures` says why).
     """
-    run, replay_memory = subject.run, question.effort.replay_memory
+    run, replay_memory = subject.run, bytes_of(question.effort.replay_memory)
     codes: dict[Pair, tuple[QuantizedLayer, Operand | None]] = {}
     room = replay_memory // 4  # for decoded weights: decoding one takes as long as its product with a small batch
     complete: list[int] = []

@@ -93,7 +93,7 @@ class WholeModelBench:
             self.subject.run.journal.record("end to end", subject, times.model_dump(mode="json"))
         else:
             times = EndToEnd.model_validate_json(json.dumps(found.value))
-        given = self.serving.peak_flops
+        given = None if self.serving.peak_tflops is None else 1e12 * self.serving.peak_tflops
         return times if given is None else times.model_copy(update={"peak_flops": given, "peak_given": True})
 
     def _check_device(self) -> None:

@@ -1,0 +1,25 @@
+"""What several tests share. Nothing here is a test.
+
+small_tasks.py         small tasks with a known truth
+small_maps.py          maps made by hand
+real_models.py         real recommenders with published weights
+search_attempts.py     one search as a process that may be killed, and what two runs have in common
+going_round.py         a model between processes and among threads
+quantiser_oracle.py    the oracle of the quantiser, from ml_dtypes
+grouped_on_cpu.py      `torch._scaled_grouped_mm` for CPU tensors
+
+The zoo, models that nobody here wrote and small faithful ones:
+
+specimen.py            a model, how its owner calls it, and one batch
+zoo.py                 the specimens for discovery
+zoo_models.py          small models that keep their weights in unusual places
+zoo_rankers.py         specimens of ranking models
+zoo_ranking_models.py  small ranking models from the papers
+zoo_libraries.py       specimens of torchrec and transformers
+zoo_transformers.py    models of transformers, one line a model
+zoo_language.py        families of language models
+zoo_senses.py          families that read images, sound and series
+zoo_deployed.py        what is asked of every model that is deployed
+zoo_outside.py         what can be seen of a model from outside
+zoo_flops.py           FLOPs by torch's own counter
+"""
