@@ -31,9 +31,13 @@ _LONGEST = 300  # seconds that a compiler may take
 
 @functools.cache
 def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library of a C++ file. Raises DeployError with what failed: no compiler, one that fails, no place to keep it."""
+    """The library of a C++ file NAME.cpp and its headers NAME*.h beside it.
+
+    Raises DeployError with what failed: no compiler, one that fails, no place to keep it.
+    """
     command = _compiler()
-    made_of = repr((source.read_bytes(), _LANGUAGE, flags, _said_by([*command, "--version"])))
+    code = [source.read_bytes(), *(path.read_bytes() for path in sorted(source.parent.glob(f"{source.stem}*.h")))]
+    made_of = repr((code, _LANGUAGE, flags, _said_by([*command, "--version"])))
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     path = _folder() / f"{source.stem}-{version('precimap')}-{digest}.so"
     try:

@@ -4,106 +4,28 @@
 //     scale = max |x| / 127    code = round(x / scale), ties to even    y = sum of codes * scale * the weight's + bias
 //
 // Invariant: codes and scales have the bits of numerics/quantize.py, sums of codes are exact in 32 bits, and each step
-// of y is one rounded float32 operation, from left to right. So neither instructions, nor threads, nor other rows change
+// of y is one rounded float32 operation, from left to right. So neither instructions nor threads nor other rows change
 // a bit of it. No -ffast-math, no contraction to fused multiply-adds.
 //
 // A block of rows is quantised into tiles (16 rows x 64 codes) that stay in L2. 32 rows of it, in L1, meet the weight
 // panel by panel (32 outputs), as many as fit into L2, so that results are written along their rows. While the tiles of
-// one 32 x 32 block multiply, the sums of the block before go out.
+// one 32 x 32 block multiply, the sums of the block before go out and inputs of the next rows come in.
 //
 // Packed weight: panel after panel; in it, for each 64 inputs, two tiles of 16 outputs as [k / 4][output][4], then the
 // sums of codes of the 32 outputs: VNNI multiplies unsigned by signed bytes, so its inputs have 128 added.
 //
 // Not taken (docs/log.md): oneDNN's ukernel through at::native::cpublas::brgemm, slower by a fifth to a third;
 // quantising the next rows between the products of these; sums over parts of k.
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "tokens_rows.h"
+
 namespace {
-typedef int64_t i64;
-constexpr i64 STEP = 64, PANEL = 32, PAIR = 32, TILE = 1024;  // codes, outputs, rows, bytes
+
+constexpr i64 PANEL = 32, PAIR = 32;  // outputs, rows
 constexpr i64 SUMS = PANEL * sizeof(int32_t);
 // Of a block of rows, and of the panels that it meets at a time: both are to stay in L2 beside the results.
 constexpr i64 MOST_ROWS = 256, MOST_CODES = 768 << 10, GROUP_CODES = 512 << 10;
-constexpr uint32_t INFINITE = 0x7f800000, LARGEST = 0x7f7ffffe;  // bits of float32; the second as in numerics/ranges.py
-
-// Largest magnitudes as the bits of floats, whose order is that of whole numbers, NaN above all.
-inline __m512i larger(__m512i so_far, const float* x) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    for (int i = 0; i < 64; i += 16)
-        so_far = _mm512_max_epi32(so_far, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
-    return so_far;
-}
-
-inline __m512i larger(__m512i so_far, const uint16_t* x) {
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
-    for (int i = 0; i < 64; i += 32)
-        so_far = _mm512_max_epi16(so_far, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
-    return so_far;
-}
-
-inline uint32_t largest(__m512i found, const float*) { return _mm512_reduce_max_epi32(found); }
-
-inline uint32_t largest(__m512i found, const uint16_t*) {
-    const __m512i low = _mm512_and_si512(found, _mm512_set1_epi32(0xffff));
-    return uint32_t(_mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_srli_epi32(found, 16), low))) << 16;
-}
-
-// limited: where a value may lie beyond the codes. Limits are whole, so limiting first is the same.
-template <bool limited>
-inline __m512i whole(__m512 x, __m512 inverse) {
-    __m512 scaled = _mm512_mul_ps(x, inverse);
-    if (limited) scaled = _mm512_max_ps(_mm512_min_ps(scaled, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
-    return _mm512_cvtps_epi32(scaled);
-}
-
-template <bool limited>
-inline __m512i codes_of(const float* x, __m512 inverse) {
-    __m512i q[4];
-    for (int i = 0; i < 4; i++) q[i] = whole<limited>(_mm512_loadu_ps(x + 16 * i), inverse);
-    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    return _mm512_permutexvar_epi32(order, packed);
-}
-
-template <bool limited>
-inline __m512i codes_of(const uint16_t* x, __m512 inverse) {
-    __m512i q[2];
-    for (int i = 0; i < 2; i++) {
-        const __m512i both = _mm512_loadu_si512(x + 32 * i), upper = _mm512_set1_epi32(int(0xffff0000));
-        const __m512i even = whole<limited>(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), inverse);
-        const __m512i odd = whole<limited>(_mm512_castsi512_ps(_mm512_and_si512(both, upper)), inverse);
-        q[i] = _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_slli_epi32(odd, 16));
-    }
-    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packs_epi16(q[0], q[1]));
-}
-
-// One row into its place in a row of tiles; `flip` makes codes unsigned. Returns its scale.
-template <class T>
-float quantise(const T* x, i64 k, float phase, __m512i flip, int8_t* to) {
-    const i64 full = k / STEP, steps = (k + STEP - 1) / STEP;
-    alignas(64) T rest[STEP] = {};
-    memcpy(rest, x + full * STEP, (k - full * STEP) * sizeof(T));
-    __m512i found = _mm512_setzero_si512();
-    for (i64 s = 0; s < full; s++) found = larger(found, x + s * STEP);
-    const uint32_t bits = largest(larger(found, rest), x), kept = bits > INFINITE ? bits : std::min(bits, LARGEST);
-    float amax, scale;
-    memcpy(&amax, &kept, sizeof amax);
-    scale = bits == 0 ? 1 : bits > INFINITE ? amax : std::max(amax / 127, 0x1p-126f);
-    scale *= phase;
-    const __m512 inverse = _mm512_set1_ps(1 / scale);
-    const bool limited = bits > LARGEST || phase != 1;
-    for (i64 s = 0; s < steps; s++) {
-        const T* from = s < full ? x + s * STEP : rest;
-        __m512i codes = limited ? codes_of<true>(from, inverse) : codes_of<false>(from, inverse);
-        _mm512_store_si512(to + s * TILE, _mm512_xor_si512(codes, flip));
-    }
-    return scale;
-}
 
 // bias: null for none. stride: of the rows of x, in values. half: BF16, not float32. tiles: AMX, not VNNI.
 struct Problem {
@@ -188,6 +110,17 @@ struct Leaving {
     }
 };
 
+// Inputs of the next rows, asked for while these are multiplied, `some` bytes at a time.
+struct Ahead {
+    const char* at;
+    i64 bytes, some;
+
+    void ask() {
+        const i64 left = std::max<i64>(0, bytes - some);
+        for (; bytes > left; bytes -= 64, at += 64) _mm_prefetch(at, _MM_HINT_T1);
+    }
+};
+
 struct alignas(64) TileConfig {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
@@ -197,7 +130,8 @@ struct alignas(64) TileConfig {
 const TileConfig FULL = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 template <class O>
-inline void by_tiles(const int8_t* a, bool second, const int8_t* b, i64 steps, int32_t* sums, Leaving<O>& before) {
+inline void by_tiles(const int8_t* a, bool second, const int8_t* b, i64 steps, int32_t* sums, Leaving<O>& before,
+                     Ahead& ahead) {
     const int8_t* a2 = a + (second ? steps * TILE : 0);  // a second tile of rows, or the first again
     const int each = int((PAIR + steps - 1) / steps);
     asm volatile("" ::: "memory");  // codes are written by now: GCC does not know that loading a tile reads memory
@@ -207,6 +141,7 @@ inline void by_tiles(const int8_t* a, bool second, const int8_t* b, i64 steps, i
         _tile_loadd(7, b + (2 * s + 1) * TILE, 64); _tile_loadd(5, a2 + s * TILE, 64);
         _tile_dpbssd(0, 4, 6); _tile_dpbssd(1, 4, 7); _tile_dpbssd(2, 5, 6); _tile_dpbssd(3, 5, 7);
         before.up_to(int(s + 1) * each);
+        ahead.ask();
     }
     _tile_stored(0, sums, 128); _tile_stored(1, sums + 16, 128);
     _tile_stored(2, sums + 16 * PANEL, 128); _tile_stored(3, sums + 16 * PANEL + 16, 128);
@@ -262,19 +197,28 @@ void block(const Problem& p, i64 first, i64 rows, i64 panel, i64 last) {
     const T* x = static_cast<const T*>(p.x) + first * p.stride;
     O* out = static_cast<O*>(p.out) + first * p.n;
     const __m512i flip = _mm512_set1_epi8(p.tiles ? 0 : char(0x80));
-    for (i64 r = 0; r < rows; r++)
-        scales[r] = quantise(x + r * p.stride, p.k, p.phase, flip, a + (r / 16) * steps * TILE + (r % 16) * STEP);
-
     TileConfig before;  // oneDNN keeps settings of its own
     if (p.tiles) {
         _tile_storeconfig(&before);
         _tile_loadconfig(&FULL);
     }
     Leaving<O> leaving{};
-    i64 turn = 0;
+    i64 turn = 0, coded = 0;
     const i64 group = std::max<i64>(1, GROUP_CODES / (PANEL * steps * STEP));
     for (; panel < last; panel += group)
-        for (i64 t = 0; t < pairs; t++)
+        for (i64 t = 0; t < pairs; t++) {
+            const char* next = nullptr;
+            i64 bytes = 0;
+            if (coded < rows) {
+                for (i64 r = coded; r < std::min(rows, coded + PAIR); r++) {
+                    int8_t* to = a + (r / 16 * steps * 16 + r % 16) * STEP;
+                    scales[r] = quantise(x + r * p.stride, p.k, p.phase, flip, to);
+                }
+                coded += PAIR;
+                next = reinterpret_cast<const char*>(x + coded * p.stride);
+                bytes = p.stride == p.k ? std::min(PAIR, p.m - first - coded) * p.k * i64(sizeof(T)) : 0;
+            }
+            Ahead ahead{next, bytes, bytes / (std::min(group, last - panel) * steps) + 64};
             for (i64 each = panel; each < std::min(last, panel + group); each++) {
                 const int here = int(std::min(PAIR, rows - t * PAIR));
                 const int8_t* from = a + 2 * t * steps * TILE;
@@ -284,12 +228,13 @@ void block(const Problem& p, i64 first, i64 rows, i64 panel, i64 last) {
                 leaving.next = to;
                 leaving.next_rows = here;
                 if (p.tiles)
-                    by_tiles(from, here > 16, b, steps, sums, leaving);
+                    by_tiles(from, here > 16, b, steps, sums, leaving, ahead);
                 else
                     by_vectors(from, here, b, steps, sums);
                 leaving.up_to(PAIR);
                 leaving = {Panel(p, each * PANEL), sums, scales + t * PAIR, to, nullptr, p.n, here, 0, 0};
             }
+        }
     leaving.up_to(PAIR);
     if (p.tiles) _tile_loadconfig(&before);
 }

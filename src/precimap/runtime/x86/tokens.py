@@ -104,7 +104,7 @@ class TokensKernel(CodedKernel):
         given = x if x.dtype in _RESULTS else x.float()
         added = bias if bias is None or bias.dtype in _RESULTS else bias.float()
         wanted = dtype if dtype in _RESULTS else torch.float32
-        product = torch.ops.precimap.int8_tokens
+        product = torch.ops.precimap.int8_tokens.default  # to look for it among overloads takes six microseconds
         output: Tensor = product(given, packed.codes, packed.scales, added, weight.how.input_phase, wanted)
         return output if wanted == dtype else output.to(dtype)
 
