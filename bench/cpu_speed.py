@@ -4,11 +4,12 @@
 
 A figure is the CPU time of one thread, median [quartiles] over turns; a ratio is taken inside each turn. Products: a
 linear layer M x K -> N in float32 and BF16, oneDNN's INT8 product alone on codes that are given, and the deployed layer,
-which quantises its float32 input, eager and compiled. Models (`models/cpu_speed_models.py`): all-MiniLM-L6-v2 on full
-batches, and a DCNv2 whose layers are 1024 wide (three cross, three deep), with all layers that this CPU takes in INT8.
-Peers: torch itself, torchao, ONNX Runtime and OpenVINO (`models/cpu_speed_peers.py`), which need the extra `bench`.
-Error: root mean square change of the outputs against float32, by the root mean square of those. Quick: fewer turns, the
-ranker at 256 alone, against torch alone. Exits with 1 when a claim fails.
+which quantises its float32 input, eager and compiled; the same in BF16; and both again in scheme `int8`, whose scales are
+those of each row, on machines that run it. Models (`models/cpu_speed_models.py`): all-MiniLM-L6-v2 on full batches, and a
+DCNv2 whose layers are 1024 wide (three cross, three deep), with all layers that this CPU takes in INT8. Peers: torch
+itself, torchao, ONNX Runtime and OpenVINO (`models/cpu_speed_peers.py`), which need the extra `bench`. Error: root mean
+square change of the outputs against float32, by the root mean square of those. Quick: fewer turns, the ranker at 256 alone,
+against torch alone. Exits with 1 when a claim fails.
 """
 
 import copy
@@ -32,8 +33,10 @@ from precimap.runtime.compiling.compiled import compiled
 from precimap.runtime.shared_codes import MOST_KEPT
 from precimap.runtime.timing import Spread, interleaved, ratio, spread
 from precimap.runtime.x86.target import int8_scheme
+from precimap.runtime.x86.tokens import instructions, scheme_refusal
 
 SHAPES = (
+    (64, 384, 1536), (256, 576, 1536), (512, 1024, 4096),
     (1024, 384, 384), (1024, 384, 1536), (1024, 1536, 384), (4096, 384, 1152), (4096, 1536, 384),
     (256, 1024, 1024), (1024, 1024, 1024), (1024, 2048, 2048), (1024, 4096, 1024),
 )  # fmt: skip
@@ -55,7 +58,8 @@ class Product:
     """Milliseconds of one M x K -> N product.
 
     layer_bf16: deployed from the BF16 layer, BF16 in and out, as `bf16` beside it. overhead: the deployed layer over the
-    raw product, eager and compiled.
+    raw product, eager and compiled. tokens: in scheme `int8`, float32 in and out and BF16 in and out, over the BF16 layer;
+    None where this machine does not run it.
     """
 
     shape: str
@@ -68,6 +72,8 @@ class Product:
     bf16_over_layer: Spread
     overhead: Spread
     compiled_overhead: Spread
+    tokens_over_bf16: Spread | None = None
+    tokens_bf16_over_bf16: Spread | None = None
 
 
 def main() -> int:
@@ -75,6 +81,7 @@ def main() -> int:
     torch.set_num_threads(1)
     turns = 7 if arguments.quick else 11
     print_machine()
+    print(f"scheme int8: {scheme_refusal(scheme('int8')) or instructions()}")
     products = [_product(*shape, turns) for shape in SHAPES]
     runs: list[Run] = []
     for name in list(MODELS)[:1] if arguments.quick else MODELS:
@@ -99,6 +106,12 @@ def _product(m: int, k: int, n: int, turns: int) -> Product:
     half = copy.deepcopy(linear).bfloat16()
     found = quantize_layer("weight", linear.weight, (1,), scheme(int8_scheme()), InputRange(0.03, 120))
     layer, layer_half = (CPU_INT8.deployed(each, {"weight": found}) for each in (linear, half))
+    by_row = {}
+    if scheme_refusal(scheme("int8")) is None:
+        rows = quantize_layer("weight", linear.weight, (1,), scheme("int8"), None)
+        by_row = {
+            f"tokens{end}": CPU_INT8.deployed(each, {"weight": rows}) for end, each in (("", linear), ("_bf16", half))
+        }
     given = torch.randint(0, 255, (m, k), dtype=torch.uint8, generator=generator)
     packed, zeros = torch.ops.onednn.qlinear_prepack(found.codes, None), torch.zeros(n, dtype=torch.int32)
     scales, bias = found.weight_affine.scale.reshape(-1), linear.bias.detach()
@@ -117,6 +130,7 @@ def _product(m: int, k: int, n: int, turns: int) -> Product:
         "layer": (layer, inputs(values)),
         "compiled": (in_one, inputs(values)),
         "layer_bf16": (layer_half, inputs(values_half)),
+        **{name: (each, inputs(values_half if "bf16" in name else values)) for name, each in by_row.items()},
     }
     calls = {name: (lambda form=form, given=given: form(next(given))) for name, (form, given) in forms.items()}
     cases = {"fp32": calls["fp32"], "bf16": calls["bf16"], "raw": raw, **calls}
@@ -124,15 +138,17 @@ def _product(m: int, k: int, n: int, turns: int) -> Product:
         seconds = interleaved(cases, turns, time.process_time)
     row = Product(
         f"{m} x {k} -> {n}",
-        *(spread([1e3 * value for value in seconds[case]]) for case in cases),
+        *(spread([1e3 * value for value in seconds[case]]) for case in cases if case not in by_row),
         bf16_over_layer=ratio(seconds["bf16"], seconds["layer_bf16"]),
         overhead=ratio(seconds["layer"], seconds["raw"]),
         compiled_overhead=ratio(seconds["compiled"], seconds["raw"]),
+        **{f"{name}_over_bf16": ratio(seconds[name], seconds["bf16"]) for name in by_row},
     )
     print(
         f"{row.shape:20} fp32 {row.fp32:.2f}  bf16 {row.bf16:.2f}  raw {row.raw:.2f}  layer {row.layer:.2f}  "
         f"in bf16 {row.layer_bf16:.2f}  bf16/that {row.bf16_over_layer:.2f}  layer/raw {row.overhead:.2f}  "
-        f"compiled/raw {row.compiled_overhead:.2f}",
+        f"compiled/raw {row.compiled_overhead:.2f}  "
+        + "  ".join(f"{name}/bf16 {ratio(seconds[name], seconds['bf16']):.2f}" for name in by_row),
         flush=True,
     )
     return row
@@ -152,6 +168,14 @@ def _claims(products: list[Product], runs: list[Run]) -> list[Claim]:
             min(row.bf16_over_layer.median for row in products),
             1.0,
         ),
+    ]
+    claims += [
+        at_most(f"scheme int8, quantising in it, {what} in and out, over the BF16 layer, worst", max(found), 0.7)
+        for what, found in (
+            ("BF16", [row.tokens_bf16_over_bf16.median for row in products if row.tokens_bf16_over_bf16]),
+            ("float32", [row.tokens_over_bf16.median for row in products if row.tokens_over_bf16]),
+        )
+        if found
     ]
     for name, (_, bound) in MODELS.items():
         rows = [row for row in runs if row.model == name]

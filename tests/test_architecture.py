@@ -69,7 +69,13 @@ OPTIONAL = {"runtime/torchrec_tables.py": {"torchrec"}}  # imported inside funct
 LONGEST_FILE, LONGEST_FUNCTION = 320, 80
 MOST_PARAMETERS, MOST_OF_THE_API, MOST_POSITIONAL = 5, 8, 4
 # Of these each parameter is an option of the command line, or one of torch's own operator.
-COMMANDS, OPERATORS = "cli.py", {"runtime/weights/products.py", "runtime/x86/rows.py", "runtime/compiling/attention.py"}
+COMMANDS = "cli.py"
+OPERATORS = {
+    "runtime/weights/products.py",
+    "runtime/x86/rows.py",
+    "runtime/x86/tokens.py",
+    "runtime/compiling/attention.py",
+}
 LONG = {
     "scaled_mm": "torch's operator, less what is always the same",
     "quantize_layer": "what a layer is: name, weight, sums, scheme, range; and the grid of a rounding draw",

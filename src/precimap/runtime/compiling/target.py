@@ -47,7 +47,7 @@ class CompiledTarget:
         return self.eager.refusal(layer, scheme) or self._not_lowered(layer, scheme) or no_compiler()
 
     def _not_lowered(self, layer: Layer, scheme: Scheme) -> str | None:
-        if isinstance(self.eager, CpuInt8) and scheme.computes_low and layer.calls > 1:
+        if isinstance(self.eager, CpuInt8) and scheme.needs_calibration and layer.calls > 1:
             return f"called {layer.calls} times: Inductor lowers no INT8 layer that one graph calls on several inputs"
         return None
 

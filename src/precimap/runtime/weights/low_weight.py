@@ -36,7 +36,7 @@ from precimap.runtime.weights.memory import MEMORY
 Parts = dict[str, Tensor]
 Made = TypeVar("Made")
 Row = tuple[str, tuple[str, dict[str, object]], tuple[float, int] | None, float, str]
-_KERNELS = [f"precimap.runtime.{name}" for name in "x86.int8 x86.stored x86.rows nvidia.fp8 weights.emulated".split()]
+_KERNELS = "x86.int8 x86.tokens x86.stored x86.rows nvidia.fp8 weights.emulated".split()
 # Canonical, in this order; a weight has some of them. `wide`: the parameter itself, for readers that are no products.
 PARTS = ("codes", "scale", "zero", "offset", "rows", "wide")
 AFFINE = ("scale", "zero", "offset")
@@ -253,7 +253,7 @@ def _unpickled(raw: dict[str, tuple[Tensor, torch.dtype | None]], row: Row, dtyp
     parts = {name: part if kind is None else part.view(kind) for name, (part, kind) in raw.items()}
     name, scheme, range_, phase, kernel = row
     module, _, attribute = kernel.partition(":")
-    if module not in _KERNELS:
+    if module.removeprefix("precimap.runtime.") not in _KERNELS:
         raise DeployError(f"{name}: expected a kernel in one of {', '.join(_KERNELS)}, got {kernel}")
     static, by = None if range_ is None else InputRange(*range_), getattr(import_module(module), attribute)
     how = How(name=name, scheme=scheme_from_row(*scheme), input_range=static, input_phase=phase, kernel=by)

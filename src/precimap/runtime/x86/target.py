@@ -1,8 +1,9 @@
-"""INT8 on x86 CPUs: matrix products through oneDNN's quantised one, and tables in packed rows.
+"""INT8 on x86 CPUs: products through oneDNN's quantised one or a kernel of our own, and tables in packed rows.
 
-The kernels are in `weights`. `torch.ops.onednn.qlinear_pointwise` takes a static per-tensor input scale and per-channel
-weight scales; per-token scales are refused by the op, so they are refused here. FP8 is no alternative on these CPUs: oneDNN
-has no fast FP8 kernel for them; torch's `_scaled_mm` takes 7 times as long as BF16 (docs/log.md).
+`torch.ops.onednn.qlinear_pointwise` takes a static per-tensor input scale and per-channel weight scales. Scales per token,
+which it refuses, are those of scheme `int8` and of `tokens.py`: with AMX or AVX-512 VNNI, and a C++ compiler. FP8 is no
+alternative on these CPUs: oneDNN has no fast FP8 kernel for them; torch's `_scaled_mm` takes 7 times as long as BF16
+(docs/log.md).
 
 Without VNNI or AMX, x86 adds pairs of 8-bit products in 16 bits and saturates: 255 * 127 * 2 does not fit. Whether this CPU
 does is measured, not looked up; where it does, inputs must be 7 bits wide (scheme `int8-static-u7`).
@@ -21,13 +22,15 @@ from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.formats import INT8, UINT7, UINT8, Format
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.runtime.compiling.compiled import EAGER
-from precimap.runtime.weights.low_weight import LowWeight
+from precimap.runtime.weights.low_weight import Kernel, LowWeight
 from precimap.runtime.weights.placing import on_cpu, placed, weight_of
 from precimap.runtime.weights.products import product_refusal
+from precimap.runtime.x86 import tokens
 from precimap.runtime.x86.int8 import INT8_KERNEL
 from precimap.runtime.x86.layer_timer import CpuTimer
 from precimap.runtime.x86.rows import ROWS_KERNEL, packed_parts, table_refusal
 from precimap.runtime.x86.stored import STORED_KERNEL
+from precimap.runtime.x86.tokens import TOKENS_KERNEL
 from precimap.runtime.x86.whole_timer import CpuWholeTimer
 
 
@@ -75,7 +78,13 @@ def _weight(layer: QuantizedLayer, parameter: Tensor) -> LowWeight:
     reason = _scheme_refusal(layer.scheme)
     if reason is not None:
         raise DeployError(f"{layer.name}: {reason}")
-    return weight_of(layer, parameter, INT8_KERNEL if layer.scheme.computes_low else STORED_KERNEL)
+    return weight_of(layer, parameter, _kernel_of(layer.scheme))
+
+
+def _kernel_of(scheme: Scheme) -> Kernel:
+    if scheme.input is None:
+        return STORED_KERNEL
+    return TOKENS_KERNEL if scheme.input.granularity is Granularity.PER_TOKEN else INT8_KERNEL
 
 
 def _scheme_refusal(scheme: Scheme) -> str | None:
@@ -83,6 +92,8 @@ def _scheme_refusal(scheme: Scheme) -> str | None:
         return None  # stored low, computed in base precision
     if scheme.weight.format != INT8:
         return "this CPU has no arithmetic for it; its INT8 kernels take INT8 weights and 8-bit inputs"
+    if scheme.input.granularity is Granularity.PER_TOKEN:
+        return tokens.scheme_refusal(scheme)
     if scheme.input.dynamic or scheme.input.granularity is not Granularity.PER_TENSOR:
         return "oneDNN's INT8 product takes one static input scale; use int8-static or int8-static-u7"
     if scheme.weight.granularity is not Granularity.PER_CHANNEL or scheme.input.format not in (UINT8, UINT7):
