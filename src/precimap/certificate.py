@@ -57,10 +57,10 @@ class BlindSpot(Record):
                 f"equal weight. Kinds of {self.noun} rarer than 1 in {_counted(self.one_in)} may be missing among them; "
                 f"where those hold {self.weight:.2%} of the weight, a loss in all of them breaks the margin."
             )
-        rare = f" (of the {self.rare}s, 1 in {_counted(self.rare_one_in)})" if self.rare_one_in is not None else ""
+        rare = f" (1 {self.rare} in {_counted(self.rare_one_in)})" if self.rare_one_in is not None else ""
         number = "" if self.cost is None else _counted(self.cost) if self.cost >= 99.5 else f"{self.cost:.2g}"
-        cost = f"; it would have to cost {number} {self.unit} each to break the margin" if number else ""
-        return f"a loss that hits fewer than 1 {self.noun} in {_counted(self.one_in)}{rare} would not be seen{cost}."
+        cost = f" It breaks the margin only if it costs each of them {number} {self.unit}." if number else ""
+        return f"these data cannot show a loss in fewer than 1 {self.noun} in {_counted(self.one_in)}{rare}.{cost}"
 
 
 def _counted(number: float) -> str:

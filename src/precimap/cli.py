@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from precimap.searching.preflight.checks import Preflight
 
 app = typer.Typer(
-    help="Find, prove and deploy the precision map that your own metric cannot tell from the original.",
+    help="Choose the layers of a model that run in FP8 or INT8 while your metric stays within a margin; prove it; deploy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -56,7 +56,7 @@ def before_the_verb(versions: options.VersionOption = False) -> None:
 
 @command
 def layers(task: options.TaskArgument, as_json: options.JsonOption = False) -> Result:
-    """List every layer of the model, and why the other parameters are none."""
+    """List the layers that can take low precision, and say why other parameters cannot."""
     from precimap.report.inventory_table import inventory_table
     from precimap.searching.preflight.checks import check_weights
     from precimap.searching.subject import inventory_of

@@ -97,7 +97,7 @@ ConfigOption = Annotated[
 VerboseOption = Annotated[
     bool,
     option(
-        OUTPUT, "Print all that was measured with its statistics, and not the answer and the layers alone.", "--verbose"
+        OUTPUT, "Print all that was measured, with its statistics, and not only the answer and the layers.", "--verbose"
     ),
 ]
 WidthOption = Annotated[

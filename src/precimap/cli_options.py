@@ -98,8 +98,8 @@ MarginOption = Annotated[
     str,
     option(
         QUESTION,
-        "The metric may drop by at most this much, in its own units. For a metric whose drop is relative to the original "
-        f"model's value, such as normalised entropy (NE), it can be given in per cent: {', '.join(NE_MARGINS)} are usual.",
+        "The metric may get worse by at most this much, in its own units. Where its drop is relative to the original model, "
+        f"as of normalised entropy (NE), per cent will do: {', '.join(NE_MARGINS)} are usual.",
         parser=margin_text,
         metavar="NUMBER",
     ),
@@ -116,24 +116,24 @@ CutoffOption = Annotated[
     float | None,
     option(
         QUESTION,
-        "A layer is called tolerant when its own drop is surely below this number. The default is the margin divided by the "
-        "number of layers that could take low precision.",
+        "With the rule threshold, a layer takes low precision when its own drop is surely below this number; with knapsack "
+        "it only names layers in reports. The default is the margin divided by the number of layers that could.",
     ),
 ]
 BudgetOption = Annotated[
     float | None,
     option(
         QUESTION,
-        "Every question that the certify split answers uses up some of its permitted probability of error; this is how much "
-        "all questions together may use. The default is 1 - confidence, which is enough for one question.",
+        "All tests on one certify split together may be wrong with this probability. The default, 1 - confidence, is enough "
+        "for one test; 0.1 allows two at 95%.",
     ),
 ]
 RealignOption = Annotated[
     bool,
     option(
         QUESTION,
-        "Correct the scale and the bias of the model's last logit for what low precision shifts; this needs no labels and "
-        "costs no time when the model runs.",
+        "The map also corrects the scale and the bias of the layer that makes the scores, so that low precision does not "
+        "shift them. They are fitted without labels on the calibration split, and cost no time when the model runs.",
         "--realign",
     ),
 ]
@@ -208,16 +208,15 @@ GainOption = Annotated[
     float,
     option(
         CHOICE,
-        "A map has to gain at least this much: the share of the layers' time that it saves, and what its saved bytes are "
-        "worth.",
+        "Only maps that gain at least this much are considered. The gain is the share of the layers' time that is saved (of "
+        "their FLOPs, where nothing is timed), plus the share of saved bytes times --bytes-worth; 0.05 is 5%.",
     ),
 ]
 MaximumBytesOption = Annotated[
-    int | None, option(CHOICE, "All layers together may take at most this many bytes under the map.")
+    int | None, option(CHOICE, "All layers, embedding tables included, may take at most this many bytes.")
 ]
 BytesWorthOption = Annotated[
-    float,
-    option(CHOICE, "Saving all bytes is worth this much, where saving all of the layers' time is worth 1."),
+    float, option(CHOICE, "Saving all bytes is worth this share of the layers' time; the default only breaks ties.")
 ]
 BitsOption = Annotated[
     float | None,
@@ -252,8 +251,8 @@ PeakOption = Annotated[
     float | None,
     option(
         SERVING,
-        "The used share of the hardware is counted against this peak, in 10^12 floating-point operations per second. The "
-        "default is measured here.",
+        "Reports give the used share of this peak of the hardware, in 10^12 floating-point operations a second; nothing is "
+        "decided by it. The default is measured here.",
     ),
 ]
 

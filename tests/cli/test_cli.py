@@ -98,13 +98,13 @@ def searched(folder: Path) -> Ran:
 def test_search_report_certify_and_deploy(folder: Path, searched: Ran, precimap: Callable[..., Ran]) -> None:
     assert searched.returncode == 0, searched.stderr
     assert searched.stdout.startswith("╭─ certified ─")
-    told = searched.stderr.index("with these data margins from")
+    told = searched.stderr.index("these data can certify margins from")
     assert told < searched.stderr.index("screen: 0 of"), "what the units can detect is said before the long work"
     assert max(map(len, searched.stdout.splitlines())) <= 80
     again = precimap("report", "run")
     assert (again.returncode, again.stdout) == (0, searched.stdout)
     everything = precimap("report", "run", "--verbose", "--width", "100")
-    assert "\nCERTIFIED\n" in everything.stdout
+    assert "\nCertified.\n" in everything.stdout
     assert 80 < max(map(len, everything.stdout.splitlines())) <= 100
     assert "drops of whole maps" in everything.stdout
     assert "drops of whole maps" not in again.stdout

@@ -15,7 +15,7 @@ from precimap.errors import ModelError, TaskError
 from precimap.report.terminal import shown
 from precimap.searching.preflight.checks import check_weights
 
-NAMES = ("[red]", "[/]", "\x1b[2J", "a\nCERTIFIED", "\u202egnp", "\x07", "[link=http://x]", ":smile:")
+NAMES = ("[red]", "[/]", "\x1b[2J", "a\nCertified", "\u202egnp", "\x07", "[link=http://x]", ":smile:")
 TASK = f"""
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ def test_every_command_shows_them_and_obeys_none(precimap: Callable[..., tuple[i
     code, out = precimap("search", *asked)
     assert code == 0
     assert out.startswith("╭─ certified ─")
-    assert "\nCERTIFIED" not in out, "a name with a line end is no line of ours"
+    assert "\nCertified" not in out, "a name with a line end is no line of ours"
     assert all(shown(name) in out for name in NAMES)
     assert precimap("report", "[red]run") == (0, out)
     assert json.loads(precimap("report", "[red]run", "--json")[1])["certified"]

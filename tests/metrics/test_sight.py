@@ -67,8 +67,8 @@ def test_ne_of_sixteen_thousand_rows() -> None:
     assert spot.rare_one_in == pytest.approx(200 / 3, rel=0.01)
     assert (spot.cost, spot.unit) == (pytest.approx(0.001 * loss * spot.one_in), "nats")
     said = str(spot)
-    assert "a loss that hits fewer than 1 unit in 5,300 (of the positives, 1 in 67) would not be seen" in said
-    assert f"it would have to cost {spot.cost:.2g} nats each to break the margin" in said
+    assert "these data cannot show a loss in fewer than 1 unit in 5,300 (1 positive in 67)." in said
+    assert f"It breaks the margin only if it costs each of them {spot.cost:.2g} nats." in said
 
 
 @given(st.integers(30, 10**7), st.floats(0.001, 0.3), st.floats(1e-4, 1), st.floats(-0.5, 0.9))
@@ -272,7 +272,7 @@ def test_a_blind_spot_reads_well_with_one_positive_class_and_without() -> None:
         unit="",
         weight=None,
     )
-    assert str(spot) == "Blind spot: a loss that hits fewer than 1 unit in 34 would not be seen."
+    assert str(spot) == "Blind spot: these data cannot show a loss in fewer than 1 unit in 34."
 
 
 # Functions of the user's own

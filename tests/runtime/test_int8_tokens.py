@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,7 @@ def test_rounding_draws_multiply_the_scales(form: str) -> None:
     model, x = made(96, 40), rows_of(9, 96, torch.float32)
     layer = layer_of(model)
     for phase in (0.8, 1.17):
-        drawn = QuantizedLayer("weight", INT8_TOKENS, layer.codes, layer.weight_affine, None, phase)
+        drawn = replace(layer, input_phase=phase)
         with quantized(model, {"weight": drawn}):
             expected = model(x)
         assert torch.equal(CPU_INT8.deployed(model, {"weight": drawn})(x), expected)

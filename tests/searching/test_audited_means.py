@@ -157,7 +157,7 @@ def test_a_shifted_mean_is_caught_and_the_probe_decides(tmp_path: Path, monkeypa
     Console(width=80, file=page).print(run_page(read_run(tmp_path / "run")))
     said = " ".join(page.getvalue().split())
     assert "3 of 3 agree unit by unit, but not in the mean" in said
-    assert "predicted to change the gate by +0.013, and measured to change it by +0.003: they DISAGREE" in said
+    assert "predicted to change the metric by +0.013, and measured to change it by +0.003: they DISAGREE" in said
     assert "The screen is not believed for linear 128x64 under fp8: those layers were probed." in said
 
 
@@ -177,8 +177,11 @@ def test_a_good_screen_agrees_in_the_mean_and_the_report_says_with_what_error(tm
     page = io.StringIO()
     Console(width=80, file=page).print(run_page(read_run(tmp_path / "run")))
     said = " ".join(page.getvalue().split())
-    assert "3 layers were drawn at random and measured one by one: 3 of 3 agree (with 95 % confidence at least" in said
-    assert "predicted to change the gate by +0.018, and measured to change it by +0.021: they agree (n = 125" in said
+    assert (
+        "3 pairs of layer and scheme were drawn and measured one by one: 3 of 3 agree (with 95 % confidence at least"
+        in said
+    )
+    assert "predicted to change the metric by +0.018, and measured to change it by +0.021: they agree (n = 125" in said
 
 
 def test_the_mean_of_a_guard_is_audited_against_its_own_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

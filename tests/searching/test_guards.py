@@ -228,7 +228,7 @@ def test_the_page_of_a_run_says_which_guard_kept_a_map_back(tmp_path: Path) -> N
     assert re.search(
         r"with 2 layers low is predicted to have a bound of \d\.\d times the margin for the guard calibration", text
     )
-    assert re.search(r"guard calibration held: [+-]0\.\d+ ± 0\.\d+ of the baseline's, baseline", text)
+    assert re.search(r"guard calibration held: [+-]0\.\d+ ± 0\.\d+ as a share of the baseline's 0?\d\.\d+,", text)
 
 
 def test_large_ids_of_clusters_stay_apart_and_fractions_are_refused(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ class Calibration(_Sampled):
     def paired(self, baseline: Floats, other: Floats, units: Units) -> PairedDrops:
         """The ratio of the two mean predictions - 1, linearised, with its sign."""
         check_paired(self.name, baseline, other, 2)
-        stakes = Stakes(unit="of a prediction", scale=1.0, rare=baseline[:, 1], named="positive")
+        stakes = Stakes(unit="of its prediction", scale=1.0, rare=baseline[:, 1], named="positive")
         # A negative stands for 1 / kept rows of the full world.
         most = None if self.worst is None else np.full(units.n, self.worst / self.kept)
         drops = ratio_drops(self.name, (baseline[:, 0], other[:, 0]), units, stakes, most)
@@ -273,7 +273,7 @@ class RMSE:
         def slope(mean: float) -> float:
             return 0.5 / math.sqrt(mean) if mean > 0 else 0.0
 
-        return of_a_mean(self, Smooth(math.sqrt, slope, "of the squared difference"), baseline, other, units)
+        return of_a_mean(self, Smooth(math.sqrt, slope, "in squared difference"), baseline, other, units)
 
 
 @dataclass(frozen=True)

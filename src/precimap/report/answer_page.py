@@ -84,7 +84,7 @@ def _proof(found: Certificate | None, digits: int) -> list[str]:
     if not found.certified:
         lines.append(f"Why not: {found.verdict}.")
     for name, (change, error) in found.reported.items():
-        lines.append(f"Beside it, the drop of {name} is {change:+.5f} ± {error:.5f}; it decides nothing.")
+        lines.append(f"Reported, and deciding nothing: the drop of {name} is {change:+.5f} ± {error:.5f}.")
     return [*lines, *found.blind_spots]
 
 
@@ -100,7 +100,7 @@ def _changes(result: SearchResult) -> list[str]:
     if result.latency is None:
         return [
             *lines,
-            f"The speed-up is not known: nothing is timed for the target {found.target}; its gains are in FLOPs.",
+            f"The speed-up is not known: nothing is timed for the target {found.target}; gains are counted in FLOPs.",
         ]
     return [*lines, "Single layers were timed; the whole model was not."]
 
@@ -113,12 +113,13 @@ def _next(run: RunRecord, result: SearchResult) -> list[str]:
             f"Next: precimap plan {task} --margin M says how many units a margin takes. More units, or a wider margin, may "
             "be enough for a certificate."
         ]
-    lines = [f"Next: precimap deploy {task} {run.directory / 'map.json'} --output deployed.safetensors"]
+    deploy = f"precimap deploy {task} {run.directory / 'map.json'} --output deployed.safetensors"
     if result.map.target == EMULATED.name:
-        lines.append(
-            "This map is for the emulation, which is exact and slow. For speed, search with --target cpu-int8."
-        )
-    return lines
+        return [
+            f"Next: this map is simulated: exact, and no faster. To look at it: {deploy}. For speed, search again with a "
+            "target that this machine computes, such as --target cpu-int8."
+        ]
+    return [f"Next: {deploy}"]
 
 
 def _notes(result: SearchResult) -> list[RenderableType]:

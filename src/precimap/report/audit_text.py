@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from precimap.report.terminal import lines_of
 from precimap.searching.evidence.audit import Audit
 from precimap.searching.evidence.gather import EvidenceTable
-from precimap.searching.evidence.means import MeanAgreement, said_of
+from precimap.searching.evidence.means import GATE, MeanAgreement, said_of
 
 
 def audit_text(evidence: EvidenceTable) -> RenderableType:
@@ -37,7 +37,7 @@ def audit_text(evidence: EvidenceTable) -> RenderableType:
 def _agreement(audit: Audit) -> str:
     """How many agree; unit by unit is not in the mean, and where the two answers differ both are said."""
     agreeing, n = sum(row.agrees for row in audit.rows), len(audit.rows)
-    said = f"To check it, {n} layers were drawn at random and measured one by one: {agreeing} of {n} agree"
+    said = f"To check it, {n} pairs of layer and scheme were drawn and measured one by one: {agreeing} of {n} agree"
     if not all(found.agrees for found in audit.means):
         return f"{said} unit by unit, but not in the mean."
     return f"{said} (with 95 % confidence at least {audit.share[1]:.0%} of all do)."
@@ -46,12 +46,13 @@ def _agreement(audit: Audit) -> str:
 def _means_said(found: MeanAgreement) -> str:
     """The sum that was predicted beside the one that was measured, and how much of the margin the error can hide."""
     kind = found.scheme if found.kind is None else said_of(found.kind)
+    what = "the metric" if found.what == GATE else f"the guard {found.what}"
     verdict = "agree" if found.agrees else "DISAGREE"
     hidden = 2 * found.error * found.of / found.layers / found.margin
     return (
-        f"Together these {found.layers} ({kind}) are predicted to change {found.what} by {found.predicted:+.2g}, and "
-        f"measured to change it by {found.probed:+.2g}: they {verdict} (n = {found.n}; over all layers, an error of up to "
-        f"{hidden:.2g} margins would not show)."
+        f"Together these {found.layers} ({kind}) are predicted to change {what} by {found.predicted:+.2g}, and "
+        f"measured to change it by {found.probed:+.2g}: they {verdict} (n = {found.n}; over all layers, this check "
+        f"could miss an error of {hidden:.1%} of the margin)."
     )
 
 

@@ -21,7 +21,7 @@ def end_to_end_page(found: EndToEnd) -> RenderableType:
         f"utilisation of {found.peak_flops / 1e12:.3g} TFLOP/s in base precision "
         f"({'given' if found.peak_given else 'measured'}), {found.flops / 1e6:,.3g} MFLOP a unit",
         f"the map, {found.served}, is {gain} times as fast as the base model"
-        + ("" if found.foretold is None else f"; the sum of single layers foretold {found.foretold}"),
+        + ("" if found.foretold is None else f"; the sum of single layers predicted {found.foretold}"),
     ]
     if not found.pays:
         lines.append("no gain in time that can be told from the spread of the turns")

@@ -8,6 +8,7 @@ import math
 from rich.console import Group, RenderableType
 
 from precimap.certificate import Certificate, GuardAnswer, Rounding, units_said, worth
+from precimap.metrics.metric import RELATIVE
 from precimap.report.terminal import lines_of
 
 
@@ -32,7 +33,10 @@ def certificate_text(certificate: Certificate) -> RenderableType:
         for name, (d, e) in certificate.reported.items()
     ]
     lines += [*certificate.blind_spots, *([certificate.history] if certificate.earlier else []), certificate.claim]
-    head = lines_of([certificate.verdict.upper()], "bold green" if certificate.certified else "bold yellow")
+    head = lines_of(
+        [f"{certificate.verdict[:1].upper()}{certificate.verdict[1:]}."],
+        "bold green" if certificate.certified else "bold yellow",
+    )
     return Group(head, lines_of(f"  {line}" for line in lines))
 
 
@@ -44,8 +48,8 @@ def _gate_lines(certificate: Certificate) -> list[str]:
         ]
     drop, error, upper = _told(certificate.error, certificate.drop, certificate.error, certificate.upper)
     return [
-        f"drop of {certificate.metric}: {drop} ± {error.lstrip('+')} (standard error)"
-        f"{' ' + certificate.unit if certificate.unit else ''}, baseline {certificate.baseline:.5f}",
+        f"drop of {certificate.metric}{_of(certificate.unit, certificate.baseline)}: {drop} ± {error.lstrip('+')} (standard "
+        "error)",
         f"{100 * (1 - certificate.alpha):g} % upper bound {upper}, margin {certificate.margin:g}",
         f"bound: {certificate.bound}",
     ]
@@ -56,10 +60,16 @@ def _guard_lines(name: str, guard: GuardAnswer, alpha: float) -> list[str]:
     size = f"n = {guard.n:,}{worth(guard.n, guard.clusters, guard.effective)}"
     needed = "" if guard.needed is None else f"; needs {units_said(guard.needed)}"
     return [
-        f"guard {name} {guard.verdict if guard.held else guard.verdict.upper()}: {drop} ± {error.lstrip('+')}"
-        f"{' ' + guard.unit if guard.unit else ''}, baseline {guard.baseline:.5f},",
+        f"guard {name} {guard.verdict}: {drop} ± {error.lstrip('+')}{_of(guard.unit, guard.baseline)},",
         f"  {100 * (1 - alpha):g} % bound {upper.lstrip('+')}, margin {guard.margin:g}; {size}{needed}",
     ]
+
+
+def _of(unit: str, baseline: float) -> str:
+    """What a drop is a share of, or is in, and the baseline's value."""
+    if unit == RELATIVE:
+        return f" as a share of the baseline's {baseline:.5f}"
+    return f" from {baseline:.5f}{' ' + unit if unit else ''}"
 
 
 def rounding_text(rounding: Rounding) -> RenderableType:
@@ -71,8 +81,9 @@ def rounding_text(rounding: Rounding) -> RenderableType:
         f"  These very weights, for other units: {here[0]} ± {here[1].lstrip('+')}.",
         f"  Weights of a next training, rounded elsewhere: {there[0]} ± {there[1].lstrip('+')} (over {len(rounding.drops)} "
         "shifted rounding grids).",
-        f"  More units do not make the second smaller than {there[2].lstrip('+')}.",
     ]
+    if rounding.common:
+        lines.append(f"  More units do not make the second smaller than {there[2].lstrip('+')}.")
     return lines_of(lines)
 
 

@@ -54,14 +54,14 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
     for heading in ("FLOPs", "predicted ±", "probed ±"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    table.add_column("in", no_wrap=True)
+    table.add_column("runs in", no_wrap=True)
     for name, decision in precision_map.layers.items():
         cells = (_own_drop(decision, decision.predicted, unit), _own_drop(decision, decision.evidence, unit))
         verdict = Text(decision.verdict.value, style=_STYLE[decision.verdict])
-        runs = (decision.scheme or "base")[:SCHEME_WIDTH]
+        runs = (decision.scheme or "as it is")[:SCHEME_WIDTH]
         table.add_row(short_name(name, NARROW_NAME_WIDTH), f"{precision_map.share_of(name):.1%}", *cells, verdict, runs)
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
-    notes = lines_of((f"{count} x {reason}" for reason, count in reasons.items()), "dim")
+    notes = lines_of((f"{count} layer{'s' * (count > 1)}: {reason}" for reason, count in reasons.items()), "dim")
     said = (
         f"Drops of single layers in {precision_map.premise.metric}, in {unit:.0e}, {_sizes(precision_map)}; above zero is "
         "worse."
@@ -101,7 +101,7 @@ def chain_table(result: SearchResult) -> RenderableType:
         box=None,
         pad_edge=False,
     )
-    for heading in ("low", "singles", "predicted", "search", "± s.e.", "upper", "certify", "± s.e.", "upper"):
+    for heading in ("layers", "sum", "predicted", "search", "± s.e.", "upper", "certify", "± s.e.", "upper"):
         table.add_column(heading, justify="right")
     table.add_column("passed")
 
@@ -121,8 +121,8 @@ def chain_table(result: SearchResult) -> RenderableType:
         said = "" if tested is None else "yes" if tested.certified else "no"
         table.add_row(str(len(one.step.choice)), *cells, said)
     legend = (
-        "low: layers in low precision. singles: the sum of what its layers lose one by one. predicted: by the screen. "
-        "search, certify: measured on these splits."
+        "layers: in low precision. sum: of what these layers lose one by one. predicted: by the screen. search, certify: "
+        "measured on these splits; empty where it was not."
     )
     return Group(table, lines_of([legend, _gains(result), *_broken_guards(result), *_drift(result)], "dim"))
 
@@ -205,9 +205,9 @@ def _outlook_line(found: Outlook) -> str:
         return f"{found.label}: how noisy a map is could not be measured beforehand ({found.unmeasured})"
     assumed = "for a map that loses nothing and is as noisy as the model with all layers in low precision"
     if not math.isfinite(found.detectable):
-        line = f"{found.label}: with these data no margin can be certified, {assumed}"
+        line = f"{found.label}: these data can certify no margin, {assumed}"
     else:
-        line = f"{found.label}: with these data margins from {found.detectable:.2g} on can be certified, {assumed}"
+        line = f"{found.label}: these data can certify margins from about {found.detectable:.2g} on, {assumed}"
     if found.detectable <= found.margin:
         return f"{line}. Yours is {found.margin:g}."
     needed = "" if found.about is None else f" It takes about {found.about:,} units in each split."

@@ -41,10 +41,10 @@ def gain_said(times: EndToEnd) -> str:
 
 def no_gain(times: EndToEnd) -> str:
     """Why a map that may well be tolerable is none."""
-    foretold = "" if times.foretold is None else f", where the sum of single layers foretold {times.foretold}"
+    foretold = "" if times.foretold is None else f"; the sum of single layers predicted {times.foretold}"
     return (
         f"keep the baseline: not worth it on this hardware ({times.device}): deployed as a whole ({times.served}, "
-        f"{times.batches}), the fastest map is {times.gain} times as fast as the base model, no gain beyond its spread "
+        f"{times.batches}), the fastest map is {times.gain} times as fast as the base model, within the noise of timing "
         f"(n = {times.gain.n} turns){foretold}"
     )
 

@@ -111,7 +111,7 @@ class Latency:
         shared = ", alone or with its siblings" if self.savings.quantising else ""
         return (
             f"not worth it on this hardware ({self.device}): of {len({key[0] for key in self.saved})} layers none gains "
-            f"time beyond its spread{shared}; the best, {layer} under {scheme}, takes {best} times as long as "
+            f"more time than the noise of timing{shared}; the best, {layer} under {scheme}, takes {best} times as long as "
             f"base precision (n = {best.n} turns)"
         )
 

@@ -100,7 +100,7 @@ class _Judge:
         ratio = 1 - (sum(one.share for one in each) - share) / weight
         low = 1 - (sum(one.upper for one in each) - least) / weight
         high = 1 - (sum(one.lower for one in each) - most) / weight
-        inside = ", no gain beyond its spread" if low <= 1 else ""
+        inside = ", which is within the noise of timing" if low <= 1 else ""
         n = min(one.n for one in each)
         return (
             f"{what} takes {ratio:.2f} [{low:.2f}, {high:.2f}] times as long as base precision{inside} (n = {n} turns)"
