@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from helpers.small_tasks import COUNTED_INT8, planted_task
 from precimap import (
@@ -304,6 +305,28 @@ def test_code_that_was_thrown_away_is_made_again() -> None:
         torch.testing.assert_close(fast(x), eager(x), atol=0.03, rtol=0)
     assert calls.graphs > before
     assert calls._found == calls._expected > 0
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (2, 8, 64), (2, 2, 8, 64)])
+def test_activations_and_residuals_are_part_of_the_products(shape: tuple[int, ...]) -> None:
+    """As Inductor counts them: its patterns meet the layer's own input, and not rows that were cut out of it."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.norm = nn.Linear(64, 96), nn.Linear(96, 64), nn.LayerNorm(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.second(nn.functional.gelu(self.first(x))) + x)
+
+    torch._dynamo.reset()
+    model, x = Block().eval(), torch.randn(shape)
+    layers = {name: layer for name, layer in layers_of(model).items() if "norm" not in name}
+    counters["inductor"].clear()
+    fast = compiled(CPU_INT8.deployed(model, layers), x)
+    assert counters["inductor"]["qlinear_unary_matcher_count"] == 1  # gelu, whose results are codes at once
+    assert counters["inductor"]["qlinear_binary_matcher_count"] == 1  # the sum with the input
+    torch.testing.assert_close(fast(x), CPU_INT8.deployed(model, layers)(x), atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("form", ["tuple", "mapping", "tensor"])

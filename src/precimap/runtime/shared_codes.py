@@ -53,13 +53,13 @@ class SharedCodes(threading.local):
             if one.key == key and same_bytes(one.copy, x):
                 codes, spoiled = one.found
                 return (codes if codes.shape == x.shape else codes.view(x.shape)), spoiled
-        found = unsigned_codes(x, format, scale, zero)
-        if self._is_read_again(x, key, reader):
-            # Copied after it was quantised: what another thread writes meanwhile is then in neither or found out.
-            kept = x.detach().clone()
-            if same_bytes(kept, x):
-                newest = _Kept(weakref.ref(_owner(x), self._forget), key, kept, found)
-                self.kept = (newest, *self.kept[: MOST_KEPT - 1])
+        if not self._is_read_again(x, key, reader):
+            return unsigned_codes(x, format, scale, zero)
+        # Of the copy: whatever another thread writes meanwhile, these are the codes of the bytes that are kept.
+        kept = x.detach().clone()
+        found = unsigned_codes(kept, format, scale, zero)
+        newest = _Kept(weakref.ref(_owner(x), self._forget), key, kept, found)
+        self.kept = (newest, *self.kept[: MOST_KEPT - 1])
         return found
 
     def _is_read_again(self, x: Tensor, key: _Key, reader: int) -> bool:

@@ -3,4 +3,5 @@
 compiled.py  a model whose calls Inductor compiles, its INT8 products counted
 target.py    the targets of x86 and NVIDIA in that form
 attention.py attention in products, for compiled models in BF16
+inductor.py  what Inductor gets wrong around INT8 products, mended while it compiles
 """

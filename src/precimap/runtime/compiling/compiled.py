@@ -24,6 +24,7 @@ from precimap.errors import DeployError
 from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
 from precimap.runtime.compiling.attention import attention_pass
+from precimap.runtime.compiling.inductor import rows_pass, sums_in_own_memory
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.x86.int8 import TRACED
 
@@ -103,9 +104,9 @@ class CompiledCalls:
         with ExitStack() as settings:
             settings.enter_context(self._one_at_a_time)
             self._expected = self._found = 0
-            settings.enter_context(
-                torch._inductor.config.patch({**_SETTINGS, **_NO_CACHE, "pre_grad_custom_pass": attention_pass()})
-            )
+            passes = {"pre_grad_custom_pass": attention_pass(), "joint_custom_post_pass": rows_pass()}
+            settings.enter_context(torch._inductor.config.patch({**_SETTINGS, **_NO_CACHE, **passes}))
+            settings.enter_context(sums_in_own_memory())
             settings.enter_context(torch._dynamo.config.patch(_LIMITS))
             # Code that an earlier process made is not traced again, and its products could not be counted.
             settings.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))

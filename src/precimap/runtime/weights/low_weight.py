@@ -177,7 +177,7 @@ class LowWeight(Tensor):
             raise DeployError(
                 "a model with low-precision weights is not traced by TorchScript; take torch.export or compile it"
             )
-        if not compiling or torch.compiler.is_exporting():
+        if not torch.compiler.is_dynamo_compiling():
             # Written out, as it is for each call of each layer.
             short = args[1].shortcuts.get(func) if len(args) > 1 and type(args[1]) is LowWeight else None
             if short is not None and (compiling or (type(args[0]) is Tensor and not args[1].traced)):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from precimap.errors import DeployError
 from precimap.layers.quantized import InputRange
@@ -62,7 +63,7 @@ class Int8Kernel(CodedKernel):
 
     def rows(self, x: Tensor, weight: LowWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         if weight.traced:
-            return _traced(x.reshape(-1, x.shape[-1]), weight, bias, dtype).reshape(*x.shape[:-1], weight.shape[0])
+            return _traced(x, weight, bias, dtype)
         packed, (format, static) = weight.prepared("int8", _packed), _input_of(weight)
         codes, spoiled = SHARED.codes(x, format, static.scale, static.zero, id(weight.cache))
         given = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
@@ -134,8 +135,7 @@ def _traced(x: Tensor, weight: LowWeight, bias: Tensor | None, dtype: torch.dtyp
     wide = quantised.dequantize_per_channel(held, scales, zeros, 0, INT8.minimum, INT8.maximum, torch.int8)
     if dtype != torch.float32:
         values, wide = values.to(dtype), wide.to(dtype)
-    turned = wide.t()
-    return torch.mm(values, turned) if bias is None else torch.addmm(bias, values, turned)
+    return F.linear(values, wide, bias)
 
 
 @functools.cache
