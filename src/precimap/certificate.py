@@ -210,7 +210,7 @@ class Certificate(Record):
         proved = f"with {confidence} confidence the drop of {self.metric} is at most the margin {self.margin:g}"
         return (
             (f"{proved}; measured " if self.certified else f"{self.metric} drop ")
-            + f"{self.drop:+.5f} +- {self.error:.5f} (standard error), {confidence} upper bound {upper}"
+            + f"{self.drop:+.5f} ± {self.error:.5f} (standard error), {confidence} upper bound {upper}"
             + ("" if self.certified else f", margin {self.margin:g}")
             + f"; {size}, {self.changed} changed; alpha spent on this split {self.spent_alpha:g}."
         )
@@ -232,7 +232,7 @@ class Certificate(Record):
     def guard_statements(self) -> tuple[str, ...]:
         """Each guard, in a sentence."""
         return tuple(
-            f"Guard {name} {g.verdict}: {g.drop:+.5f} +- {g.error:.5f}, bound "
+            f"Guard {name} {g.verdict}: {g.drop:+.5f} ± {g.error:.5f}, bound "
             f"{'none' if g.upper is None else format(g.upper, '.5f')}, margin {g.margin:g}."
             for name, g in self.guards.items()
         )

@@ -361,7 +361,7 @@ GOOD = Option(layer="x", scheme="a", gain=1.0, cost=1.0, bytes=4)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([Option(layer="x", scheme="a", gain=1.0, cost=-0.1, bytes=4)], "no credit"),
+        ([Option(layer="x", scheme="a", gain=1.0, cost=-0.1, bytes=4)], "an improvement counts as 0"),
         ([Option(layer="x", scheme="a", gain=1.0, cost=math.nan, bytes=4)], "cost of x"),
         ([Option(layer="x", scheme="a", gain=math.inf, cost=1.0, bytes=4)], "gain of x"),
         ([Option(layer="x", scheme="a", gain=1.0, cost=1.0, bytes=-4)], "size of x"),

@@ -113,7 +113,7 @@ def test_a_refusal_says_what_was_judged_and_what_to_do(tmp_path: Path) -> None:
         ledger.spend("decaf", 0.025, "nDCG@10, margin 0.004")
     message = str(refusal.value)
     for part in (
-        "split 5f3a has given away alpha 0.05 of the budget 0.05",
+        "split 5f3a has used alpha 0.05 of the budget 0.05",
         "'nDCG@10, margin 0.004' at alpha 0.025 would make it 0.075",
         f"{when}  alpha 0.05  nDCG@10, margin 0.002 (chain c0ffee)",
         "a fresh certify split, or a budget of at least 0.075",
@@ -346,7 +346,7 @@ def test_many_small_shares_add_up(tmp_path: Path) -> None:
         opened(tmp_path, f"part{number}", 0.05, range(1000 * number, 1000 * number + 1000)).spend("a", 0.05, "a")
     units = [*range(110), *range(1000, 1110), *range(50_000, 50_780)]
     asked = AskedSplit("mixed", (finished(np.array(units, np.uint64)),), lambda: "")
-    with pytest.raises(AlphaSpent, match=r"given away alpha 0\.1 "):
+    with pytest.raises(AlphaSpent, match=r"used alpha 0\.1 "):
         Ledger.open(tmp_path, asked, 0.05).spend("b", 0.05, "b")
 
 

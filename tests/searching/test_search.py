@@ -402,7 +402,7 @@ def test_another_answer_does_not_overwrite_a_map_and_a_spent_split_is_said_first
     assert PrecisionMap.load(tmp_path / "run" / "map.json").low == ()
     assert PrecisionMap.load(tmp_path / "run" / f"map-{first.map.fingerprint}.json") == first.map
     assert not told[0].notes
-    assert any("has given away alpha 0.05" in note for note in told[1].notes)
+    assert any("has used alpha 0.05" in note for note in told[1].notes)
     written = [replace(found.preflight, outlook=()) for found in (first, second)]  # which speaks of the margin
     assert written[0] == written[1], "what is written down does not depend on what was judged before"
 

@@ -82,7 +82,7 @@ class SearchResult:
     def _repr_html_(self) -> str:
         """What a notebook shows: the answer, what the certificate says, and each layer with its reason."""
         proof = "" if self.certificate is None else f"<p>{escape(str(self.certificate))}</p>"
-        head = "".join(f"<th>{name}</th>" for name in ("layer", "scheme", "drop alone", "share of the FLOPs", "why"))
+        head = "".join(f"<th>{name}</th>" for name in ("layer", "runs in", "drop alone", "FLOPs", "why"))
         rows = "".join(_row(name, decision) for name, decision in self.map.layers.items())
         return f"<p><b>{escape(self.answer)}</b></p>{proof}<table><tr>{head}</tr>{rows}</table>"
 
@@ -121,8 +121,9 @@ def _row(name: str, decision: Decision) -> str:
     scheme = decision.scheme
     found = None if scheme is None else decision.evidence.get(scheme) or decision.predicted.get(scheme)
     drop = "" if found is None else f"{found.drop:+.2g} \u00b1 {found.error:.1g}"
-    cells = (name, scheme or "base precision", drop, f"{decision.flops_share:.1%}", decision.reason)
-    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+    cells = (name, scheme or "base precision", drop, f"{decision.flops_share:.1%}")
+    short = "".join(f'<td style="white-space:nowrap;text-align:left">{escape(cell)}</td>' for cell in cells)
+    return f'<tr>{short}<td style="text-align:left">{escape(decision.reason)}</td></tr>'
 
 
 def saved(result: SearchResult, run: str | Path | None) -> SearchResult:

@@ -226,7 +226,7 @@ def _check(table: Sequence[Option], base_bytes: Mapping[str, int]) -> None:
     for row in table:
         what = f"{row.layer} under {row.scheme}"
         if not row.cost >= 0:
-            raise InputError(f"the cost of {what} is {row.cost}; expected 0 or more (an improvement is no credit)")
+            raise InputError(f"the cost of {what} is {row.cost}; expected 0 or more (an improvement counts as 0)")
         if not math.isfinite(row.gain):
             raise InputError(f"the gain of {what} is {row.gain}; expected a finite number")
         if not 0 <= row.shared < math.inf:

@@ -61,8 +61,8 @@ class Booking:
             return notes
         return (
             *notes,
-            f"the certify split has given away alpha {spent:g}: other questions than those answered need fresh data "
-            f"or an alpha budget of {spent + question.alpha:g} (--alpha-budget); {FRESH}",
+            f"the certify split has used alpha {spent:g}. Any new question needs fresh data or an alpha budget of "
+            f"{spent + question.alpha:g} (--alpha-budget); {FRESH}",
         )
 
     def check_left(self, target: Target, question: Question) -> None:

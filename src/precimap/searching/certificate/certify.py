@@ -106,7 +106,7 @@ def too_small(task: Task, baseline: Scored, look: Look, fingerprint: str) -> Cer
         metric=task.metric.name,
         unit=task.metric.unit,
         certified=False,
-        verdict=f"cannot tell {short[0]}; the map was not scored on the certify split, and no alpha was given away",
+        verdict=f"cannot tell {short[0]}; the map was not scored on the certify split, and no alpha was used",
         claim=look.target.claim,
         drop=None,
         error=None,

@@ -33,8 +33,8 @@ from precimap.searching.splits.rows import Prints
 LOCK_NAME = "ledger.lock"
 NEARLY_NEW = 0.2
 FRESH = (
-    "fresh data are no second chance for nothing: each split says yes to a map that is too bad with a probability of up to "
-    "its alpha, and k splits, asked until one says yes, with up to k times alpha"
+    "a fresh split is a second try: each split passes a map that is too bad with a probability of up to its alpha, so k "
+    "splits, asked until one says yes, pass it with up to k times alpha"
 )
 _SUFFIX = ".alpha.json"
 _SLACK = 1e-9  # 0.025 + 0.025 is at most 0.05
@@ -237,7 +237,7 @@ class Ledger:
                 lines.append(f"\n  as the split {account.split}, which holds {100 * share:.3g} % of its units:")
             lines += [f"\n  {e.first}  alpha {e.alpha:g}  {e.description} (chain {e.chain})" for e in account.judged]
         return (
-            f"the certify split {self.split.name} has given away alpha {spent:g} of the budget {self.budget:g}; judging "
+            f"the certify split {self.split.name} has used alpha {spent:g} of the budget {self.budget:g}; judging "
             f"'{description}' at alpha {alpha:g} would make it {total:g}. It has judged:{''.join(lines) or ' nothing yet'}\n"
             f"Give a fresh certify split, or a budget of at least {total:g}; the certificate then states this total. Asking "
             f"one of the questions above again costs nothing. Mind that {FRESH}. Ledger: {self.path}"

@@ -111,7 +111,7 @@ def _check_did_not_choose(task: Task, precision_map: PrecisionMap, certify: Spli
     if share > SHARED_UNITS_ALLOWED or certify.whole == premise:
         raise TaskError(
             f"the map was chosen on {100 * share:.3g} % of this certify split's {certify.n:,} units; a certificate needs "
-            f"data that chose nothing, and more than {SHARED_UNITS_ALLOWED:.0%} is refused"
+            f"data that the search did not use, and more than {SHARED_UNITS_ALLOWED:.0%} is refused"
         )
 
 

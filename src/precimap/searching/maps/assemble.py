@@ -144,8 +144,8 @@ def _judged(writer: MapWriter, layer: Layer, chosen: str | None, known: Sequence
     if best.lower > cutoff and chosen is None:
         return Verdict.SENSITIVE, f"its own drop is at least {best.lower:.2g}, above the cutoff {cutoff:.2g} {how}"
     drop, n = best.drop, writer.needed(found, best)
-    told_apart = f"its own drop {drop.estimate:+.2g} +- {drop.error:.2g} {how}"
-    asks = f"cannot be told from the cutoff {cutoff:.2g}" + ("" if n is None else f" (needs about {n:,} units)")
+    told_apart = f"its own drop {drop.estimate:+.2g} ± {drop.error:.2g} {how}"
+    asks = f"is within the noise of the cutoff {cutoff:.2g}" + ("" if n is None else f" (about {n:,} units would tell)")
     return Verdict.UNDECIDED, f"{told_apart} {asks}; {_fate(chosen)}"
 
 
@@ -156,4 +156,4 @@ def _how(found: LayerEvidence) -> str:
 
 
 def _fate(chosen: str | None) -> str:
-    return "no map with it was certified" if chosen is None else "in by the certificate of the whole map"
+    return "no map with it was certified" if chosen is None else "the certificate of the whole map covers it"
