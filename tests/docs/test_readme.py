@@ -37,7 +37,7 @@ def test_the_commands_exist_with_the_options_named() -> None:
 
 
 def test_the_scheme_table_is_complete() -> None:
-    named = set(re.findall(r"`((?:fp8|int[48])[a-z0-9-]*)`", README))
+    named = set(re.findall(r"`((?:fp8|fp16|bf16|int[48])[a-z0-9-]*)`", README))
     assert set(SCHEMES) <= named
 
 

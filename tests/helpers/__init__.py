@@ -6,6 +6,7 @@ real_models.py         real recommenders with published weights
 search_attempts.py     one search as a process that may be killed, and what two runs have in common
 going_round.py         a model between processes and among threads
 quantiser_oracle.py    the oracle of the quantiser, from ml_dtypes
+spellings.py           every spelling of a product that a weight is read by
 grouped_on_cpu.py      `torch._scaled_grouped_mm` for CPU tensors
 
 The zoo, models that nobody here wrote and small faithful ones:

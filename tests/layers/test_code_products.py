@@ -40,7 +40,7 @@ from precimap.numerics.ranges import fit
 from precimap.numerics.schemes import BF16_FLOOR, SCHEMES, Granularity, Rounding, Scheme
 
 FORMATS = (BF16, E4M3, E5M2, E4M3_FNUZ, E5M2_FNUZ, E2M1, INT8, UINT8, UINT4)
-CODED = [scheme for scheme in (*SCHEMES.values(), BF16_FLOOR) if scheme.input is not None]
+CODED = [scheme for scheme in (*SCHEMES.values(), BF16_FLOOR) if scheme.input is not None and scheme.result is None]
 
 
 class Product(nn.Module):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.quantiser_oracle import oracle
-from precimap.errors import SchemeError
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
 from precimap.numerics.fast import fake_quantize
@@ -24,6 +23,7 @@ from precimap.runtime.x86.target import int8_scheme
 
 W = torch.randn(24, 48, generator=torch.Generator().manual_seed(1))  # [N, K]
 X = torch.randn(6, 48, generator=torch.Generator().manual_seed(2))
+SHIFTED = [name for name, found in SCHEMES.items() if found.weight.has_scales]
 RANGE = InputRange(float(np.float32(0.03)), 0)
 
 
@@ -71,7 +71,7 @@ def by_hand(chosen: Scheme, input_phase: float, weight_scales: np.ndarray) -> np
 
 
 @pytest.mark.parametrize("seed", [None, 3, 4])
-@pytest.mark.parametrize("name", [name for name, found in SCHEMES.items() if found.rows is None])
+@pytest.mark.parametrize("name", [name for name in SHIFTED if scheme(name).rows is None])
 def test_a_shifted_layer_computes_what_hands_compute(name: str, seed: int | None) -> None:
     chosen, layer = scheme(name), made(name, seed)
     plain = fit(W, chosen.weight, (1,)).scale
@@ -95,7 +95,7 @@ def test_codes_by_ml_dtypes() -> None:
     assert np.array_equal(scaled.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), layer.codes.view(torch.uint8).numpy())
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", SHIFTED)
 def test_without_a_shift_nothing_changes(name: str) -> None:
     """The layer, bit for bit, from the pieces and without a phase anywhere; its output within what a sum may round."""
     chosen, layer = scheme(name), made(name)
@@ -114,7 +114,7 @@ def test_without_a_shift_nothing_changes(name: str) -> None:
     assert ((run(layer).double() - F.linear(x.double(), w.double())).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", SHIFTED)
 def test_a_seed_is_a_draw(name: str) -> None:
     first, again, other = made(name, 1), made(name, 1), made(name, 2)
     assert torch.equal(first.codes.view(torch.uint8), again.codes.view(torch.uint8))
@@ -166,9 +166,11 @@ def test_siblings_with_their_own_phases_do_not_share_an_input() -> None:
         np.testing.assert_allclose(half.numpy(), by_hand(chosen, layer.input_phase, scales), rtol=1e-5, atol=1e-4)
 
 
-def test_the_floor_cannot_be_shifted() -> None:
-    with pytest.raises(SchemeError, match="weight: the weight is bf16"):
-        quantize_layer("weight", W, (1,), BF16_FLOOR, None, GridShift(1))
+@pytest.mark.parametrize("chosen", [BF16_FLOOR, SCHEMES["bf16"], SCHEMES["fp16"]], ids=lambda chosen: chosen.name)
+def test_formats_of_16_bits_stay_on_their_one_grid(chosen: Scheme) -> None:
+    plain, drawn = (quantize_layer("weight", W, (1,), chosen, None, shift) for shift in (None, GridShift(1)))
+    assert torch.equal(plain.codes, drawn.codes)
+    assert (drawn.input_phase, float(drawn.weight_affine.scale)) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("name", "resolution", "kept"), [("fp8-weight", 2.0**-3, 0.1), ("int8-weight", None, 0.5)])

@@ -63,7 +63,7 @@ def test_every_scheme_is_found_by_its_name_and_no_two_are_the_same() -> None:
     assert len({(one.weight, one.input) for one in SCHEMES.values()}) == len(SCHEMES)
 
 
-@pytest.mark.parametrize("name", ["fp4", "FP8", "", "bf16"])
+@pytest.mark.parametrize("name", ["fp4", "FP8", "", "bfloat16"])
 def test_an_unknown_name_is_told_the_choices(name: str) -> None:
     with pytest.raises(SchemeError) as refusal:
         scheme(name)
@@ -86,6 +86,8 @@ def test_what_a_scheme_says_of_itself() -> None:
         "int8-row": (8, False, False),
         "int8-row-half": (8, False, False),
         "int4-row": (4, False, False),
+        "bf16": (16, True, False),
+        "fp16": (16, True, False),
     }
 
 

@@ -179,7 +179,7 @@ def linear_layer(**changes: Any) -> Layer:
 
 def test_refusals_name_their_reason() -> None:
     for name in SCHEMES:
-        assert (CUDA_FP8.refusal(linear_layer(), SCHEMES[name]) is None) == (name in SERVED), name
+        assert (CUDA_FP8.refusal(linear_layer(), SCHEMES[name]) is None) == (name in (*SERVED, "bf16", "fp16")), name
     for changes, reason in (
         ({"ops": ("bilinear",)}, "bilinear"),
         ({"dtype": "float64"}, "float64"),
@@ -292,7 +292,7 @@ def test_a_profile_of_a_gpu_plans_for_it_elsewhere(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(CudaTimer, "device", lambda _: device)
     profile = bench_device(planted_task(), target=CUDA_FP8, batch_sizes=(64,))
     profile.save(tmp_path / "h100.json")
-    assert set(profile.schemes) == set(SERVED)
+    assert set(profile.schemes) == {*SERVED, "bf16", "fp16"}
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(profile_page(profile, tmp_path / "h100.json"))
     assert "cuda-fp8 (experimental: not yet measured on a GPU) on NVIDIA H100, 9.0" in console.export_text()

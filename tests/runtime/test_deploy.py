@@ -227,7 +227,7 @@ def test_int8_linear_takes_inputs_of_any_rank(bias: bool, shape: tuple[int, ...]
 def test_cpu_refusals_name_their_reason() -> None:
     layer, static = _linear_layer(), scheme(int8_scheme())
     assert CPU_INT8.refusal(layer, static) is None
-    served = {"int8", "int8-static", "int8-static-u7", "fp8-weight", "int8-weight"}  # `int8`: test_int8_tokens.py
+    served = {"int8", "int8-static", "int8-static-u7", "fp8-weight", "int8-weight", "bf16"}  # and test_half.py
     for name in sorted(set(SCHEMES) - served):
         assert CPU_INT8.refusal(layer, SCHEMES[name]) is not None, name
     for changes, reason in (

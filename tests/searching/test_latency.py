@@ -448,7 +448,7 @@ def test_this_cpu_times_what_it_deploys() -> None:
         assert found.base.n == 15
         assert found.base.lower <= found.base.median <= found.base.upper
         products = {name for name in ("int8-static", "int8-static-u7") if name in given.schemes}
-        of_linear = products | ({"int8"} & set(given.schemes)) | {"fp8-weight", "int8-weight"}
+        of_linear = products | ({"int8", "bf16"} & set(given.schemes)) | {"fp8-weight", "int8-weight"}
         assert set(found.low) == (of_linear if kind == "Linear" else {"int8-row", "int4-row"})
         assert products
         assert all((low.shared is not None) == (name in products) for name, low in found.low.items())

@@ -224,8 +224,9 @@ def test_gain_counts_packed_rows_and_what_bytes_are_worth(task: Task) -> None:
         assert gain(inventory, table.name, scheme(name), 1.0) == pytest.approx((table.bytes - packed) / total)
         assert gain(inventory, table.name, scheme(name), 0.0) == 0
     linear = inventory.layer("hidden.weight")
-    product = 0.5 * linear.flops / inventory.weight_flops
+    product = 0.75 * linear.flops / inventory.weight_flops  # 8 bits beside 32
     assert gain(inventory, linear.name, SCHEMES["fp8"], 0.0) == product
+    assert gain(inventory, linear.name, SCHEMES["bf16"], 0.0) == product * 2 / 3
     saved = (linear.bytes - 64 * 32) / total
     assert gain(inventory, linear.name, SCHEMES["fp8"], 2.0) == pytest.approx(product + 2 * saved)
 

@@ -3,7 +3,8 @@
 Invariant: an emulated layer multiplies codes, or where it cannot (`code_products.py`) dequantised values in float32, and
 rounds the result once to the model's dtype, which is what a matrix unit does that multiplies codes and accumulates in
 float32 (the order of the sum differs). Emulating in the model's own BF16 would add a rounding of every product's factors
-that no kernel makes.
+that no kernel makes. A scheme with a `result` is a call in that format: what is added there and what comes out are
+rounded to it, too.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,7 @@ from precimap.layers.same_bytes import same_bytes
 from precimap.layers.views import parameter_names
 from precimap.numerics.fast import code_values, fake_quantize
 from precimap.numerics.large import large_to_values
-from precimap.numerics.quantize import Affine
+from precimap.numerics.quantize import Affine, storage_dtype
 from precimap.numerics.ranges import fit
 
 
@@ -100,6 +101,14 @@ def emulate(call: WeightCall, layer: QuantizedLayer, weight: Operand, inputs: Sh
     """
     if call.op.lookup and layer.scheme.computes_low:
         return call.run()  # a tied table: the lookup itself stays in base precision, the product does not
+    if layer.scheme.result is None:
+        return _emulated(call, layer, weight, inputs)
+    dtype = storage_dtype(layer.scheme.result)
+    output = _emulated(_with_addends_in(call, dtype), layer, weight, inputs)
+    return output.to(dtype).to(output.dtype) if isinstance(output, Tensor) else output
+
+
+def _emulated(call: WeightCall, layer: QuantizedLayer, weight: Operand, inputs: SharedInputs) -> Any:
     if isinstance(weight, CodedWeight):
         output = _by_codes(call, layer, weight, inputs)
         if output is not None:
@@ -109,6 +118,21 @@ def emulate(call: WeightCall, layer: QuantizedLayer, weight: Operand, inputs: Sh
     if call.op.lookup:
         return _lookup_in_float32(call, values)
     return _in_float32(call, values, inputs.rounded(call, layer))
+
+
+def _with_addends_in(call: WeightCall, dtype: torch.dtype) -> WeightCall:
+    """The call with its floating-point tensors but the two operands rounded to `dtype`, held as they were."""
+    operands = {call.op.left, call.op.right}
+    places, names = {place for place, _ in operands}, {name for _, name in operands} | {"out"}
+    given = call.arguments
+    args = tuple(value if place in places else _through(value, dtype) for place, value in enumerate(given.args))
+    kwargs = {name: value if name in names else _through(value, dtype) for name, value in given.kwargs.items()}
+    return replace(call, arguments=Arguments(args, kwargs))
+
+
+def _through(value: Any, dtype: torch.dtype) -> Any:
+    held = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().to(dtype).to(value.dtype) if held else value
 
 
 def _by_codes(call: WeightCall, layer: QuantizedLayer, weight: CodedWeight, inputs: SharedInputs) -> Tensor | None:

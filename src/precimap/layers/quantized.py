@@ -65,9 +65,10 @@ def quantize_layer(
 ) -> QuantizedLayer:
     """Codes and scales of one layer; `contracted` are the weight's dims that its op sums over.
 
-    shift: a rounding draw, on grids other than those that ship. Raises ModelError for a weight that is not finite,
-    SchemeError for a static scheme without a range, and for a shift of a format that cannot be shifted.
+    shift: a rounding draw, on grids other than those that ship; formats of 16 bits have one grid alone, and stay on it.
+    Raises ModelError for a weight that is not finite, SchemeError for a static scheme without a range.
     """
+    shift = shift if scheme.weight.has_scales else None
     kept = None if shift is not None else _KEPT.get()
     version = None if weight.is_inference() else weight._version
     key = (name, id(weight), version, contracted, scheme, input_range)
@@ -91,7 +92,7 @@ def quantize_layer(
     layer = QuantizedLayer(
         name=name, scheme=scheme, codes=codes, weight_affine=affine, input_range=own_range, input_phase=own_phase
     )
-    if kept is not None and codes.element_size() == 1:  # not the noise floor's, two bytes each and used once
+    if kept is not None and codes.element_size() == 1:  # those of 16 bits are made as fast as they are read
         kept[key] = (weight, layer)  # with the weight, so that its id stays its own
     return layer
 

@@ -26,6 +26,8 @@ def refusal(layer: Layer, scheme: Scheme) -> str | None:
         return "a lookup has no input to quantise; weight-only schemes apply"
     if layer.outputs == 1:
         return "one output column: a dot product, nothing to gain"
+    if scheme.result is not None and layer.dtype not in ("float32", "float64"):
+        return f"the layer is in {layer.dtype} already, which is no longer than {scheme.name}"
     if scheme.weight.format.bits == 8 and isinstance(scheme.weight.format, FloatFormat):
         return _fp8_refusal(layer)
     return None

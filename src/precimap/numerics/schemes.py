@@ -11,7 +11,20 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from precimap.errors import InputError, SchemeError
-from precimap.numerics.formats import BF16, E4M3, E5M2, FORMATS, INT8, UINT4, UINT7, UINT8, Format, IntegerFormat
+from precimap.numerics.formats import (
+    BF16,
+    E4M3,
+    E5M2,
+    FORMATS,
+    FP16,
+    INT8,
+    UINT4,
+    UINT7,
+    UINT8,
+    FloatFormat,
+    Format,
+    IntegerFormat,
+)
 
 SCALE_BYTES = 4  # float32
 
@@ -106,6 +119,11 @@ class Rounding:
     symmetric: bool = True
     range: RangeRule = Amax()
 
+    @property
+    def has_scales(self) -> bool:
+        """False for formats of 16 bits, which hold the range that a model already has: their scale is 1."""
+        return self.format.bits < 16
+
     def row(self) -> dict[str, object]:
         return {
             "format": self.format.name,
@@ -118,11 +136,16 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What one layer does with its weight and, unless it is weight-only, with its input (`input` is None then)."""
+    """What one layer does with its weight and, unless it is weight-only, with its input (`input` is None then).
+
+    result: the format that the other operands of the call (a bias) and its result are rounded to, as where the call is
+    made in that format; sums are float32 all the same. None: they stay in the model's own dtype.
+    """
 
     name: str
     weight: Rounding
     input: Rounding | None
+    result: FloatFormat | None = None
 
     @property
     def weight_bits(self) -> int:
@@ -145,6 +168,8 @@ class Scheme:
         """
         values = math.prod(shape)
         per_tensor = self.weight.granularity is Granularity.PER_TENSOR
+        if not self.weight.has_scales:
+            return values * self.weight_bits // 8
         scales = 1 if per_tensor else values // max(1, math.prod(shape[dim] for dim in contracted or ()))
         return -(-values * self.weight_bits // 8) + scales * (SCALE_BYTES if self.rows is None else self.rows.bytes)
 
@@ -161,7 +186,11 @@ class Scheme:
         return replace(self, input=replace(self.input, range=rule))
 
     def row(self) -> dict[str, object]:
-        return {"weight": self.weight.row(), "input": None if self.input is None else self.input.row()}
+        row: dict[str, object] = {
+            "weight": self.weight.row(),
+            "input": None if self.input is None else self.input.row(),
+        }
+        return row if self.result is None else {**row, "result": self.result.name}
 
 
 _CHANNEL, _TENSOR, _TOKEN = Granularity.PER_CHANNEL, Granularity.PER_TENSOR, Granularity.PER_TOKEN
@@ -181,11 +210,13 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("int8-row", Rounding(UINT8, _CHANNEL, symmetric=False, range=FusedRows("float32")), None),
         Scheme("int8-row-half", Rounding(UINT8, _CHANNEL, symmetric=False, range=FusedRows("float16")), None),
         Scheme("int4-row", Rounding(UINT4, _CHANNEL, symmetric=False, range=FusedRows("float16")), None),
+        Scheme("bf16", Rounding(BF16, _TENSOR), Rounding(BF16, _TENSOR, dynamic=True), result=BF16),
+        Scheme("fp16", Rounding(FP16, _TENSOR), Rounding(FP16, _TENSOR, dynamic=True), result=FP16),
     )
 }
 
-# Not a choice but a yardstick: what rounding to BF16 alone does to the metric.
-BF16_FLOOR = Scheme("bf16", Rounding(BF16, _TENSOR), Rounding(BF16, _TENSOR, dynamic=True))
+# Not a choice but a yardstick: what rounding weights and inputs to BF16 alone does to the metric.
+BF16_FLOOR = Scheme("bf16-operands", Rounding(BF16, _TENSOR), Rounding(BF16, _TENSOR, dynamic=True))
 
 
 def scheme(name: str) -> Scheme:
@@ -237,7 +268,15 @@ def scheme_from_row(name: str, row: dict[str, object]) -> Scheme:
     weight, given = row.get("weight"), row.get("input")
     if not isinstance(weight, dict) or not (given is None or isinstance(given, dict)):
         raise SchemeError(f"scheme {name}: expected weight and input, got {row!r}")
-    read = Scheme(name, rounding_from_row(weight), None if given is None else rounding_from_row(given))
+    result = FORMATS.get(str(row["result"])) if "result" in row else None
+    if "result" in row and not (isinstance(result, FloatFormat) and result.bits == 16):
+        raise SchemeError(f"scheme {name}: expected a result of bf16 or fp16, got {row['result']!r}")
+    read = Scheme(
+        name,
+        rounding_from_row(weight),
+        None if given is None else rounding_from_row(given),
+        result if isinstance(result, FloatFormat) else None,
+    )
     if read.input is not None and (read.rows is not None or isinstance(read.input.range, FusedRows)):
         raise SchemeError(f"scheme {name}: packed rows are a weight's alone, of a scheme without an input, got {row!r}")
     return read

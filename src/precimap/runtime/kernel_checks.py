@@ -14,8 +14,10 @@ from precimap.errors import DeployError
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import QuantizedLayer
 from precimap.numerics.large import row_pieces, rows_of
+from precimap.numerics.quantize import storage_dtype
 from precimap.runtime.nvidia.fp8 import FP8_KERNEL
 from precimap.runtime.weights.emulated import EMULATED_KERNEL
+from precimap.runtime.weights.half import HALF_KERNEL
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.products import CodedKernel, scales_of, turned
 from precimap.runtime.x86.rows import ROWS_KERNEL, decoded
@@ -35,7 +37,7 @@ def check_weight(weight: LowWeight) -> None:
 
 def _checked(weight: LowWeight) -> None:
     kernel = weight.how.kernel
-    if kernel is EMULATED_KERNEL or (kernel is STORED_KERNEL and weight.dim() != 2):
+    if kernel is EMULATED_KERNEL or (kernel in (STORED_KERNEL, HALF_KERNEL) and weight.dim() != 2):
         return  # no arithmetic of its own: the model's own call, of values that were decoded as the emulation decodes
     if kernel is ROWS_KERNEL:
         _check_table(weight)
@@ -123,7 +125,8 @@ def _slack(magnitudes: Tensor, accumulation: float) -> Tensor:
 
 def _compare(name: str, layer: QuantizedLayer, found: Tensor, expected: Tensor, slack: Tensor) -> None:
     """Raises DeployError where a kernel's results differ from the emulation by more than their own rounding and `slack`."""
-    allowed = TOLERANCE[found.dtype] * expected.abs() + slack
+    result = found.dtype if layer.scheme.result is None else storage_dtype(layer.scheme.result)
+    allowed = max(TOLERANCE[found.dtype], TOLERANCE[result]) * expected.abs() + slack
     difference = (found.float() - expected).abs()
     if not bool((difference <= allowed).all()):
         worst = (difference - allowed).nan_to_num(nan=math.inf).argmax()

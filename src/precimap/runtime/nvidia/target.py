@@ -1,4 +1,4 @@
-"""FP8 on NVIDIA GPUs, through torch's scaled matrix products. Experimental: not yet measured on a GPU.
+"""FP8 on NVIDIA GPUs, through torch's scaled matrix products, and BF16 and FP16. Experimental: not yet measured on a GPU.
 
 The kernel itself is in `weights/fp8.py`. Ada (capability 8.9), Hopper (9.0) and newer have E4M3 products; the model
 must be on such a device. Search and certificate run the deployed model, so the certificate holds what the kernels add to
@@ -30,9 +30,10 @@ from precimap.runtime.nvidia.fp8 import (
 )
 from precimap.runtime.nvidia.layer_timer import CudaTimer
 from precimap.runtime.nvidia.whole_timer import CudaWholeTimer
+from precimap.runtime.weights.half import HALF_KERNEL
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.placing import placed, weight_of
-from precimap.runtime.weights.products import product_refusal
+from precimap.runtime.weights.products import product_refusal, unserved
 
 EXPERIMENTAL = "experimental: not yet measured on a GPU"
 CAPABILITY = (8, 9)  # the first with FP8 arithmetic
@@ -57,6 +58,8 @@ class CudaFp8:
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         """Why this GPU cannot run the layer in the scheme, or None. Raises DeployError where there is none with FP8."""
         _check_hardware(None)
+        if scheme.result is not None:
+            return unserved(layer)
         return scheme_refusal(scheme) or _layer_refusal(layer, scheme)
 
     @contextmanager
@@ -82,7 +85,9 @@ def marked(target: str) -> str:
 def _weight(layer: QuantizedLayer, parameter: Tensor) -> LowWeight:
     """What stands for the parameter. Its codes lie as the product reads them: inputs next to each other."""
     stacked, dtype = layer.codes.dim() == 3, str(parameter.dtype).removeprefix("torch.")
-    _check_hardware(parameter.device, grouped=stacked)
+    _check_hardware(parameter.device, grouped=stacked and layer.scheme.result is None)
+    if layer.scheme.result is not None:
+        return weight_of(layer, parameter, HALF_KERNEL)
     shared = [dim for dim, size in enumerate(layer.weight_affine.scale.shape) if size == 1]
     inputs = next((dim for dim in reversed(shared) if layer.codes.shape[dim] > 1), layer.codes.dim() - 1)
     reason = scheme_refusal(layer.scheme)

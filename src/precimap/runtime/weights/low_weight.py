@@ -36,7 +36,7 @@ from precimap.runtime.weights.memory import MEMORY
 Parts = dict[str, Tensor]
 Made = TypeVar("Made")
 Row = tuple[str, tuple[str, dict[str, object]], tuple[float, int] | None, float, str]
-_KERNELS = "x86.int8 x86.tokens x86.stored x86.rows nvidia.fp8 weights.emulated".split()
+_KERNELS = "x86.int8 x86.tokens x86.stored x86.rows nvidia.fp8 weights.half weights.emulated".split()
 # Canonical, in this order; a weight has some of them. `wide`: the parameter itself, for readers that are no products.
 PARTS = ("codes", "scale", "zero", "offset", "rows", "wide")
 AFFINE = ("scale", "zero", "offset")

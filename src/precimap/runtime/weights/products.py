@@ -33,10 +33,13 @@ def product_refusal(layer: Layer) -> str | None:
     convolved = CONVOLUTIONS.intersection(layer.ops)
     if convolved and (max(layer.shape[2:], default=1) > 1 or _grouped_convolution(layer)):
         return "a convolution over more than single positions, or in groups, is no matrix product"
+    return unserved(layer)
+
+
+def unserved(layer: Layer) -> str | None:
+    """What reads the layer and is not in the table below, or None."""
     others = [op for op in layer.ops if op not in SERVED | CONVOLUTIONS]
-    if others:
-        return f"read by {', '.join(others)}, which no kernel here multiplies"
-    return None
+    return f"read by {', '.join(others)}, which no kernel here multiplies" if others else None
 
 
 def _grouped_convolution(layer: Layer) -> bool:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from precimap.errors import DeployError
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
-from precimap.numerics.formats import INT8, UINT7, UINT8, Format
+from precimap.numerics.formats import BF16, INT8, UINT7, UINT8, Format
 from precimap.numerics.schemes import SCHEMES, Granularity, Scheme
 from precimap.runtime.compiling.compiled import EAGER
+from precimap.runtime.weights.half import HALF_KERNEL
 from precimap.runtime.weights.low_weight import Kernel, LowWeight
 from precimap.runtime.weights.placing import on_cpu, placed, weight_of
-from precimap.runtime.weights.products import product_refusal
+from precimap.runtime.weights.products import product_refusal, unserved
 from precimap.runtime.x86 import tokens
 from precimap.runtime.x86.int8 import INT8_KERNEL
 from precimap.runtime.x86.layer_timer import CpuTimer
@@ -82,6 +83,8 @@ def _weight(layer: QuantizedLayer, parameter: Tensor) -> LowWeight:
 
 
 def _kernel_of(scheme: Scheme) -> Kernel:
+    if scheme.result is not None:
+        return HALF_KERNEL
     if scheme.input is None:
         return STORED_KERNEL
     return TOKENS_KERNEL if scheme.input.granularity is Granularity.PER_TOKEN else INT8_KERNEL
@@ -90,6 +93,12 @@ def _kernel_of(scheme: Scheme) -> Kernel:
 def _scheme_refusal(scheme: Scheme) -> str | None:
     if scheme.input is None:
         return None  # stored low, computed in base precision
+    if scheme.result is not None:
+        return (
+            None
+            if scheme.result == BF16 and has_bf16()
+            else f"this CPU multiplies {scheme.name} no faster than float32"
+        )
     if scheme.weight.format != INT8:
         return "this CPU has no arithmetic for it; its INT8 kernels take INT8 weights and 8-bit inputs"
     if scheme.input.granularity is Granularity.PER_TOKEN:
@@ -108,6 +117,8 @@ def _scheme_refusal(scheme: Scheme) -> str | None:
 def _layer_refusal(layer: Layer, scheme: Scheme) -> str | None:
     if layer.table:
         return "a table takes packed rows here (int8-row, int8-row-half, int4-row)"
+    if scheme.result is not None:
+        return unserved(layer)
     reason = product_refusal(layer) if scheme.computes_low else None
     if reason is not None:
         return reason

@@ -109,15 +109,15 @@ def gain(
     """What low precision saves of the layers' time, and bytes. Negative for a scheme that takes more time than bytes pay.
 
     saved: share of the time of all timed layers, as measured. Without it the share of the model's weight FLOPs stands
-    in, 8 bits taking half the time of 16. bytes_worth: what saving the bytes of all layers is worth, where saving all
-    of that time is worth 1. The scale and offset of packed rows count, a good part of a narrow row. Scales of products
-    do not: a few bytes would set one granularity above another, whatever it costs. A parameter that stays beside its codes
-    saves none.
+    in, each taking time as its bits: 8 half as much as 16, and a quarter of what float32 takes. bytes_worth: what saving
+    the bytes of all layers is worth, where saving all of that time is worth 1. The scale and offset of packed rows count, a
+    good part of a narrow row. Scales of products do not: a few bytes would set one granularity above another, whatever it
+    costs. A parameter that stays beside its codes saves none.
     """
     found = inventory.layer(layer)
     if saved is None:
         flops = found.flops / inventory.weight_flops if inventory.weight_flops and scheme.computes_low else 0.0
-        saved = max(0.0, 1 - scheme.weight_bits / 16) * flops
+        saved = max(0.0, 1 - scheme.weight_bits / (8 * found.element_bytes)) * flops
     codes = found.numel * scheme.weight_bits / 8
     stored = codes if scheme.rows is None else scheme.stored_bytes(found.shape, found.contracted)
     stored += _kept(found, scheme)

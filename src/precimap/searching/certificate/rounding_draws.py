@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from precimap.certificate import Rounding
-from precimap.errors import InputError, SchemeError
+from precimap.errors import InputError
 from precimap.layers.quantized import QuantizedLayer, quantize_map
 from precimap.layers.realign import realigned
 from precimap.layers.target import EMULATED
@@ -81,7 +81,7 @@ def rounding_spread(shipped: Drop, draws: NDArray[np.float64], units: Units) -> 
 def draw_layers(model: nn.Module, precision_map: PrecisionMap, seed: int) -> dict[str, QuantizedLayer]:
     """The map's layers on the shifted grids of draw `seed`: to be measured, never shipped.
 
-    Raises MapError as `quantize_map` does, SchemeError for a map with a scheme whose grid cannot be shifted.
+    Raises MapError as `quantize_map` does.
     """
     return quantize_map(model, precision_map, GridShift(seed))
 
@@ -91,8 +91,8 @@ def rounding_of(
 ) -> Rounding | None:
     """Measure a map on shifted grids, as many as `Effort.rounding_draws`, on `Effort.check_units` of the search split.
 
-    A realigned map is realigned anew on every grid, as the next retrain would be. None for a map with a scheme whose grid
-    cannot be shifted. By emulation, whatever the map's target is.
+    A realigned map is realigned anew on every grid, as the next retrain would be. None for a map in 16 bits alone, whose
+    grid is always the same. By emulation, whatever the map's target is.
     """
     task, draws, numbers = run.task, effort.rounding_draws, baseline.scattered(effort.check_units)
     before = baseline.only(numbers)
@@ -109,9 +109,8 @@ def rounding_of(
         parts = scored(run, asked)
         return task.metric.paired(before.values, parts.whole.values, before.units)
 
-    try:
-        draw_layers(task.model, precision_map, 0)
-    except SchemeError:
+    schemes = [precision_map.scheme_of(name) for name in precision_map.low]
+    if not any(scheme is not None and scheme.weight.has_scales for scheme in schemes):
         return None
     fingerprint = precision_map.fingerprint
     shipped = drops(fingerprint, None)

@@ -80,7 +80,8 @@ class BatchDependence:
 
 def shares_a_scale(scheme: Scheme) -> bool:
     """Whether units of one batch share a scale that is computed from all of them."""
-    return scheme.input is not None and scheme.input.dynamic and scheme.input.granularity is Granularity.PER_TENSOR
+    given = scheme.input
+    return given is not None and given.has_scales and given.dynamic and given.granularity is Granularity.PER_TENSOR
 
 
 def batch_dependence(subject: Subject) -> tuple[BatchDependence, ...]:
