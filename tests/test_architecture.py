@@ -25,7 +25,7 @@ ORDER = (
     {"certificate"},
     {"hardware_profile"},
     {"end_to_end"},
-    {"decisions", "precision_map"},
+    {"decisions", "map_text", "precision_map"},
     {"layers", "fingerprints", "content", "jagged"},
     {"metrics"},
     {"per_unit"},
@@ -57,10 +57,11 @@ STEPS = (
 )
 # With all that they import.
 TORCH_FREE = (
-    "errors user_code packed_arrays durable journal certificate decisions precision_map hardware_profile end_to_end "
-    "numerics.formats numerics.schemes layers.inventory layers.groups searching.pairs searching.latency.planned "
-    "searching.latency.savings searching.latency.slower searching.allocation.ladders searching.allocation.climbing "
-    "searching.allocation.knapsack searching.allocation.repair searching.allocation.threshold cli_options cli_ending"
+    "errors user_code packed_arrays durable journal certificate decisions map_text precision_map hardware_profile "
+    "end_to_end numerics.formats numerics.schemes layers.inventory layers.groups searching.pairs "
+    "searching.latency.planned searching.latency.savings searching.latency.slower searching.allocation.ladders "
+    "searching.allocation.climbing searching.allocation.knapsack searching.allocation.repair "
+    "searching.allocation.threshold cli_options cli_ending"
 ).split()
 # Each part may also use the library of its own extra.
 EXTRA_LIBRARIES = {"data": {"pyarrow"}}

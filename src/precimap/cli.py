@@ -235,7 +235,7 @@ def deploy(
     from precimap.task_file import load_task
 
     loaded, given = load_task(task), PrecisionMap.load(precision_map)
-    if not given.low:
+    if not given.changes:
         raise MapError(f"{precision_map}: the map keeps every layer at base precision; there is nothing to deploy")
     started = time.perf_counter()
     with warnings.catch_warnings():

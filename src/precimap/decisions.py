@@ -5,7 +5,7 @@ Invariant: frozen values of a map's file (`certificate.Record`); what says again
 
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,8 @@ class Evidence(Record):
         return self
 
 
+Cast = Literal["bfloat16", "float16"]  # as torch names the dtypes
+
 LOOKUPS = frozenset({"embedding", "embedding_bag"})
 
 
@@ -76,6 +78,13 @@ class Decision(Record):
     flops_share: float = Field(default=0.0, ge=0, le=1)
     bytes: int = Field(default=0, ge=0, lt=2**63)
     also_read_by: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """What it runs in, for a comparison of maps."""
+        if self.scheme is None:
+            return "base precision"
+        return self.scheme if self.input_scale is None else f"{self.scheme} (input scale {self.input_scale:g})"
 
     def keeps(self, scheme: Scheme) -> bool:
         """Whether the parameter stays beside its codes."""

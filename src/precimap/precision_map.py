@@ -23,10 +23,11 @@ from pydantic import (
 )
 
 from precimap.certificate import Certificate, Record, Rounding
-from precimap.decisions import Decision, Evidence, OfModel, Premise, Realignment, UnitSketch, Verdict
+from precimap.decisions import Cast, Decision, Evidence, OfModel, Premise, Realignment, UnitSketch, Verdict
 from precimap.durable import write_text
 from precimap.end_to_end import EndToEnd
 from precimap.errors import MapError, PremiseMismatch, SchemeError
+from precimap.map_text import digest_of, without_duplicates
 from precimap.numerics.schemes import Scheme, scheme_from_row
 
 __all__ = ["Decision", "Evidence", "OfModel", "PrecisionMap", "Premise", "Realignment", "Verdict"]
@@ -37,14 +38,15 @@ _WHAT_TO_DO = (
     "certify it (precimap certify)"
 )
 _LOW_VERDICTS = (Verdict.TOLERANT, Verdict.UNDECIDED)  # of layers that a search puts in low precision
+BYTES = {"float32": 4, "float64": 8}  # of a value, in a precision that a cast shortens
 LARGEST_FILE = 256 * 2**20  # a map of 100,000 layers is about 50 MB
 
 
 class PrecisionMap(Record):
     """Layer -> scheme for one model. Make it with `precimap.search`, read it with `PrecisionMap.load`.
 
-    digest: SHA-256 of everything else, in the file alone: it is computed when a map is written and compared when it is
-    read. A map that was made by hand needs none, as long as it claims nothing (`claims`).
+    digest: SHA-256 of everything else, in the file alone, made when it is written and compared when it is read. A map that
+    was made by hand needs none, as long as it claims nothing (`claims`). cast: the dtype of all that has no scheme.
     """
 
     version: int = MAP_VERSION
@@ -55,6 +57,7 @@ class PrecisionMap(Record):
     certificate: Certificate | None = None
     rounding: Rounding | None = None
     realignment: Realignment | None = None
+    cast: Cast | None = None
     end_to_end: EndToEnd | None = None
     chosen_on: tuple[UnitSketch, ...] = ()
     of_model: OfModel | None = None
@@ -70,6 +73,8 @@ class PrecisionMap(Record):
             known = {name: scheme_from_row(name, row) for name, row in self.schemes.items()}
         except SchemeError as error:
             raise ValueError(str(error)) from error
+        if self.cast is not None and self.premise.base_precision not in BYTES:
+            raise ValueError(f"it casts a model of {self.premise.base_precision}; expected one of {' or '.join(BYTES)}")
         for name, decision in self.layers.items():
             if decision.scheme is None:
                 continue
@@ -94,15 +99,18 @@ class PrecisionMap(Record):
     @model_serializer(mode="wrap")
     def _with_digest(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
         row: dict[str, Any] = written(self)
-        if self.of_model is None:  # maps written before there was one have another digest with it
-            row.pop("of_model", None)
+        for later in ("of_model", "cast"):  # maps that were written before there was one have another digest with it
+            if getattr(self, later) is None:
+                row.pop(later, None)
         if "digest" in row:
-            row["digest"] = _digest({name: value for name, value in row.items() if name != "digest"})
+            row["digest"] = digest_of({name: value for name, value in row.items() if name != "digest"})
         return row
 
     def __repr__(self) -> str:
-        said = "certified" if self.not_certified is None else "not certified"
-        return f"PrecisionMap({self.target}, {len(self.low)} of {len(self.layers)} layers in low precision, {said})"
+        said = "not certified" if self.not_certified else "certified"
+        whole = "" if self.cast is None else f"the model in {self.cast}, "
+        low = f"{len(self.low)} of {len(self.layers)} layers in low precision"
+        return f"PrecisionMap({self.target}, {whole}{low}, {said})"
 
     __str__ = __repr__
 
@@ -148,6 +156,11 @@ class PrecisionMap(Record):
         """The layers in low precision."""
         return tuple(name for name, decision in self.layers.items() if decision.scheme is not None)
 
+    @property
+    def changes(self) -> bool:
+        """Whether anything is in low precision: a layer, or the model as a whole."""
+        return bool(self.low) or self.cast is not None
+
     def share_of(self, name: str) -> float:
         """A layer's share of the model's FLOPs."""
         return self.layers[name].flops_share * (1.0 if self.of_model is None else self.of_model.weights_share)
@@ -171,10 +184,10 @@ class PrecisionMap(Record):
     def bytes_after(self) -> int:
         """Of all layers under the map, scales, offsets and parameters that stay beside their codes included."""
         return sum(
-            decision.bytes
+            self._kept(decision.bytes)
             if (scheme := self.scheme_of(name)) is None
             else scheme.stored_bytes(decision.shape, decision.contracted)
-            + (decision.bytes if decision.keeps(scheme) else 0)
+            + (self._kept(decision.bytes) if decision.keeps(scheme) else 0)
             for name, decision in self.layers.items()
         )
 
@@ -184,6 +197,15 @@ class PrecisionMap(Record):
         return 0 if self.of_model is None else self.of_model.bytes - self.bytes_before
 
     @property
+    def shrinks(self) -> tuple[int, int]:
+        """Bytes of all parameters before and after, as far as the map knows them."""
+        return self.bytes_before + self.other_bytes, self.bytes_after + self._kept(self.other_bytes)
+
+    def _kept(self, size: int) -> int:
+        """What bytes in base precision become: half of those of float32, under a cast."""
+        return size if self.cast is None else 2 * size // BYTES[self.premise.base_precision]
+
+    @property
     def bytes_share(self) -> float:
         """Share of the bytes of all parameters that the map puts in low precision, as in base precision; 0 without any."""
         every = self.bytes_before + self.other_bytes
@@ -191,14 +213,15 @@ class PrecisionMap(Record):
 
     @property
     def fingerprint(self) -> str:
-        """Of what runs: weights, target, schemes, static ranges, realignment. Evidence and certificate do not enter."""
+        """Of what runs: weights, target, schemes, static ranges, realignment, cast; not its evidence and certificate."""
         running = {
             name: (d.scheme, self.schemes[d.scheme], d.input_scale, d.input_zero)
             for name, d in sorted(self.layers.items())
             if d.scheme is not None
         }
         repaired = [] if self.realignment is None else [self.realignment.model_dump(exclude={"n"})]
-        text = json.dumps([self.premise.weights, self.target, running, *repaired], sort_keys=True)
+        cast = [{"cast": self.cast}] if self.cast else []
+        text = json.dumps([self.premise.weights, self.target, running, *repaired, *cast], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: str | Path) -> None:
@@ -233,7 +256,7 @@ class PrecisionMap(Record):
         """Read a map from its JSON text; `name` is how the messages call it. Raises MapError."""
         try:
             # Read twice: pydantic keeps the last of two equal keys, which would hide one of two decisions on a layer.
-            json.loads(text, object_pairs_hook=_no_duplicates)
+            json.loads(text, object_pairs_hook=without_duplicates)
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
@@ -274,7 +297,9 @@ class PrecisionMap(Record):
             if _running(before, self) != _running(after, other):
                 lines.append(f"{name}: {_said(before)} -> {_said(after)}")
         if self.realignment != other.realignment:
-            lines.append(f"realignment: {_repair(self.realignment)} -> {_repair(other.realignment)}")
+            lines.append(f"realignment: {self.realignment or 'none'} -> {other.realignment or 'none'}")
+        if self.cast != other.cast:
+            lines.append(f"cast: {self.cast or 'none'} -> {other.cast or 'none'}")
         if self.target != other.target:
             lines.append(f"target: {self.target} -> {other.target}")
         if other.premise.architecture is not None:
@@ -292,28 +317,4 @@ def _running(decision: Decision | None, of: PrecisionMap) -> object:
 
 
 def _said(decision: Decision | None) -> str:
-    if decision is None:
-        return "not in the map"
-    if decision.scheme is None:
-        return "base precision"
-    return (
-        decision.scheme if decision.input_scale is None else f"{decision.scheme} (input scale {decision.input_scale:g})"
-    )
-
-
-def _repair(realignment: Realignment | None) -> str:
-    return "none" if realignment is None else str(realignment)
-
-
-def _digest(row: dict[str, Any]) -> str:
-    """SHA-256 of a map's content, whatever its white space and the order of its keys: numbers as Python reads them back."""
-    text = json.dumps(row, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
-        raise MapError(f"the key {twice!r} stands twice; a map names each layer once")
-    return row
+    return "not in the map" if decision is None else decision.said

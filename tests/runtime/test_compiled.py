@@ -26,6 +26,7 @@ from precimap.end_to_end import FormTimes, SizeTimes
 from precimap.errors import BatchSizeWarning, DeployError
 from precimap.hardware_profile import Times
 from precimap.layers.quantized import InputRange, QuantizedLayer, quantize_layer
+from precimap.layers.target import as_given
 from precimap.numerics.schemes import scheme
 from precimap.precision_map import PrecisionMap
 from precimap.runtime.compiling import compiled as compiled_module
@@ -112,7 +113,7 @@ def test_a_forward_that_passes_the_model_by_is_refused() -> None:
         CPU_INT8_COMPILED.running(model, layers_of(model)) as fast,
     ):
         fast.encode(torch.randn(8, 64))
-    with CPU_INT8_COMPILED.running(model, {}) as same:
+    with as_given(CPU_INT8_COMPILED, model) as same:
         assert same is model, "the baseline is the model as given"
 
 

@@ -1,8 +1,8 @@
 """Maps timed end to end: what does not pay as a whole is no answer, rivals are named, nothing is timed twice."""
 
 import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from helpers.planted_times import HERE, QUIET, TableWhole, Whole
 from helpers.small_tasks import planted_task
 from precimap import CPU_INT8_COMPILED, Effort, PrecisionMap, SearchResult, Serving, Splits, Task, search
 from precimap.end_to_end import EndToEnd, FormTimes, SizeTimes
 from precimap.errors import DeployError, InputError
-from precimap.hardware_profile import Device, Times
-from precimap.layers.copying import shared_copy
-from precimap.layers.quantized import QuantizedLayer, quantize_map
-from precimap.layers.target import Emulated
+from precimap.hardware_profile import Times
+from precimap.layers.quantized import quantize_map
 from precimap.metrics import Loss
 from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.run_record import read_run
@@ -30,63 +29,7 @@ from precimap.searching.allocation.rules import Knapsack
 from precimap.searching.preflight.batches import resized
 from precimap.task import score
 
-HERE = Device(name="a", capability="b", threads=1, allocator="default", clock="processor time", torch="2", precimap="0")
-TURNS = (0.9, 0.95, 1.0, 1.05, 1.1)
-QUIET = Effort(rounding_draws=0, timing_seconds=1.0)
 needs_compiler = pytest.mark.skipif(no_compiler() is not None, reason="no C++ compiler")
-
-
-@dataclass
-class TableWhole:
-    """Milliseconds by "precision, form", the map's in every turn, the others' spread by `TURNS`."""
-
-    table: Mapping[str, float]
-    broken: tuple[str, ...] = ()
-    where: Device = HERE
-    served: str = "eager"
-    casts: tuple[torch.dtype, ...] = (torch.float16,)
-    turned: list[tuple[str, ...]] = field(default_factory=list)
-
-    def device(self) -> Device:
-        return self.where
-
-    def forms(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Mapping[str, Callable[[], nn.Module]]:
-        def fails() -> nn.Module:
-            raise DeployError("no compiler here")
-
-        copied = shared_copy(model)
-        return {"eager": lambda: copied, "compiled": fails if "compiled" in self.broken else lambda: copied}
-
-    def check(self, model: nn.Module) -> None:
-        pass
-
-    def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-        assert seconds == 1.0
-        for call in cases.values():
-            call()
-        self.turned.append(tuple(cases))
-        spread = {name: (1.0,) * len(TURNS) if name == "map, eager" else TURNS for name in cases}
-        return {name: [1e-3 * self.table.get(name, 4.0) * turn for turn in spread[name]] for name in cases}
-
-    def peak_memory(self, call: Callable[[], object]) -> int | None:
-        return 1000
-
-    def peak_flops(self, dtype: torch.dtype) -> float:
-        return 1e9
-
-
-class Whole(Emulated):
-    """Emulated arithmetic with whole models timed by a table."""
-
-    name = "whole"
-
-    def __init__(self, timer: TableWhole) -> None:
-        self._timer = timer
-
-    @property
-    def whole_timer(self) -> TableWhole:  # type: ignore[override]
-        return self._timer
-
 
 PAYS = {"base, eager": 3.0, "map, eager": 2.0, "base, compiled": 1.0}
 
@@ -129,7 +72,10 @@ def test_what_is_faster_still_is_named(paying: SearchResult) -> None:
     assert paying.end_to_end is not None
     (other,) = paying.end_to_end.faster()
     assert other[0] == "base, compiled"
-    assert paying.answer.endswith("base, compiled is faster still, 2.00 times")
+    assert paying.answer.endswith(
+        "base, compiled is faster still, 2.00 times: that is the unchanged model in another form, and the question was "
+        "about the model eager"
+    )
 
 
 def test_a_form_that_the_model_cannot_take_is_named(tmp_path: Path) -> None:

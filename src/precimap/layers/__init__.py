@@ -17,7 +17,8 @@ emulation.py, code_products.py  a model that computes as a map says; products of
 first_order.py  local errors of every call, and the gradient that meets them
 recording.py, replay.py, nudging.py  the results of a baseline pass; what a probe computes again; results rounded anew
 contents.py, same_bytes.py, storages.py  what each tensor holds and where, known without reading it again
-realign.py   scale and shift of the last logit, folded into its layer
+realign.py, casting.py, prepared.py  the last logit's scale and shift, folded into its layer; the whole model in 16 bits;
+             the model and the layers that a map says
 target.py, stand_in.py  what a search asks of hardware, and the module that a timer is given for a layer
 copying.py, given.py  a second module tree over the same tensors; how many rows a model is given
 """

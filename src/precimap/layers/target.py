@@ -6,7 +6,7 @@ default target, `EMULATED`, runs anything the quantiser can do, slowly; the real
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -104,7 +104,7 @@ class Target(Protocol):
         """Why this target cannot run the layer in the scheme, or None. Rules of all hardware are in `refusals`."""
 
     def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> AbstractContextManager[nn.Module]:
-        """A model that computes `layers` in low precision while the block lasts; `model` itself is not modified."""
+        """A model that computes `layers` in low precision, as it is served, while the block lasts; `model` stays."""
 
 
 class Emulated:
@@ -125,3 +125,11 @@ class Emulated:
 
 
 EMULATED = Emulated()
+
+
+def as_given(target: Target, model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """The base model, as what a target runs is compared with it: beside the emulation in the emulation's own mode.
+
+    Some of torch's modules take other ways under a mode, and their results differ in last bits.
+    """
+    return target.running(model, {}) if isinstance(target, Emulated) else nullcontext(model)

@@ -91,9 +91,9 @@ def _proof(found: Certificate | None, digits: int) -> list[str]:
 def _changes(result: SearchResult) -> list[str]:
     """What deploying the map changes: bytes, and time where it was taken."""
     found = result.map
-    if not found.low:
+    if not found.changes:
         return []
-    before, after = (megabytes(size + found.other_bytes) for size in (found.bytes_before, found.bytes_after))
+    before, after = map(megabytes, found.shrinks)
     lines = [f"The parameters shrink from {before} to {after}."]
     if result.end_to_end is not None:  # the answer says it
         return lines
@@ -138,7 +138,7 @@ def _layers(result: SearchResult, digits: int) -> RenderableType:
     table.add_column("why", overflow="fold", ratio=1)
     common, drops = shared_prefix(found.layers), _drops(result)
     for name, decision in found.layers.items():
-        runs = Text(decision.scheme or "as it is", style="green" if decision.scheme else "")
+        runs = Text(decision.scheme or found.cast or "as it is", style="green" if decision.scheme else "")
         scheme = decision.scheme or next((one for layer, one in drops if layer == name), "")
         drop = "" if (name, scheme) not in drops else "{:+.{d}f} ± {:.{d}f}".format(*drops[name, scheme], d=digits)
         table.add_row(name[len(common) :], runs, drop, f"{found.share_of(name):.1%}", decision.reason)

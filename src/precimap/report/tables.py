@@ -58,7 +58,7 @@ def map_table(precision_map: PrecisionMap) -> RenderableType:
     for name, decision in precision_map.layers.items():
         cells = (_own_drop(decision, decision.predicted, unit), _own_drop(decision, decision.evidence, unit))
         verdict = Text(decision.verdict.value, style=_STYLE[decision.verdict])
-        runs = (decision.scheme or "as it is")[:SCHEME_WIDTH]
+        runs = (decision.scheme or precision_map.cast or "as it is")[:SCHEME_WIDTH]
         table.add_row(short_name(name, NARROW_NAME_WIDTH), f"{precision_map.share_of(name):.1%}", *cells, verdict, runs)
     reasons = Counter(d.reason for d in precision_map.layers.values() if d.verdict in _WITHOUT_EVIDENCE)
     notes = lines_of((f"{count} layer{'s' * (count > 1)}: {reason}" for reason, count in reasons.items()), "dim")
@@ -130,11 +130,27 @@ def chain_table(result: SearchResult) -> RenderableType:
 def _gains(result: SearchResult) -> str:
     gains = ", ".join(f"{one.step.gain:.1%}" for one in result.chain)
     how = (
-        "of the FLOPs, where a layer of 8 bits counts as half saved"
+        "of the FLOPs, where a layer takes time as its bits"
         if result.latency is None
         else "of the time of all timed layers"
     )
     return f"These maps save, in the same order, {gains} ({how}; what saved bytes are worth is added)."
+
+
+def _casts(result: SearchResult) -> list[str]:
+    """What the search split says of the whole model in 16 bits, or why it was not looked at."""
+    lines = []
+    for one in result.casts.candidates:
+        assert one.measured is not None
+        found, low = one.measured, len(one.step.choice)
+        also = f", with {low} layers in 8 bits" if low else ""
+        lines.append(
+            f"The whole model in 16 bits{also}: its drop on the search split is {found.drop.estimate:+.2g} ± "
+            f"{found.drop.error:.1g}, at most {found.upper:.2g} (n = {found.drop.n:,})."
+        )
+    if result.casts.refused is not None:
+        lines.append(f"The whole model in 16 bits was not looked at: {result.casts.refused}.")
+    return lines
 
 
 def _broken_guards(result: SearchResult) -> list[str]:
@@ -176,6 +192,7 @@ def run_page(run: RunRecord) -> RenderableType:
         parts += [audit_text(result.evidence), Text()]
     if result.chain:
         parts += [chain_table(result), Text()]
+    parts += [lines_of(_casts(result), "dim"), Text()] if result.latency or result.end_to_end else []
     if result.end_to_end is not None:
         parts += [end_to_end_page(result.end_to_end), Text()]
     if result.map.certificate is not None:
@@ -216,7 +233,7 @@ def _outlook_line(found: Outlook) -> str:
 
 def _savings(result: SearchResult) -> RenderableType:
     found = result.map
-    before, after = (megabytes(size + found.other_bytes) for size in (found.bytes_before, found.bytes_after))
+    before, after = map(megabytes, found.shrinks)
     whose = "layers" if found.of_model is None else "parameters"
     lines = [
         f"{len(found.low)} of {len(found.layers)} layers are in low precision: {found.flops_said}.",

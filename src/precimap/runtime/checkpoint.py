@@ -22,8 +22,8 @@ from precimap.durable import write_bytes
 from precimap.errors import DeployError, MapError
 from precimap.fingerprints import modules_of
 from precimap.layers.copying import copied
+from precimap.layers.prepared import architecture
 from precimap.layers.quantized import QuantizedLayer, shipped_range
-from precimap.layers.realign import realigned
 from precimap.layers.views import parameter_names, plain_name
 from precimap.numerics.fast import parts as cut_in_parts
 from precimap.numerics.formats import Format, IntegerFormat
@@ -47,7 +47,7 @@ def save_deployed(deployed: nn.Module, base: nn.Module, path: str | Path) -> Non
     """
     carried = deployment_of(deployed)
     layers = deployed_layers(deployed)
-    tensors = _base_tensors(deployed, realigned(base, carried.map.realignment), layers, bool(carried.elsewhere))
+    tensors = _base_tensors(deployed, architecture(base, carried.map), layers, bool(carried.elsewhere))
     for name, layer in layers.items():
         tensors[f"{name}.codes"] = layer.codes
         tensors[f"{name}.scale"] = layer.weight_affine.scale
@@ -71,7 +71,8 @@ def load_deployed(model: nn.Module, path: str | Path, *, target: str | None = No
     precision_map = PrecisionMap.parse(text, str(path))
     layers = {name: _layer(name, precision_map, tensors, str(path)) for name in precision_map.low}
     given = modules_of(model)
-    model = realigned(model, precision_map.realignment)  # it may have got a bias; all values come from the file
+    # The realigned layer may have got a bias; all values come from the file.
+    model = architecture(model, precision_map)
     loaded = _with_base_tensors(model, tensors, layers, str(path))
     repaired = "" if precision_map.realignment is None else precision_map.realignment.layer.rpartition(".")[0]
     # With the values of the file, for a module may print some; but for the one that was realigned after it was written down.

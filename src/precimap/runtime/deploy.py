@@ -16,8 +16,8 @@ from torch import nn
 from precimap.errors import DeployError, EmulatedWarning, UncertifiedMapWarning
 from precimap.fingerprints import modules_of, of_weights
 from precimap.layers.emulation import quantized
-from precimap.layers.quantized import QuantizedLayer, quantize_map
-from precimap.layers.realign import realigned
+from precimap.layers.prepared import prepared
+from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import EMULATED, Target
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
@@ -86,8 +86,7 @@ def deploy(
     if not isinstance(precision_map, PrecisionMap):
         precision_map = PrecisionMap.load(precision_map)
     precision_map.check(weights=of_weights(model), architecture=modules_of(model))
-    model = realigned(model, precision_map.realignment)
-    layers = quantize_map(model, precision_map)
+    model, layers = prepared(model, precision_map)
     name = target if isinstance(target, str) else precision_map.target if target is None else target.name
     deployed = build(model, precision_map, layers, name, owned=True)
     if task is not None:

@@ -6,11 +6,11 @@ Invariant: a "no" is an answer with its number: the bound that was too wide, or 
 from collections.abc import Sequence
 
 from precimap.certificate import Certificate
-from precimap.end_to_end import BLANKET, EndToEnd
+from precimap.end_to_end import BASE, BLANKET, EndToEnd
 from precimap.precision_map import PrecisionMap
 from precimap.searching.latency.planned import Latency
 from precimap.searching.maps.assemble import MapWriter, assemble
-from precimap.searching.maps.candidates import Chain
+from precimap.searching.maps.candidates import Casts, Chain
 
 
 def answer_of(
@@ -19,24 +19,51 @@ def answer_of(
     """The final map, the certificate that decided, if any, and the sentence."""
     passed = [certificate for certificate in certificates if certificate.certified]
     if passed:
-        final = next(
-            one.map for one in chain.candidates if one.map is not None and one.map.fingerprint == passed[-1].map
-        )
-        low, of = len(final.low), len(final.layers)
-        answer = f"certified: {low} of {of} layers in low precision, {_saving(final, writer.subject.latency)}"
+        every = (*chain.candidates, *chain.casts.candidates)
+        final = next(one.map for one in every if one.map is not None and one.map.fingerprint == passed[-1].map)
+        answer = f"certified: {_what(final)}, {_saving(final, writer.subject.latency)}"
         return final.model_copy(update={"certificate": passed[-1]}), passed[-1], answer
     certificate = certificates[0] if certificates else None
     return assemble(writer, {}), certificate, f"keep the baseline: {_why_not(writer, chain, certificate)}"
 
 
-def gain_said(times: EndToEnd) -> str:
-    """The measured gain of a map that pays, with what is faster still."""
+def _what(final: PrecisionMap) -> str:
+    low, of = len(final.low), len(final.layers)
+    if final.cast is None:
+        return f"{low} of {of} layers in low precision"
+    return f"the whole model in {final.cast}" + (f", {low} of its {of} layers in 8 bits" if low else "")
+
+
+def why_not_cast(casts: Casts, margin: float, certificates: Sequence[Certificate]) -> str:
+    """Why the cast of the whole model is not the answer, where it is faster than the answer."""
+    tested = {certificate.map: certificate for certificate in certificates}
+    for one in casts.candidates:
+        if one.fingerprint in tested:
+            return f"the certify split does not prove it ({tested[one.fingerprint].verdict})"
+        if one.measured is not None and not one.passed(margin):
+            return (
+                f"already on the search split its drop is {one.measured.drop.estimate:+.2g}, at most "
+                f"{one.measured.upper:.2g}"
+            )
+    return casts.refused or "a map before it was not certified, which ends the questions to the certify split"
+
+
+def gain_said(times: EndToEnd, why_not_cast: str) -> str:
+    """The measured gain of a map that pays, with what is faster still and why it is not the answer."""
     said = (
         f"end to end {times.gain} times as fast as the base model ({times.served}, {times.batches}, n = {times.gain.n})"
     )
     # Not everything low: that it is faster is why one searches, and that it is not good enough.
     other = next(((name, speed) for name, speed in times.faster() if not name.startswith(BLANKET)), None)
-    return said if other is None else f"{said}; {other[0]} is faster still, {1 / other[1].median:.2f} times"
+    if other is None:
+        return said
+    name, speed = other
+    precision, form = name.split(", ")
+    why = f"the question was about the model {times.served}" if form != times.served else why_not_cast
+    what = f"{name} is faster still, {1 / speed.median:.2f} times"
+    if precision == BASE:
+        return f"{said}; {what}: that is the unchanged model in another form, and {why}"
+    return f"{said}; {what}, and is not the answer because {why}"
 
 
 def no_gain(times: EndToEnd) -> str:
@@ -50,6 +77,9 @@ def no_gain(times: EndToEnd) -> str:
 
 
 def _saving(final: PrecisionMap, latency: Latency | None) -> str:
+    if final.cast is not None:
+        before, after = final.shrinks
+        return f"{1 - after / before:.1%} of the bytes saved"
     bytes_said = f"{final.bytes_share:.1%} of the bytes"
     if latency is None:
         return f"{final.flops_said}, {bytes_said}"

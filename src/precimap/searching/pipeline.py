@@ -32,6 +32,8 @@ from precimap.searching.evidence.gather import EvidenceTable, gather, table_of
 from precimap.searching.evidence.probe import failures
 from precimap.searching.latency.planned import Latency
 from precimap.searching.maps.assemble import MapWriter, assemble, premise_of
+from precimap.searching.maps.candidates import NO_CASTS
+from precimap.searching.maps.casting import looked_at_casts
 from precimap.searching.maps.choosing import chosen_maps, to_certify
 from precimap.searching.preflight.batch_invariance import batch_dependence
 from precimap.searching.preflight.checks import (
@@ -170,6 +172,9 @@ def _searched(search: _Search, subject: Subject) -> SearchResult:
     writer = _writer(search, subject, evidence)
     chain = to_certify(writer, chosen_maps(writer, question, evidence, baseline))
     run.journal.conclude("chain", "search", {"maps": [one.row(question.margin) for one in chain.candidates]})
+    if bench is not None:
+        chain = replace(chain, casts=looked_at_casts(writer, question, chain, baseline))
+    run.journal.conclude("casts", "search", chain.casts.row(question.margin))
     proof = proved(question, writer, chain, bench, booking)
     return SearchResult(
         map=_final(search, subject, proof, baseline),
@@ -180,6 +185,7 @@ def _searched(search: _Search, subject: Subject) -> SearchResult:
         floor=floor,
         evidence=evidence,
         chain=chain.candidates,
+        casts=chain.casts,
         certificates=proof.certificates,
         latency=subject.latency,
         end_to_end=proof.end_to_end,
@@ -246,6 +252,7 @@ def _too_small(search: _Search, subject: Subject, checked: Preflight) -> SearchR
     answer = f"keep the baseline: cannot tell with these splits: {checked.impossible}"
     final = assemble(nothing, {})
     run.journal.conclude("chain", "search", {"maps": []})
+    run.journal.conclude("casts", "search", NO_CASTS.row(search.question.margin))
     run.journal.conclude("certificates", "certify", {"certificates": []})
     conclude(run, final, answer, None)
     return SearchResult(
@@ -257,6 +264,7 @@ def _too_small(search: _Search, subject: Subject, checked: Preflight) -> SearchR
         floor=None,
         evidence=None,
         chain=(),
+        casts=NO_CASTS,
         certificates=(),
         latency=search.foreseen,
         end_to_end=None,

@@ -16,7 +16,7 @@ from precimap.precision_map import PrecisionMap
 from precimap.searching.allocation.knapsack import Step
 from precimap.searching.allocation.rules import Rule
 from precimap.searching.allocation.table import BYTES_WORTH, Table
-from precimap.searching.answer import answer_of, gain_said, no_gain
+from precimap.searching.answer import answer_of, gain_said, no_gain, why_not_cast
 from precimap.searching.certificate.booking import Booking
 from precimap.searching.comparison import Comparison
 from precimap.searching.maps.assemble import MapWriter, assemble
@@ -73,6 +73,11 @@ def proved(
     times = bench.times(asked[-1][0]) if bench is not None and asked else None
     if times is not None and not _worthwhile(question.rule, writer.table, asked[-1][0], times):
         asked = []
+    cast = chain.casts.best(question.margin)
+    if bench is not None and cast is not None and cast.map is not None:
+        whole = bench.times(cast.map)
+        if whole.pays and (not asked or times is None or whole.gain.lower > times.gain.median):
+            asked, times = [*asked, (cast.map, cast.measured)], whole
     _write(run, times)
     try:
         certificates = _certified(writer.subject, question, asked, booking)
@@ -82,14 +87,15 @@ def proved(
         conclude(run, assemble(writer, {}), said, None)
         raise
     final, certificate, answer = answer_of(writer, chain, certificates)
-    if bench is not None and final.low:
+    if bench is not None and final.changes:
         times = bench.times(final)
         _write(run, times)
     if times is not None:
-        if not asked or (final.low and not _worthwhile(question.rule, writer.table, final, times)):
+        if not asked or (final.changes and not _worthwhile(question.rule, writer.table, final, times)):
             final, certificate, answer = assemble(writer, {}), None, no_gain(times)
-        elif final.low:
-            final, answer = final.model_copy(update={"end_to_end": times}), f"{answer}; {gain_said(times)}"
+        elif final.changes:
+            why = why_not_cast(chain.casts, question.margin, certificates)
+            final, answer = final.model_copy(update={"end_to_end": times}), f"{answer}; {gain_said(times, why)}"
     return Proof(map=final, certificate=certificate, answer=answer, certificates=certificates, end_to_end=times)
 
 

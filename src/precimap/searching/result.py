@@ -19,7 +19,7 @@ from precimap.precision_map import PrecisionMap
 from precimap.searching.comparison import Comparison
 from precimap.searching.evidence.gather import EvidenceTable, evidence_of
 from precimap.searching.latency.planned import Latency
-from precimap.searching.maps.candidates import MapCandidate
+from precimap.searching.maps.candidates import Casts, MapCandidate
 from precimap.searching.preflight.checks import Preflight
 
 
@@ -29,8 +29,8 @@ class SearchResult:
 
     map: the certified one, or all base precision when none passed. certificate: of that map, or of the first map that
     failed; None when no map got as far as the certify split. end_to_end: the times of the last map that was timed as a
-    whole, or None. floor, evidence: None for a search that ended early, because no map could pass with these splits.
-    `answer` says it in a sentence.
+    whole, or None. casts: what the search split says of the whole model in 16 bits. floor, evidence: None for a search that
+    ended early, because no map could pass with these splits. `answer` says it in a sentence.
     """
 
     map: PrecisionMap
@@ -41,6 +41,7 @@ class SearchResult:
     floor: Comparison | None
     evidence: EvidenceTable | None
     chain: tuple[MapCandidate, ...]
+    casts: Casts
     certificates: tuple[Certificate, ...]
     latency: Latency | None
     end_to_end: EndToEnd | None
@@ -83,11 +84,11 @@ class SearchResult:
         """What a notebook shows: the answer, what the certificate says, and each layer with its reason."""
         proof = "" if self.certificate is None else f"<p>{escape(str(self.certificate))}</p>"
         head = "".join(f"<th>{name}</th>" for name in ("layer", "runs in", "drop alone", "FLOPs", "why"))
-        rows = "".join(_row(name, decision) for name, decision in self.map.layers.items())
+        rows = "".join(_row(name, decision, self.map.cast) for name, decision in self.map.layers.items())
         return f"<p><b>{escape(self.answer)}</b></p>{proof}<table><tr>{head}</tr>{rows}</table>"
 
 
-_KINDS = (*"summary preflight inventory floor evidence chain certificates latency".split(), "whole model")
+_KINDS = (*"summary preflight inventory floor evidence chain casts certificates latency".split(), "whole model")
 _PREFLIGHT, _INVENTORY, _FLOOR = TypeAdapter(Preflight), TypeAdapter(Inventory), TypeAdapter(Comparison)
 
 
@@ -110,18 +111,19 @@ def _read(found: Mapping[str, dict[str, Any]], directory: Path) -> dict[str, Any
         "floor": of("floor", _FLOOR.validate_python),
         "evidence": of("evidence", evidence_of),
         "chain": tuple(MapCandidate.of_row(row) for row in found["chain"]["maps"]),
+        "casts": Casts.of_row(found["casts"]),
         "certificates": tuple(certificate(row) for row in found["certificates"]["certificates"]),
         "latency": of("latency", Latency.of_row),
         "end_to_end": of("whole model", lambda row: EndToEnd.model_validate_json(json.dumps(row))),
     }
 
 
-def _row(name: str, decision: Decision) -> str:
+def _row(name: str, decision: Decision, cast: str | None) -> str:
     """A layer in a table: what it alone costs the metric, where that is known, and why it has its scheme."""
     scheme = decision.scheme
     found = None if scheme is None else decision.evidence.get(scheme) or decision.predicted.get(scheme)
     drop = "" if found is None else f"{found.drop:+.2g} \u00b1 {found.error:.1g}"
-    cells = (name, scheme or "base precision", drop, f"{decision.flops_share:.1%}")
+    cells = (name, scheme or cast or "base precision", drop, f"{decision.flops_share:.1%}")
     short = "".join(f'<td style="white-space:nowrap;text-align:left">{escape(cell)}</td>' for cell in cells)
     return f'<tr>{short}<td style="text-align:left">{escape(decision.reason)}</td></tr>'
 

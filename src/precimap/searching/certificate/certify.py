@@ -18,9 +18,8 @@ from torch import nn
 
 from precimap.certificate import BOUND_FARTHEST, BOUND_WORST, Certificate, GuardAnswer, Unrepaired, units_said
 from precimap.errors import TaskError
-from precimap.layers.quantized import quantize_map
-from precimap.layers.realign import realigned
-from precimap.layers.target import Target
+from precimap.layers.prepared import prepared
+from precimap.layers.target import Target, as_given
 from precimap.metrics.guard import Guard
 from precimap.metrics.paired import Drop
 from precimap.metrics.power import needed_range
@@ -134,7 +133,7 @@ def check_still(run: Run, look: Look) -> None:
     """
     batch = to_device(next(iter(run.task.splits.certify)), run.task.device)
     known = _parts(run, look, None, numbers=[0]).whole
-    with torch.no_grad(), look.target.running(run.task.model, {}) as model:
+    with torch.no_grad(), as_given(look.target, run.task.model) as model:
         now = score_batch(run.task, model, batch, "batch 0 of the certify split")
     if now.losses.shape != known.losses.shape or not np.allclose(now.losses, known.losses, rtol=1e-5, atol=1e-7):
         raise TaskError(
@@ -152,7 +151,7 @@ def _parts(run: Run, look: Look, judged: Judged | None, numbers: Sequence[int] |
     task, target = run.task, look.target
 
     def running() -> AbstractContextManager[nn.Module]:
-        return target.running(task.model, {}) if judged is None else mapped(task.model, target, judged)
+        return as_given(target, task.model) if judged is None else mapped(task.model, target, judged)
 
     subject = "baseline" if judged is None else judged.fingerprint
     timer = None if judged is None else target.whole_timer
@@ -185,11 +184,10 @@ def _counted_once(parts: Parts, known: SplitPrint | None) -> Scored:
 
 
 def mapped(model: nn.Module, target: Target, precision_map: Judged) -> AbstractContextManager[nn.Module]:
-    """The model as the target runs the map, realigned first if the map is; a second model as it is."""
+    """The model as the target runs the map; a second model as it is."""
     if isinstance(precision_map, SecondModel):
         return nullcontext(precision_map.model)
-    repaired = realigned(model, precision_map.realignment)
-    return target.running(repaired, quantize_map(repaired, precision_map))
+    return target.running(*prepared(model, precision_map))
 
 
 def _unrepaired(task: Task, baseline: Scored, plain: Scored, alpha: float) -> Unrepaired:

@@ -16,7 +16,7 @@ from precimap.certificate import Certificate, Earlier
 from precimap.errors import MapError, TaskError
 from precimap.fingerprints import modules_of, of_weights
 from precimap.journal import run_journal
-from precimap.layers.target import Target
+from precimap.layers.target import Target, as_given
 from precimap.precision_map import PrecisionMap
 from precimap.searching.certificate.booking import Booking, share_that_chose
 from precimap.searching.certificate.certify import Judged, mapped
@@ -56,7 +56,7 @@ def certify(
         precision_map = PrecisionMap.load(precision_map)
     where, model = target_of(target or precision_map.target), task.model
     precision_map.check(weights=of_weights(model), metric=task.metric.name, architecture=modules_of(model))
-    if not precision_map.low:
+    if not precision_map.changes:
         raise MapError("the map keeps every layer at base precision; there is nothing to certify")
     first = check_task(task)
     prints = fingerprint_splits(task, first.reads)
@@ -91,10 +91,10 @@ def on_search(run: Run, target: Target, judged: Judged, alpha: float) -> Compari
     def running() -> AbstractContextManager[nn.Module]:
         return mapped(task.model, target, judged)
 
-    def as_given() -> AbstractContextManager[nn.Module]:
-        return target.running(task.model, {})
+    def unchanged() -> AbstractContextManager[nn.Module]:
+        return as_given(target, task.model)
 
-    before = scored(run, Pass(kind="search", of="baseline", batches=split, running=as_given))
+    before = scored(run, Pass(kind="search", of="baseline", batches=split, running=unchanged))
     after = scored(run, Pass(kind="search", of="map", batches=split, running=running))
     return compare(task, before.whole, after.whole, alpha)
 

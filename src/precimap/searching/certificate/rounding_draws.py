@@ -17,8 +17,8 @@ from torch import nn
 
 from precimap.certificate import Rounding
 from precimap.errors import InputError
+from precimap.layers.prepared import prepared
 from precimap.layers.quantized import QuantizedLayer, quantize_map
-from precimap.layers.realign import realigned
 from precimap.layers.target import EMULATED
 from precimap.metrics.metric import PairedDrops
 from precimap.metrics.paired import Drop, drop_of, paired_drop
@@ -102,8 +102,8 @@ def rounding_of(
             repair = precision_map.realignment
             if realigner is not None and shift is not None:
                 repair = realigner.fit(quantize_map(task.model, precision_map, shift))
-            model = realigned(task.model, repair)
-            return EMULATED.running(model, quantize_map(model, precision_map, shift))
+            drawn = precision_map.model_copy(update={"realignment": repair})
+            return EMULATED.running(*prepared(task.model, drawn, shift))
 
         asked = Pass(kind="draw", of=subject, batches=task.splits.search, running=running, numbers=numbers)
         parts = scored(run, asked)

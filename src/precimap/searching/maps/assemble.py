@@ -11,6 +11,7 @@ from typing import TypeGuard
 
 import torch
 
+from precimap.decisions import Cast
 from precimap.fingerprints import modules_of
 from precimap.layers.inventory import Inventory, Layer
 from precimap.metrics.power import units_needed
@@ -47,9 +48,9 @@ class MapWriter:
             self._needed[known.key] = units_needed(found.drop, self.cutoff, self.alpha, worst=found.largest or None)
         return self._needed[known.key]
 
-    def written(self, choice: Mapping[str, str]) -> PrecisionMap:
-        """The map of a choice, realigned if maps are."""
-        return self.realign(assemble(self, choice))
+    def written(self, choice: Mapping[str, str], cast: Cast | None = None) -> PrecisionMap:
+        """The map of a choice, realigned if maps are; cast: the dtype that all else is cast to."""
+        return self.realign(assemble(self, choice, cast))
 
 
 def premise_of(task: Task, weights: str, prints: SplitPrints, version: str) -> Premise:
@@ -69,8 +70,8 @@ def premise_of(task: Task, weights: str, prints: SplitPrints, version: str) -> P
     )
 
 
-def assemble(writer: MapWriter, choice: Mapping[str, str]) -> PrecisionMap:
-    """The map that gives `choice` (layer -> scheme name) to its layers and base precision to all others."""
+def assemble(writer: MapWriter, choice: Mapping[str, str], cast: Cast | None = None) -> PrecisionMap:
+    """The map that gives `choice` (layer -> scheme name) to its layers, and to all others base precision, or the cast's."""
     subject, known = writer.subject, defaultdict[str, list[LayerEvidence]](list)
     for found in writer.table.known:
         known[found.layer].append(found)
@@ -78,10 +79,11 @@ def assemble(writer: MapWriter, choice: Mapping[str, str]) -> PrecisionMap:
         target=subject.target.name,
         schemes={scheme.name: scheme.row() for scheme in subject.schemes},
         layers={
-            layer.name: _decision(writer, layer, choice.get(layer.name), known[layer.name])
+            layer.name: _decision(writer, layer, choice.get(layer.name), known[layer.name], cast)
             for layer in subject.inventory.layers
         },
         premise=writer.premise,
+        cast=cast,
         of_model=_of_model(subject.inventory),
     )
 
@@ -92,7 +94,9 @@ def _of_model(inventory: Inventory) -> OfModel:
     )
 
 
-def _decision(writer: MapWriter, layer: Layer, chosen: str | None, known: Sequence[LayerEvidence]) -> Decision:
+def _decision(
+    writer: MapWriter, layer: Layer, chosen: str | None, known: Sequence[LayerEvidence], cast: Cast | None
+) -> Decision:
     subject, (verdict, reason) = writer.subject, _judged(writer, layer, chosen, known)
     scheme = None if chosen is None else subject.by_name[chosen]
     found = None if scheme is None else subject.calibration.input_range(layer.name, scheme)
@@ -100,7 +104,7 @@ def _decision(writer: MapWriter, layer: Layer, chosen: str | None, known: Sequen
     return Decision(
         scheme=chosen,
         verdict=verdict,
-        reason=reason,
+        reason=reason + _fate(verdict, chosen, cast),
         shape=layer.shape,
         ops=layer.ops,
         contracted=layer.contracted,
@@ -133,20 +137,19 @@ def _judged(writer: MapWriter, layer: Layer, chosen: str | None, known: Sequence
         return Verdict.SLOWER, writer.kept_for_time[layer.name]
     told = [found for found in known if found.decisive is not None and chosen in (None, found.scheme)]
     if not told:
-        return Verdict.UNDECIDED, f"its own drop cannot be predicted in this metric; {_fate(chosen)}"
+        return Verdict.UNDECIDED, "its own drop cannot be predicted in this metric"
     found = min(told, key=lambda found: found.decisive.upper if found.decisive is not None else float("inf"))
     best = found.decisive
     assert best is not None
     how = f"({_how(found)}, n = {best.drop.n})"
     if best.upper <= cutoff:
-        kept = "" if chosen is not None else f"; kept all the same: {_fate(chosen)}"
-        return Verdict.TOLERANT, f"its own drop is at most {best.upper:.2g}, below the cutoff {cutoff:.2g} {how}{kept}"
+        return Verdict.TOLERANT, f"its own drop is at most {best.upper:.2g}, below the cutoff {cutoff:.2g} {how}"
     if best.lower > cutoff and chosen is None:
         return Verdict.SENSITIVE, f"its own drop is at least {best.lower:.2g}, above the cutoff {cutoff:.2g} {how}"
     drop, n = best.drop, writer.needed(found, best)
     told_apart = f"its own drop {drop.estimate:+.2g} ± {drop.error:.2g} {how}"
     asks = f"is within the noise of the cutoff {cutoff:.2g}" + ("" if n is None else f" (about {n:,} units would tell)")
-    return Verdict.UNDECIDED, f"{told_apart} {asks}; {_fate(chosen)}"
+    return Verdict.UNDECIDED, f"{told_apart} {asks}"
 
 
 def _how(found: LayerEvidence) -> str:
@@ -155,5 +158,12 @@ def _how(found: LayerEvidence) -> str:
     return "predicted" if found.correction is None else "predicted, corrected by a probe"
 
 
-def _fate(chosen: str | None) -> str:
-    return "no map with it was certified" if chosen is None else "the certificate of the whole map covers it"
+def _fate(verdict: Verdict, chosen: str | None, cast: Cast | None) -> str:
+    """What became of the layer, where its verdict does not say it."""
+    if chosen is None and cast is not None:
+        return f"; it runs in {cast}, as all else does"
+    if verdict is Verdict.TOLERANT and chosen is None:
+        return "; kept all the same: no map with it was certified"
+    if verdict is Verdict.UNDECIDED:
+        return f"; {'no map with it was certified' if chosen is None else 'the certificate of the whole map covers it'}"
+    return ""

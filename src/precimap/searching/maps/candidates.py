@@ -9,14 +9,13 @@ search split in any order costs no certainty; the certify split is another matte
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from pydantic import TypeAdapter
 from torch import nn
 
 from precimap.layers.inventory import Inventory
-from precimap.layers.quantized import quantize_map
-from precimap.layers.realign import realigned
+from precimap.layers.prepared import prepared
 from precimap.layers.target import EMULATED
 from precimap.precision_map import PrecisionMap
 from precimap.searching.allocation.knapsack import Step
@@ -109,8 +108,7 @@ def scored_map(run: Run, precision_map: PrecisionMap) -> Parts:
     split = run.task.splits.search
 
     def running() -> AbstractContextManager[nn.Module]:
-        model = realigned(run.task.model, precision_map.realignment)
-        return EMULATED.running(model, quantize_map(model, precision_map))
+        return EMULATED.running(*prepared(run.task.model, precision_map))
 
     def told(done: int) -> None:
         run.progress("whole maps", done, len(split) if isinstance(split, Sequence) else done)
@@ -145,13 +143,36 @@ def candidate_of(predictor: Predictor | None, known: Mapping[Key, LayerEvidence]
 
 
 @dataclass(frozen=True, slots=True)
+class Casts:
+    """What the search split says of casts of the whole model, the fastest first. refused: why there are no more."""
+
+    candidates: tuple[MapCandidate, ...] = ()
+    refused: str | None = None
+
+    def best(self, margin: float) -> MapCandidate | None:
+        """The first that passed there, and so the fastest of them."""
+        return next((one for one in self.candidates if one.passed(margin)), None)
+
+    def row(self, margin: float) -> dict[str, Any]:
+        return {"maps": [one.row(margin) for one in self.candidates], "refused": self.refused}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Self:
+        return cls(tuple(MapCandidate.of_row(one) for one in row["maps"]), row["refused"])
+
+
+NO_CASTS = Casts()
+
+
+@dataclass(frozen=True, slots=True)
 class Chain:
     """The chain as far as it was looked at, safest first. best: the place of the most aggressive map that passed on the
-    search split, or None."""
+    search split, or None. casts: of the whole model, beside it."""
 
     candidates: tuple[MapCandidate, ...]
     best: int | None
     predictor: Predictor | None
+    casts: Casts = NO_CASTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

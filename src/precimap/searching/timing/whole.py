@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_map
 from precimap.end_to_end import BASE, BLANKET, MAP, EndToEnd, FormTimes, SizeTimes
 from precimap.errors import DeployError, InputError, JournalError, first_line
 from precimap.hardware_profile import Times
+from precimap.layers.casting import CASTS, cast
 from precimap.layers.copying import shared_copy
 from precimap.layers.given import leading_rows
-from precimap.layers.quantized import quantize_map
-from precimap.layers.realign import realigned
+from precimap.layers.prepared import prepared
 from precimap.layers.target import WholeTimer
 from precimap.numerics.schemes import Scheme
 from precimap.precision_map import PrecisionMap
@@ -126,8 +126,7 @@ class WholeModelBench:
 
     def _models(self, precision_map: PrecisionMap, refused: dict[str, str]) -> dict[Form, nn.Module]:
         """Every form that can be made, by precision and form; the others with their reasons in `refused`."""
-        repaired = realigned(self.subject.run.task.model, precision_map.realignment)
-        own = self.timer.forms(repaired, quantize_map(repaired, precision_map))
+        own = self.timer.forms(*prepared(self.subject.run.task.model, precision_map))
         if not self._beside:
             self._beside.update(self._forms_beside())
         wanted = {**self._beside, **{(MAP, form): make for form, make in own.items()}}
@@ -150,10 +149,9 @@ class WholeModelBench:
             BASE: forms(task.model, {}),
             BLANKET: forms(task.model, self.subject.quantized(self._all_low())),
         }
-        for dtype in self.timer.casts:
-            name = str(dtype).removeprefix("torch.")
-            if name != task.base_precision:
-                made[name] = forms(_cast(task.model, dtype), {})
+        for name, dtype in CASTS.items():
+            if dtype in self.timer.casts and name != task.base_precision:
+                made[name] = forms(cast(task.model, name), {})
         return {(name, form): functools.cache(make) for name, found in made.items() for form, make in found.items()}
 
     @property
@@ -162,9 +160,12 @@ class WholeModelBench:
         return (BASE, self.timer.served), (MAP, self.timer.served)
 
     def _all_low(self) -> dict[str, Scheme]:
-        """Blanket low precision: every layer that can compute low does, under the first scheme that it can take."""
+        """Blanket low precision: every layer that can compute low does, under the shortest scheme that it can take."""
         chosen: dict[str, Scheme] = {}
-        for scheme in (scheme for scheme in self.subject.schemes if scheme.computes_low):
+        low = sorted(
+            (scheme for scheme in self.subject.schemes if scheme.computes_low), key=lambda one: one.weight_bits
+        )
+        for scheme in low:
             for (layer, name), reason in self.subject.eligibility.refusals.items():
                 if name == scheme.name and reason is None and layer not in self.subject.eligibility.pinned:
                     chosen.setdefault(layer, scheme)
@@ -210,8 +211,8 @@ class WholeModelBench:
         return made
 
     def _foretold(self, precision_map: PrecisionMap, sizes: list[SizeTimes]) -> Times | None:
-        """How many times as fast the sum of single layers says that the served map is; None where they were not timed."""
-        if self.subject.latency is None:
+        """How many times as fast the sum of single layers says that the served map is; None where that is not known."""
+        if self.subject.latency is None or precision_map.cast is not None:
             return None
         saved = self.subject.latency.savings.total(
             (name, precision_map.layers[name].scheme or "") for name in precision_map.low
@@ -234,24 +235,6 @@ def _next_scored(task: Task, model: nn.Module, batches: Iterator[Any]) -> Any:
 
 def _seconds(size: SizeTimes, precision: str, form: str) -> float:
     return next(f.seconds.median for f in size.forms if (f.precision, f.form) == (precision, form))
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A tree of its own in another dtype, which takes its inputs in the old one; the model's own tensors stay."""
-    copied = shared_copy(model)
-
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    copied.register_forward_pre_hook(lambda _, *given: tree_map(cast, given), with_kwargs=True)
-    for module in copied.modules():
-        slots: list[dict[str, Any]] = [module._parameters, module._buffers]
-        for slot in slots:
-            for name, tensor in slot.items():
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    other = cast(tensor.detach())
-                    slot[name] = nn.Parameter(other, requires_grad=False) if slot is module._parameters else other
-    return copied
 
 
 def _form(key: Form, seconds: list[float], served: list[float], memory: int | None) -> FormTimes:
