@@ -127,14 +127,25 @@ def test_what_only_the_loss_reads_is_turned_too() -> None:
 def test_any_two_cuts_of_the_same_units_are_the_same_units(
     n: int, first: list[int], second: list[int], longer: int, pad: int
 ) -> None:
-    """Unless a cut leaves open which dim is which: every batch as long as it is wide, or one batch alone."""
+    """Unless a cut leaves open which dim is which: every batch as long as it is wide, or as its lengths together."""
     whole = units(n, n)
     one, other = cut(whole, first, pad=pad), cut(whole, second, longer=longer)
-    if any(all(len(b["ids"]) == len(b["label"]) for b in batches) for batches in (one, other)):
-        return
+    for batches in (one, other):
+        square = all(len(b["ids"]) == len(b["label"]) for b in batches)
+        end_to_end = all(len(b["ids"]) == int(b["lengths"].sum()) for b in batches)
+        if square or (end_to_end and any(len(b["label"]) > 1 for b in batches)):
+            return
     prints = [printed(batches) for batches in (one, other)]
     assert set(prints[0].units.tolist()) == set(prints[1].units.tolist())
     assert len(prints[0].distinct) == n
+
+
+def test_a_batch_of_one_unit_tells_that_rows_do_not_lie_end_to_end() -> None:
+    """Two units of 8 and 1 padded to 9 could be nine rows; one of 9 padded to 10 could not."""
+    whole = units(3, 3)
+    assert [len(one["ids"]) for one in whole] == [8, 1, 9]
+    before, after = printed(cut(whole, [1])), printed(cut(whole, [2], longer=1))
+    assert set(before.units.tolist()) == set(after.units.tolist())
 
 
 @given(st.integers(13, 20), st.integers(1, 12), st.lists(st.integers(2, 12), min_size=1, max_size=3))

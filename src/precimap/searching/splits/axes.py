@@ -2,8 +2,8 @@
 
 Invariant: a later dim is that of the units only if its size is their number in every batch, dim 0's is not, and neither of
 these says otherwise: the same content in every batch (candidates that all units share), or lengths that cut dim 0 up exactly
-in every batch of several units (rows that lie end to end). One batch alone cannot tell [B, T] from [T, B] where T is B;
-several of other sizes can.
+in every batch, one of several units among them (rows that lie end to end). One batch alone cannot tell [B, T] from [T, B]
+where T is B; several of other sizes can.
 """
 
 from collections.abc import Sequence
@@ -54,9 +54,8 @@ def unit_axes(seen: Sequence[Dims]) -> dict[Path, int]:
     for path in {path for dims in seen for path in dims.content}:
         having = [dims for dims in seen if path in dims.axes]
         common = frozenset.intersection(*(dims.axes[path] for dims in having))
-        several = [dims for dims in having if dims.units > 1]
         shared = len(having) > 1 and len({dims.content.get(path) for dims in having}) == 1
-        packed = bool(several) and all(path in dims.packed for dims in several)
+        packed = any(dims.units > 1 for dims in having) and all(path in dims.packed for dims in having)
         if common and 0 not in common and not shared and not packed:
             found[path] = min(common)
     return found
