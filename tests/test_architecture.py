@@ -34,7 +34,7 @@ ORDER = (
     {"searching", "runtime"},
     {"report"},
     {"demos"},
-    {"cli_options", "cli_config", "cli_values", "cli_ending"},
+    {"cli_options", "cli_config", "cli_values", "cli_ending", "cli_version"},
     {"cli", "api", "__init__", "__main__"},
 )
 STRANGERS = {("searching", "runtime"), ("runtime", "searching")}

@@ -21,6 +21,7 @@ import typer
 import precimap.cli_options as options
 from precimap.cli_config import ConfigOption, VerboseOption, WidthOption, write_config
 from precimap.cli_ending import DONE, NO, Result, ended, taken_up_again, unexpected
+from precimap.cli_version import VersionOption
 from precimap.errors import EmulatedWarning, MapError, UncertifiedMapWarning
 from precimap.numerics.schemes import SCHEMES
 from precimap.report.progress_bar import progress_bar
@@ -50,7 +51,7 @@ def command(function: Callable[Asked, Result]) -> Callable[Asked, None]:
 
 
 @app.callback()
-def before_the_verb(versions: options.VersionOption = False) -> None:
+def before_the_verb(versions: VersionOption = False) -> None:
     """What may stand before the verb; each option there ends the program by itself."""
 
 
@@ -91,6 +92,7 @@ def search(
     effective_bits: options.BitsOption = None,
     profile: options.ProfileOption = None,
     batch_sizes: options.BatchSizesOption = "",
+    form: options.FormOption = options.FormName.AUTO,
     timing_seconds: options.TimingOption = options.TIMING_SECONDS,
     peak_tflops: options.PeakOption = None,
     probe_all: options.ProbeOption = False,
@@ -137,7 +139,7 @@ def search(
             allowed=allowed_of(allowed or ()),
             alpha_budget=alpha_budget,
             effort=effort,
-            serving=serving_of(batch_sizes, profile, peak_tflops),
+            serving=serving_of(batch_sizes, profile, peak_tflops, form),
             run=run,
             realign=realign,
             progress=progress,
@@ -212,10 +214,8 @@ def certify(
     assert certified.certificate is not None
     if output is not None:
         certified.save(output)
-    code = DONE if certified.certificate.certified else NO
-    return Result(
-        row=certified.certificate.model_dump(), page=certificate_text(certified.certificate), as_json=as_json, code=code
-    )
+    proof, code = certified.certificate, DONE if certified.certificate.certified else NO
+    return Result(row=proof.model_dump(), page=certificate_text(proof), as_json=as_json, code=code)
 
 
 @command
@@ -252,8 +252,7 @@ def deploy(
         "not_certified": given.not_certified,
         **asdict(found),
     }
-    page = deployed_page(row, time.perf_counter() - started)
-    return Result(row=row, page=page, as_json=as_json)
+    return Result(row=row, page=deployed_page(row, time.perf_counter() - started), as_json=as_json)
 
 
 @command

@@ -6,17 +6,13 @@ because `--help` would wait for it; so the few defaults and words that stand in 
 tests hold them equal. What makes values of what was typed is in `cli_values`.
 """
 
-import platform
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from precimap.cli_ending import Result, ended
 from precimap.numerics.schemes import SCHEMES
-from precimap.report.terminal import lines_of
 
 # Repeated from metrics.click, runtime.nvidia.target, searching.allocation.table and searching.question.
 NE_MARGINS = ("0.02%", "0.05%", "0.1%")
@@ -30,11 +26,21 @@ class TargetName(StrEnum):
     """What a map can be made for here: the names of `precimap.targets`."""
 
     EMULATED = "emulated"
+    CPU = "cpu"
+    CUDA = "cuda"
     CPU_INT8 = "cpu-int8"
     CPU_INT8_COMPILED = "cpu-int8-compiled"
     CUDA_FP8 = "cuda-fp8"
     CUDA_FP8_COMPILED = "cuda-fp8-compiled"
     TORCHREC = "torchrec"
+
+
+class FormName(StrEnum):
+    """How a model is served on the targets cpu and cuda: the forms of `searching.question`."""
+
+    AUTO = "auto"
+    EAGER = "eager"
+    COMPILED = "compiled"
 
 
 class RuleName(StrEnum):
@@ -60,29 +66,6 @@ def margin_text(text: str) -> str:
     return text
 
 
-def _version(package: str) -> str:
-    """As installed; the package is not imported."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _print_versions(asked: bool) -> None:
-    if asked:
-        said = f"precimap {_version('precimap')} (torch {_version('torch')}, Python {platform.python_version()})"
-        raise typer.Exit(ended(lambda: Result(row={}, page=lines_of([said]), as_json=False)))
-
-
-VersionOption = Annotated[
-    bool,
-    typer.Option(
-        "--version",
-        callback=_print_versions,
-        is_eager=True,
-        help="Print the versions of precimap, torch and Python, and end.",
-    ),
-]
 TaskArgument = Annotated[
     str,
     typer.Argument(
@@ -172,7 +155,12 @@ RuleOption = Annotated[
 ]
 TargetOption = Annotated[
     TargetName,
-    option(CHOICE, f"The map is made for this hardware, or for an emulation of any; cuda-fp8 is {EXPERIMENTAL}."),
+    option(
+        CHOICE,
+        "The map is made for this hardware, or for an emulation of any. On cpu and cuda the model is served as it is or "
+        "compiled by torch (--form); the names of two and more parts are one form of one kind of hardware. All of CUDA is "
+        f"{EXPERIMENTAL}.",
+    ),
 ]
 DeployTargetOption = Annotated[
     TargetName | None,
@@ -238,6 +226,14 @@ BatchSizesOption = Annotated[
         "The model is served in batches of these sizes, for instance 64,1024. The default is the sizes of the profile, or "
         "the batches of the task's data.",
         show_default=False,
+    ),
+]
+FormOption = Annotated[
+    FormName,
+    option(
+        SERVING,
+        "On the targets cpu and cuda the model is served as it is (eager) or compiled by torch. With auto, whole models are "
+        "timed in both forms, and the search goes on in the faster one.",
     ),
 ]
 TimingOption = Annotated[

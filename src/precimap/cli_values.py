@@ -6,7 +6,7 @@ Apart from `cli_options`, which `--help` needs, because this imports torch: comm
 from collections.abc import Sequence
 from pathlib import Path
 
-from precimap.cli_options import RuleName
+from precimap.cli_options import FormName, RuleName
 from precimap.errors import InputError
 from precimap.hardware_profile import HardwareProfile
 from precimap.numerics.schemes import Scheme, range_rule_from_row, schemes_of
@@ -59,7 +59,7 @@ def rule_of(
     return Threshold()
 
 
-def serving_of(batch_sizes: str, profile: Path | None, peak_tflops: float | None) -> Serving:
+def serving_of(batch_sizes: str, profile: Path | None, peak_tflops: float | None, form: FormName) -> Serving:
     """How the model is served. Raises InputError for batch sizes that are none, ProfileError for a bad file."""
     planned_for = None if profile is None else HardwareProfile.load(profile)
-    return Serving(sizes_of(batch_sizes), planned_for, peak_tflops)
+    return Serving(sizes_of(batch_sizes), planned_for, peak_tflops, form.value)

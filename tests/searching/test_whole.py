@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from helpers.planted_times import HERE, QUIET, TableWhole, Whole
+from helpers.planted_times import HERE, QUIET, TURNS, TableWhole, Whole
 from helpers.small_tasks import planted_task
 from precimap import CPU_INT8_COMPILED, Effort, PrecisionMap, SearchResult, Serving, Splits, Task, search
 from precimap.end_to_end import EndToEnd, FormTimes, SizeTimes
@@ -100,10 +100,10 @@ def test_the_report_fits_80_columns_and_says_it_all(paying: SearchResult, folder
     text = screen.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     flat = " ".join(text.split())
-    assert "map, eager 2 2 62,500 1.00 [1.00, 1.00]" in flat
+    assert "map, eager 2 62,500 1.00 [1.00, 1.00]" in flat
     assert "the map, eager, is 1.50 [1.43, 1.57] times as fast as the base model" in flat
     assert "faster than the map: base, compiled, 2.00 times as fast; its answers are the baseline's" in flat
-    assert "n = 5 interleaved turns; p99 of so few is about the longest" in flat
+    assert "n = 5 interleaved turns; p99 takes 200;" in flat
 
 
 def test_a_resumed_run_times_nothing_again(paying: SearchResult, folder: Path) -> None:
@@ -137,6 +137,17 @@ def test_bytes_that_are_asked_for_are_worth_time(tmp_path: Path) -> None:
     }
     found = {name: searched(TableWhole(slower), tmp_path / name, rule=rule).certified for name, rule in asked.items()}
     assert found == {"worth": True, "not": False, "bound": True}
+
+
+def test_only_what_is_close_is_timed_for_long(tmp_path: Path) -> None:
+    """A map that surely gains, or surely loses, is timed in few turns."""
+    turned = {}
+    for name, base in (("gains", 3.0), ("loses", 1.0), ("close", 2.04)):
+        timer = TableWhole({"base, eager": base, "map, eager": 2.0})
+        times = searched(timer, tmp_path / name).end_to_end
+        assert times is not None
+        turned[name] = (len(timer.turned), times.gain.n)
+    assert turned == {"gains": (1, len(TURNS)), "loses": (1, len(TURNS)), "close": (2, 2 * len(TURNS))}
 
 
 def test_nothing_is_timed_unasked_or_for_another_machine(tmp_path: Path) -> None:

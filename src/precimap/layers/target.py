@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from precimap.errors import InputError
 from precimap.hardware_profile import Device
 from precimap.layers.emulation import quantized
 from precimap.layers.inventory import Layer
@@ -105,6 +106,23 @@ class Target(Protocol):
 
     def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> AbstractContextManager[nn.Module]:
         """A model that computes `layers` in low precision, as it is served, while the block lasts; `model` stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A machine on which a model may be served in several forms. Each is a target of its own, with times and certificates of
+    its own; a search for the hardware finds the form first (`searching/timing/form.py`)."""
+
+    name: str
+    forms: Mapping[str, Target]
+
+    def of_map(self, target: str) -> Target:
+        """The form that a map, or a profile, of this target is for. Raises InputError where it is for none of these."""
+        found = next((form for form in self.forms.values() if form.name == target), None)
+        if found is None:
+            known = " or ".join(form.name for form in self.forms.values())
+            raise InputError(f"expected something made for {known}, which are the forms of {self.name}, got {target}")
+        return found
 
 
 class Emulated:

@@ -6,7 +6,7 @@ from rich.text import Text
 from precimap.end_to_end import BASE, MAP, EndToEnd, FormTimes, SizeTimes
 from precimap.report.terminal import Rows, lines_of
 
-FEW = 100  # turns below which a 99th percentile is little else than the longest
+FEW = 200  # turns below which a 99th percentile is little else than the longest, and is not printed
 
 
 def end_to_end_page(found: EndToEnd) -> RenderableType:
@@ -16,8 +16,8 @@ def end_to_end_page(found: EndToEnd) -> RenderableType:
     n = min(form.seconds.n for size in found.sizes for form in size.forms)
     lines = [
         str(found.device),
-        f"n = {n} interleaved turns{'; p99 of so few is about the longest' if n < FEW else ''}; memory: peak of a call, "
-        "beside the weights; times as long as the map in the form that is served, within a turn, median [quartiles]",
+        f"n = {n} interleaved turns{f'; p99 takes {FEW}' if n < FEW else ''}; memory: peak of a call, beside the weights; "
+        "times as long as the map in the form that is served, within a turn, median [quartiles]",
         f"utilisation of {found.peak_flops / 1e12:.3g} TFLOP/s in base precision "
         f"({'given' if found.peak_given else 'measured'}), {found.flops / 1e6:,.3g} MFLOP a unit",
         f"the map, {found.served}, is {gain} times as fast as the base model"
@@ -57,12 +57,13 @@ def _table(found: EndToEnd, size: SizeTimes) -> Rows:
 
 def _cells(found: EndToEnd, size: SizeTimes, form: FormTimes) -> tuple[str, ...]:
     each = size.units / form.seconds.median
+    used = each * found.flops / found.peak_flops
     return (
         form.name,
         f"{1e3 * form.seconds.median:.4g}",
-        f"{1e3 * form.p99:.4g}",
+        "" if form.seconds.n < FEW else f"{1e3 * form.p99:.4g}",
         f"{each:,.0f}",
         str(form.ratio),
         "" if form.memory is None else f"{form.memory / 1e6:.1f}",
-        f"{each * found.flops / found.peak_flops:.0%}",
+        "" if used > 1 else f"{used:.0%}",  # a peak that is passed is none
     )

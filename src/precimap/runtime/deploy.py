@@ -18,7 +18,7 @@ from precimap.fingerprints import modules_of, of_weights
 from precimap.layers.emulation import quantized
 from precimap.layers.prepared import prepared
 from precimap.layers.quantized import QuantizedLayer
-from precimap.layers.target import EMULATED, Target
+from precimap.layers.target import EMULATED, Hardware, Target
 from precimap.precision_map import PrecisionMap
 from precimap.runtime import emulated
 from precimap.runtime.batch_watch import watch
@@ -65,7 +65,7 @@ def deploy(
     model: nn.Module,
     precision_map: PrecisionMap | str | Path,
     *,
-    target: Target | str | None = None,
+    target: Target | Hardware | str | None = None,
     task: Task | None = None,
 ) -> nn.Module:
     """A model that computes as the map says, on this machine: a copy of `model`, which shares nothing with it.
@@ -73,8 +73,8 @@ def deploy(
     Its modules are the model's own, with their types, names, methods and hooks; parameters in low precision are tensors that
     answer as the others do (`runtime/weights`). It is in evaluation mode, and no parameter requires a gradient.
 
-    precision_map: a map, or its file. target: an object or its name: `cpu-int8`, `cpu-int8-compiled`, `cuda-fp8`
-    (experimental: not yet measured on a GPU), `torchrec` or `emulated`; by default the map's own. task: if given, the
+    precision_map: a map, or its file. target: an object or its name out of `precimap.targets` (those of CUDA are
+    experimental: not yet measured on a GPU); by default the map's own. task: if given, the
     deployed model and the emulation score its first calibration batch, and `precimap.agreement` of the result holds the
     difference. Each kernel is compared with its emulation in any case.
 
@@ -129,7 +129,7 @@ def build(
     """
     if target not in TARGETS:
         raise DeployError(f"expected a target out of {', '.join(TARGETS)}, got {target!r}")
-    found: Any = target_of(target)
+    found: Any = target_of(target, precision_map.target)
     place = emulated.deployed if found is EMULATED else found.deployed  # the emulation is of no hardware
     deployed: nn.Module = place(model, layers, owned=owned)
     deployed.eval()
@@ -137,7 +137,7 @@ def build(
     for weight in weights.values():
         check_weight(weight)
     elsewhere = {name: layer for name, layer in layers.items() if name not in weights}
-    _carry(deployed, Deployment(precision_map, target, elsewhere))
+    _carry(deployed, Deployment(precision_map, found.name, elsewhere))
     return deployed
 
 

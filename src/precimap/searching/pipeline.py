@@ -18,7 +18,7 @@ from precimap.fingerprints import of_weights
 from precimap.journal import run_journal
 from precimap.layers.quantized import codes_kept
 from precimap.layers.realign import score_layer
-from precimap.layers.target import EMULATED, Target
+from precimap.layers.target import EMULATED, Hardware, Target
 from precimap.numerics import NUMERICS_VERSION
 from precimap.numerics.schemes import Scheme, schemes_of
 from precimap.precision_map import PrecisionMap, Premise
@@ -55,8 +55,10 @@ from precimap.searching.run import Parts, Run, scored_baseline
 from precimap.searching.same_task import check_first_batch, terms
 from precimap.searching.splits.three_splits import SplitPrints, fingerprint_splits, unchanging
 from precimap.searching.subject import Subject, inventory_of
+from precimap.searching.timing.form import form_asked, in_fastest_form
 from precimap.searching.timing.times import times_from_profile, times_measured
-from precimap.targets import target_of
+from precimap.searching.timing.whole import WholeModelBench
+from precimap.targets import hardware_of
 from precimap.task import Task, first_batch
 
 
@@ -65,7 +67,7 @@ class _Search:
     """What stays the same from the first step to the last.
 
     notes: for the reader, of the task and its splits. foreseen: the times of a profile. realigner: of maps whose scores are
-    brought back to the baseline's.
+    brought back to the baseline's. hardware: whose faster form is to be found.
     """
 
     question: Question
@@ -74,6 +76,7 @@ class _Search:
     notes: tuple[str, ...]
     foreseen: Latency | None
     realigner: Realigner | None
+    hardware: Hardware | None
     on_preflight: Callable[[Preflight], None]
 
 
@@ -83,7 +86,7 @@ def search(
     *,
     schemes: str | Scheme | Sequence[str | Scheme],
     margin: float | str,
-    target: Target | str = EMULATED,
+    target: Target | Hardware | str = EMULATED,
     run: str | Path | None = None,
     progress: Progress = silent,
     on_preflight: Callable[[Preflight], None] = lambda _: None,
@@ -93,9 +96,9 @@ def search(
 
     schemes: names or Schemes; of several each layer takes one (on equal terms, the first). margin: the largest drop you
     accept, in units of the metric, or "0.1%" of a metric whose drop is relative. target: what the map is for, an object or
-    its name (`precimap.targets`). run: a directory for measurements and maps; one that holds measurements of the same model,
-    data and schemes is taken up again, also with another margin or rule. on_preflight: told what this many units can detect,
-    before the long work.
+    its name (`precimap.targets`); of `cpu` and `cuda` the faster form is found, if `serving` says none. run: a directory
+    for measurements and maps; one that holds measurements of the same model, data and schemes is taken up again, also with
+    another margin or rule. on_preflight: told what this many units can detect, before the long work.
 
     asked, by name: confidence, alpha_budget, ledger, pinned, allowed, rule, cutoff, realign, effort and serving, with the
     meaning and the defaults that `Question` gives them.
@@ -105,7 +108,7 @@ def search(
     known by then that nothing can be asked (`Booking.check_left`). The model stays as it was.
     """
     question = Question(margin=margin_of(margin, task.metric), **asked)
-    chosen, where = schemes_of(schemes), target_of(target)
+    chosen, (hardware, where) = schemes_of(schemes), form_asked(hardware_of(target), question)
     first = check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)
@@ -119,7 +122,9 @@ def search(
         realigner = Realigner(task, last)
     minutes = question.effort.minutes
     ends_at = None if minutes is None else time.monotonic() + 60 * minutes
-    with run_journal(None if run is None else Path(run), _bound_to(premise, task, where, prints)) as journal:
+    with run_journal(
+        None if run is None else Path(run), _bound_to(premise, task, hardware or where, prints)
+    ) as journal:
         check_first_batch(journal, task, first.scored)
         made = Run(task, journal, progress, ends_at)
         subject = Subject(
@@ -137,12 +142,13 @@ def search(
             notes=(*first.notes, *prints.notes),
             foreseen=foreseen,
             realigner=realigner,
+            hardware=hardware,
             on_preflight=on_preflight,
         )
         return saved(_searched(one, subject), run)
 
 
-def _bound_to(premise: Premise, task: Task, target: Target, prints: SplitPrints) -> dict[str, str]:
+def _bound_to(premise: Premise, task: Task, target: Target | Hardware, prints: SplitPrints) -> dict[str, str]:
     """What a run belongs to. Not to the certify split: what was measured on the search split serves fresh data, too."""
     found = premise.model_dump(exclude={"certify", "architecture"}) | {
         "target": target.name,
@@ -162,8 +168,9 @@ def _searched(search: _Search, subject: Subject) -> SearchResult:
     if any(outlook.impossible is not None for outlook in told):
         return _too_small(search, subject, _preflight(search, subject, baseline, told))
     check_left(subject, question, booking)
+    subject, before = _in_its_form(search, subject)
     subject = _timed(search, subject)
-    bench = bench_of(subject, question)
+    bench = bench_of(subject, question, before)
     checked = _preflight(search, subject, baseline, told)
     floor = rounding_floor(subject, question, baseline)
     run.journal.conclude("floor", "all layers", asdict(floor))
@@ -196,6 +203,15 @@ def _tried(subject: Subject) -> Subject:
     """Without the pairs that cannot be computed on the first batch."""
     failed = tried(subject, [*subject.pairs, *floor_pairs(subject.inventory)])
     return replace(subject.without(failed), failed=failed)
+
+
+def _in_its_form(search: _Search, subject: Subject) -> tuple[Subject, WholeModelBench | None]:
+    """On the faster form of the hardware, if that is to be found, and where that was timed."""
+    if search.hardware is None or not subject.pairs:
+        return subject, None
+    bench = bench_of(subject, search.question)
+    assert bench is not None, "a search for hardware has no profile, and times whole models"
+    return in_fastest_form(subject, search.hardware, bench), bench
 
 
 def _timed(search: _Search, subject: Subject) -> Subject:
@@ -281,6 +297,7 @@ def _preflight(search: _Search, subject: Subject, baseline: Parts, told: tuple[O
         *model_notes(inventory, coupled),
         *subject.eligibility.idle(),
         *search.notes,
+        *([] if subject.said is None else [subject.said]),
         *timed,
     )
     checked = Preflight(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from precimap.journal import run_journal
-from precimap.layers.target import EMULATED, Target
+from precimap.layers.target import EMULATED, Hardware, Target
 from precimap.numerics.schemes import Scheme, schemes_of
 from precimap.searching.calibrate import calibrated
 from precimap.searching.eligibility import eligibility
@@ -21,7 +21,7 @@ from precimap.searching.question import Question, margin_of
 from precimap.searching.run import Run, scored_baseline
 from precimap.searching.splits.three_splits import fingerprint_splits, unchanging
 from precimap.searching.subject import Subject, inventory_of
-from precimap.targets import target_of
+from precimap.targets import hardware_of
 from precimap.task import Task
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the margin that was asked for
@@ -67,7 +67,7 @@ def plan(
     *,
     schemes: str | Scheme | Sequence[str | Scheme] = "fp8",
     confidence: float = 0.95,
-    target: Target | str = EMULATED,
+    target: Target | Hardware | str = EMULATED,
     progress: Progress = silent,
 ) -> Plan:
     """How many units the search and the certify split each need, at `margin` and around it.
@@ -77,7 +77,8 @@ def plan(
     input. The model stays as it was. margin, schemes, target: as `search` takes them.
     """
     question = Question(margin=margin_of(margin, task.metric), confidence=confidence)
-    chosen, where = schemes_of(schemes), target_of(target)
+    chosen, given = schemes_of(schemes), hardware_of(target)
+    where = next(iter(given.forms.values())) if isinstance(given, Hardware) else given  # units are those of any form
     first = check_task(task)
     prints = fingerprint_splits(task, first.reads)
     task = unchanging(task, prints)

@@ -7,7 +7,7 @@ bytes; and the certify split is not asked about it. Time is asked first, for it 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from precimap.certificate import Certificate
 from precimap.end_to_end import EndToEnd
@@ -48,14 +48,17 @@ def check_left(subject: Subject, question: Question, booking: Booking) -> None:
         booking.check_left(subject.target, question)
 
 
-def bench_of(subject: Subject, question: Question) -> WholeModelBench | None:
+def bench_of(subject: Subject, question: Question, before: WholeModelBench | None = None) -> WholeModelBench | None:
     """Where whole maps are timed; None where the target's times are not to be had here, or nobody asked for them.
 
-    Raises InputError for batch sizes that cannot be made of the task's batches.
+    before: that of another form, whose models serve again. Raises InputError for batch sizes that cannot be made of the
+    task's batches.
     """
     timer, seconds, serving = subject.target.whole_timer, question.effort.timing_seconds, question.serving
     if timer is None or not seconds or not serving.is_of(timer.device()):
         return None
+    if before is not None:
+        return replace(before, subject=subject, timer=timer)
     bench = WholeModelBench(subject=subject, timer=timer, serving=serving, seconds=seconds)
     bench.check()
     return bench

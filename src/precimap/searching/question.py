@@ -70,20 +70,28 @@ def bytes_of(given: int | str, name: str = "memory") -> int:
 USUAL_EFFORT = Effort()
 
 
+FORMS = AUTO, *_ = ("auto", "eager", "compiled")
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """How the model will be served. batch_sizes: units of a batch, all of them counting alike; none: those of the
     profile, or the batch that discovery sees. profile: of the machine it is for, instead of timing here. peak_tflops:
     10^12 operations per second in base precision, what utilisation is counted against; None: a large product is timed.
+    form: of `FORMS`, how a model is served on the targets cpu and cuda; auto: in the form in which whole models are faster.
 
-    Raises InputError for a size that is not at least 1, or stands twice, and for a peak that is not above zero.
+    Raises InputError for a size that is not at least 1, or stands twice, for a peak that is not above zero, and for another
+    form.
     """
 
     batch_sizes: tuple[int, ...] = ()
     profile: HardwareProfile | None = None
     peak_tflops: float | None = None
+    form: str = AUTO
 
     def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise InputError(f"expected a form out of {', '.join(FORMS)}, got {self.form!r}")
         checked_sizes(self.batch_sizes)
         if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
             raise InputError(f"expected peak TFLOPs per second above zero, got {self.peak_tflops}")

@@ -27,7 +27,7 @@ class Subject:
     """A task that is searched, in a run.
 
     target: what the map is for. eligibility: which pairs may be tried. calibration: static input ranges. failed: what the
-    trial refused, and why. latency: of the layers on the target, or None.
+    trial refused, and why. latency: of the layers on the target, or None. said: how the target's form was found, if it was.
     """
 
     run: Run
@@ -38,6 +38,7 @@ class Subject:
     calibration: InputRanges
     failed: Mapping[Key, str] = field(default_factory=dict)
     latency: Latency | None = None
+    said: str | None = None
 
     @property
     def task(self) -> Task:

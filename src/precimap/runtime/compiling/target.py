@@ -13,8 +13,9 @@ from torch import nn
 
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
+from precimap.layers.target import Hardware
 from precimap.numerics.schemes import Scheme
-from precimap.runtime.compiling.compiled import COMPILED, check_compiled, compile_calls, no_compiler
+from precimap.runtime.compiling.compiled import COMPILED, EAGER, check_compiled, compile_calls, no_compiler
 from precimap.runtime.nvidia.layer_timer import CudaTimer
 from precimap.runtime.nvidia.target import CUDA_FP8, EXPERIMENTAL, CudaFp8
 from precimap.runtime.nvidia.whole_timer import CudaWholeTimer
@@ -71,3 +72,5 @@ CPU_INT8_COMPILED = CompiledTarget(
 CUDA_FP8_COMPILED = CompiledTarget(
     CUDA_FP8, f"Measured on the deployed model as Inductor compiles it for this GPU ({EXPERIMENTAL})."
 )
+CPU = Hardware("cpu", {EAGER: CPU_INT8, COMPILED: CPU_INT8_COMPILED})
+CUDA = Hardware("cuda", {EAGER: CUDA_FP8, COMPILED: CUDA_FP8_COMPILED})

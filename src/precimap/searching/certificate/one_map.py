@@ -16,7 +16,7 @@ from precimap.certificate import Certificate, Earlier
 from precimap.errors import MapError, TaskError
 from precimap.fingerprints import modules_of, of_weights
 from precimap.journal import run_journal
-from precimap.layers.target import Target, as_given
+from precimap.layers.target import Hardware, Target, as_given
 from precimap.precision_map import PrecisionMap
 from precimap.searching.certificate.booking import Booking, share_that_chose
 from precimap.searching.certificate.certify import Judged, mapped
@@ -37,7 +37,7 @@ def certify(
     precision_map: PrecisionMap | str | Path,
     *,
     margin: float | str,
-    target: Target | str | None = None,
+    target: Target | Hardware | str | None = None,
     progress: Progress = silent,
     on_note: Callable[[str], None] = lambda _: None,
     **terms: Unpack[Terms],
@@ -54,7 +54,7 @@ def certify(
     question = Question(margin=margin_of(margin, task.metric), **terms)
     if not isinstance(precision_map, PrecisionMap):
         precision_map = PrecisionMap.load(precision_map)
-    where, model = target_of(target or precision_map.target), task.model
+    where, model = target_of(target or precision_map.target, precision_map.target), task.model
     precision_map.check(weights=of_weights(model), metric=task.metric.name, architecture=modules_of(model))
     if not precision_map.changes:
         raise MapError("the map keeps every layer at base precision; there is nothing to certify")

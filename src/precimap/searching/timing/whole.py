@@ -9,7 +9,7 @@ could not be timed in turns.
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,7 +52,7 @@ def _no_batch(size: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WholeModelBench:
-    """Where and how whole maps of one search are timed. seconds: about how long, at each batch size."""
+    """Where and how whole maps of one search are timed. seconds: about how long at each batch size, where it is close."""
 
     subject: Subject
     timer: WholeTimer
@@ -106,17 +106,14 @@ class WholeModelBench:
 
     def _measured(self, precision_map: PrecisionMap) -> EndToEnd:
         task, refused = self.subject.run.task, dict[str, str]()
-        models = self._models(precision_map, refused)
-        sizes = []
-        for number, size in enumerate(self.sizes):
-            self.subject.run.progress("time whole models", number, len(self.sizes))
-            sizes.append(self._at(size, models, refused))
-        self.subject.run.progress("time whole models", len(self.sizes), len(self.sizes))
+        own = self.timer.forms(*prepared(task.model, precision_map))
+        wanted = {**self._rivals(), **{(MAP, form): make for form, make in own.items()}}
+        sizes = self._timed(wanted, ((BASE, self.timer.served), (MAP, self.timer.served)), refused)
         return EndToEnd(
             map=precision_map.fingerprint,
             device=self.timer.device(),
             served=self.timer.served,
-            sizes=tuple(sizes),
+            sizes=sizes,
             refused=refused,
             foretold=self._foretold(precision_map, sizes),
             flops=round(self.subject.inventory.flops / self.subject.inventory.units),
@@ -124,26 +121,46 @@ class WholeModelBench:
             peak_given=False,
         )
 
-    def _models(self, precision_map: PrecisionMap, refused: dict[str, str]) -> dict[Form, nn.Module]:
-        """Every form that can be made, by precision and form; the others with their reasons in `refused`."""
-        own = self.timer.forms(*prepared(self.subject.run.task.model, precision_map))
-        if not self._beside:
-            self._beside.update(self._forms_beside())
-        wanted = {**self._beside, **{(MAP, form): make for form, make in own.items()}}
+    def beside(self, schemes: Sequence[Scheme]) -> tuple[tuple[SizeTimes, ...], dict[str, str]]:
+        """Times without any map, over the base model as it is: that model, casts, and everything low under each scheme.
+
+        The precision of the last is "blanket NAME". With the reasons of what could not be timed.
+        """
+        refused: dict[str, str] = {}
+        wanted = {key: make for key, make in self._rivals().items() if key[0] != BLANKET}
+        for scheme in schemes:
+            layers = self.subject.quantized(self._all_low(scheme))
+            made = self.timer.forms(self.subject.task.model, layers)
+            wanted |= {(f"{BLANKET} {scheme.name}", form): make for form, make in made.items()}
+        as_it_is = next(iter(wanted))[1]  # the first of a timer's forms
+        return self._timed(wanted, ((BASE, as_it_is),), refused), refused
+
+    def _timed(
+        self, wanted: Mapping[Form, Callable[[], nn.Module]], needed: Sequence[Form], refused: dict[str, str]
+    ) -> tuple[SizeTimes, ...]:
+        """At every batch size; ratios are to the last of those that are `needed`, which raise DeployError if they fail."""
         models: dict[Form, nn.Module] = {}
-        for key in sorted(
-            wanted, key=lambda key: PRECISIONS.index(key[0]) if key[0] in PRECISIONS else len(PRECISIONS)
-        ):
+        for key in sorted(wanted, key=_place):
             try:
                 models[key] = wanted[key]()
             except DeployError as error:
-                if key in self._needed:
+                if key in needed:
                     raise
                 refused[", ".join(key)] = str(error)
-        return models
+        sizes = []
+        for number, size in enumerate(self.sizes):
+            self.subject.run.progress("time whole models", number, len(self.sizes))
+            sizes.append(self._at(size, models, needed, refused))
+        self.subject.run.progress("time whole models", len(self.sizes), len(self.sizes))
+        return tuple(sizes)
+
+    def _rivals(self) -> dict[Form, Callable[[], nn.Module]]:
+        """What every map is compared with; each made once, for compiling takes longer than all else here."""
+        if not self._beside:
+            self._beside.update({key: functools.cache(make) for key, make in self._forms_beside().items()})
+        return self._beside
 
     def _forms_beside(self) -> dict[Form, Callable[[], nn.Module]]:
-        """What every map is compared with; each made once, for compiling takes longer than all else here."""
         task, forms = self.subject.run.task, self.timer.forms
         made = {
             BASE: forms(task.model, {}),
@@ -152,26 +169,21 @@ class WholeModelBench:
         for name, dtype in CASTS.items():
             if dtype in self.timer.casts and name != task.base_precision:
                 made[name] = forms(cast(task.model, name), {})
-        return {(name, form): functools.cache(make) for name, found in made.items() for form, make in found.items()}
+        return {(name, form): make for name, found in made.items() for form, make in found.items()}
 
-    @property
-    def _needed(self) -> tuple[Form, Form]:
-        """The forms without which there is no answer."""
-        return (BASE, self.timer.served), (MAP, self.timer.served)
-
-    def _all_low(self) -> dict[str, Scheme]:
-        """Blanket low precision: every layer that can compute low does, under the shortest scheme that it can take."""
+    def _all_low(self, first: Scheme | None = None) -> dict[str, Scheme]:
+        """Blanket low precision: every layer that can compute low does, under `first`, or the shortest that it can take."""
         chosen: dict[str, Scheme] = {}
-        low = sorted(
-            (scheme for scheme in self.subject.schemes if scheme.computes_low), key=lambda one: one.weight_bits
-        )
-        for scheme in low:
+        low = [scheme for scheme in self.subject.schemes if scheme.computes_low]
+        for scheme in sorted(low, key=lambda one: (one != first, one.weight_bits)):
             for (layer, name), reason in self.subject.eligibility.refusals.items():
                 if name == scheme.name and reason is None and layer not in self.subject.eligibility.pinned:
                     chosen.setdefault(layer, scheme)
         return chosen
 
-    def _at(self, size: int, models: Mapping[Form, nn.Module], refused: dict[str, str]) -> SizeTimes:
+    def _at(
+        self, size: int, models: Mapping[Form, nn.Module], needed: Sequence[Form], refused: dict[str, str]
+    ) -> SizeTimes:
         # Each begins with another unit: codes of equal inputs are found again, and what is served does not repeat itself.
         copies = [_copied(batch) for batch in self._batches(size, COPIES)]
         cases: dict[Form, Call] = {}
@@ -186,16 +198,33 @@ class WholeModelBench:
                     call()
                     self.timer.check(model)
                 except _FAILURES as error:
-                    if key in self._needed:
+                    if key in needed:
                         raise DeployError(f"{name}, on a batch of {size}: {type(error).__name__}: {error}") from error
                     refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST_REASON]
                     continue
                 cases[key] = call
-            seconds = self.timer.turns({", ".join(key): call for key, call in cases.items()}, self.seconds)
+            seconds = self._turns(cases, needed)
             memory = {key: self.timer.peak_memory(call) for key, call in cases.items()}
-        served = seconds[f"{MAP}, {self.timer.served}"]
+        served = seconds[", ".join(needed[-1])]
         forms = [_form(key, seconds[", ".join(key)], served, memory[key]) for key in cases]
         return SizeTimes(units=size, rows=rows, forms=tuple(forms))
+
+    def _turns(self, cases: Mapping[Form, Call], needed: Sequence[Form]) -> dict[str, list[float]]:
+        """Seconds by name: of few turns, and of as many as `seconds` allows where these leave open what they are to decide.
+
+        That is which of two that are needed is faster; else which form is, by the fastest of each.
+        """
+        named = {", ".join(key): call for key, call in cases.items()}
+        first = self.timer.turns(named, 0.0)
+        told = [", ".join(key) for key in needed]
+        if len(told) < 2:
+            forms = dict.fromkeys(form for _, form in cases)
+            median = {name: float(np.median(seconds)) for name, seconds in first.items()}
+            told = [min((", ".join(key) for key in cases if key[1] == form), key=median.__getitem__) for form in forms]
+        if all(_told_apart(first[one], first[other]) for one, other in itertools.pairwise(told)):
+            return first
+        more = self.timer.turns(named, self.seconds)
+        return {name: first[name] + more[name] for name in named}
 
     def _batches(self, size: int, count: int) -> list[Any]:
         """Of the task's first search batch, each from another one on. Raises InputError where none is of this size."""
@@ -210,7 +239,7 @@ class WholeModelBench:
             raise InputError(f"{_no_batch(size)}: nothing in it has one row per unit. {_NO_BATCH_HINT}")
         return made
 
-    def _foretold(self, precision_map: PrecisionMap, sizes: list[SizeTimes]) -> Times | None:
+    def _foretold(self, precision_map: PrecisionMap, sizes: Sequence[SizeTimes]) -> Times | None:
         """How many times as fast the sum of single layers says that the served map is; None where that is not known."""
         if self.subject.latency is None or precision_map.cast is not None:
             return None
@@ -225,12 +254,24 @@ class WholeModelBench:
         return Times(median=median, lower=lower, upper=upper, n=n)
 
 
+def _place(key: Form) -> int:
+    """In the order of the tables."""
+    precision = key[0].partition(" ")[0]
+    return PRECISIONS.index(precision) if precision in PRECISIONS else len(PRECISIONS)
+
+
 def _copied(batch: Any) -> Any:
     return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, batch)
 
 
 def _next_scored(task: Task, model: nn.Module, batches: Iterator[Any]) -> Any:
     return task.forward(model, next(batches))
+
+
+def _told_apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether their ratio within a turn has both quartiles on one side of 1."""
+    ratio = Times.of([a / b for a, b in zip(one, other, strict=True)])
+    return not ratio.lower <= 1 <= ratio.upper
 
 
 def _seconds(size: SizeTimes, precision: str, form: str) -> float:
