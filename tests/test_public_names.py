@@ -55,3 +55,23 @@ print("torch" in sys.modules, type(found).__name__, type(pm.search).__name__, pm
 """
     for name, kind in (("search", "function"), ("metrics", "module"), ("errors.MapError", "type")):
         assert in_python(code.format(name=name)).split() == ["False", "True", kind, "function", "precimap.searching"]
+
+
+def test_the_compiler_is_not_imported_to_find_layers_and_one_that_comes_late_does_not_watch() -> None:
+    """What a forward imports may trace what watches it; it is then watched again, with the compiler off."""
+    code = """
+import sys
+import torch
+from torch import nn
+import precimap as pm
+class Late(nn.Linear):
+    def forward(self, x):
+        import torch._dynamo
+        return super().forward(x)
+for model in (nn.Linear(16, 32), Late(16, 32)):
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    found = pm.discover(model.eval(), lambda model, x: model(x), torch.randn(4, 16))
+    print(found.flops, len(calls), "torch._dynamo" in sys.modules)
+"""
+    assert in_python(code).splitlines() == ["4096 1 False", "4096 2 True"]

@@ -72,6 +72,11 @@ class DispatchCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """It changes nothing that is computed, so code that compiles itself (flex_attention) need not refuse it."""
         return True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler at the first op, to keep it out of here: seconds, where nothing is compiled."""
+        return False
+
     @contextmanager
     def apart(self) -> Iterator[Counted]:
         """What is counted inside the block; it is then not told to `outside`."""

@@ -52,7 +52,8 @@ def discover(model: nn.Module, forward: Forward, batch: Any, further: Iterable[A
 
     further: batches that are looked at, in their order and at most `FURTHEST`, while a weight is not read by those before
     (an expert that no row of the first one was sent to); what they cost and count is otherwise the first batch's. Runs each
-    once, the first once more where no call was seen to read some parameter, and once for each layer that seems to be dead.
+    once, the first once more where no call was seen to read some parameter, once for each layer that seems to be dead, and
+    again where it loads torch's compiler.
     The model is not modified: where a parameter is changed to see whether it is read, it is put back.
     Raises ModelError for models that cannot be looked into and for a forward that returns no tensor, TaskError for one that
     fails.
@@ -100,12 +101,14 @@ def _watched(
 ) -> _Watched:
     compiling = "torch._dynamo" in sys.modules
     try:
-        mode, output, owned = _run(model, forward, batch, weights, place)
+        found = _run(model, forward, batch, weights, place)
     except TaskError:
         if compiling or "torch._dynamo" not in sys.modules:
             raise
+    if not compiling and "torch._dynamo" in sys.modules:
         # The forward loaded the compiler while it was watched, and it traced the watching; now it is off from the start.
-        mode, output, owned = _run(model, forward, batch, weights, place)
+        found = _run(model, forward, batch, weights, place)
+    mode, output, owned = found
     if not isinstance(output, Tensor):
         raise ModelError(f"expected the forward to return one tensor of scores, got {type(output).__name__}")
     mode.settle()

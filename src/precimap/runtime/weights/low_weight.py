@@ -106,12 +106,7 @@ class LowWeight(Tensor):
 
     @staticmethod
     def __new__(
-        cls,
-        parts: Parts,
-        how: How,
-        dtype: torch.dtype,
-        cache: dict[Any, Any] | None = None,
-        root: bool = True,
+        cls, parts: Parts, how: How, dtype: torch.dtype, cache: dict[Any, Any] | None = None, root: bool = True
     ) -> "LowWeight":
         shape, strides, offset = how.kernel.shape(how, parts)
         some = next(iter(parts.values()))
@@ -242,6 +237,9 @@ def composite(func: Any) -> bool:
 
 def low_weight(parts: Parts, how: How, dtype: torch.dtype, parameter: bool = True) -> LowWeight:
     """A weight from its canonical parts; by default a parameter, as a module holds it."""
+    global _apart
+    if how.kernel.needs_frozen and _apart is None:  # no sooner, for torch imports its compiler to say so
+        _apart = torch.compiler.disable(_run, reason="INT8 in the graph needs precimap.compiled")  # type: ignore[no-untyped-call]
     ordered = {name: parts[name] for name in PARTS if name in parts}
     made = LowWeight(ordered | how.kernel.derived(how, ordered, dtype), how, dtype)
     if parameter:
@@ -305,8 +303,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-# Between the graphs that torch.compile makes where its weights are not frozen.
-_apart = torch.compiler.disable(_run, reason="INT8 in the graph needs precimap.compiled")  # type: ignore[no-untyped-call]
+# `_run` between the graphs that torch.compile makes where its weights are not frozen.
+_apart: Any = None
 
 
 def refuse_writes(func: Any, args: Any, kwargs: Any) -> None:

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
-from scipy.stats import beta
-from scipy.stats import f as f_distribution
+from scipy.special import betaincinv, fdtri  # scipy.stats has the same, and takes long to import
 
 from precimap.layers.inventory import Inventory
 from precimap.searching.evidence.means import Kind, MeanAgreement, kind_of, means_of, said_of, wrong_kinds
@@ -58,7 +57,7 @@ class Audited:
     def agrees(self) -> bool:
         if self.correlation >= LEAST_CORRELATION and 1 / LARGEST_RATIO <= self.ratio <= LARGEST_RATIO:
             return True
-        explained = float(f_distribution.ppf(NOISE_LEVEL, self.n, self.n)) * self.rounding
+        explained = float(fdtri(self.n, self.n, NOISE_LEVEL)) * self.rounding
         # What a correlation of `LEAST_CORRELATION` would miss is allowed on top: 1 - r^2 of the prediction.
         return self.rounding > 0 and self.missed <= explained + (1 - LEAST_CORRELATION**2) * self.foretold
 
@@ -77,7 +76,7 @@ class Audit:
         n, agreeing = len(self.rows), sum(row.agrees for row in self.rows)
         if not n:
             return 1.0, 0.0
-        return agreeing / n, float(beta.ppf(0.05, agreeing, n - agreeing + 1)) if agreeing else 0.0
+        return agreeing / n, float(betaincinv(agreeing, n - agreeing + 1, 0.05)) if agreeing else 0.0
 
     @property
     def approximation(self) -> float:
