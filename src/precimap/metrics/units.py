@@ -52,7 +52,7 @@ class Units:
 
     def only(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> "Units":
         """The chosen units. Raises TaskError when none is chosen."""
-        chosen = np.arange(self.n)[rows]
+        chosen = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
         return Units(
             n=len(chosen),
             clusters=None if self.clusters is None else self.clusters[chosen],
