@@ -8,6 +8,7 @@ taken as independent, and a two-sided metric bounded on one side only.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ ROWS = 22
 Bound = Callable[[PairedDrops], float]
 
 
+@cache
 def of_users(metric: Metric) -> tuple[Floats, Floats]:
     """What the metric keeps of each user's rows under both models, [users, rows, columns]."""
     label = torch.zeros(ROWS)
