@@ -1,5 +1,6 @@
 """A run is taken up again by the task that began it and by no other; a question is one for the same task and data."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from precimap.errors import AlphaSpent, JournalError, TaskError
 from precimap.journal import open_journal, run_journal
 from precimap.metrics import NDCG, NE, Custom, LogLoss, Loss
 from precimap.metrics.metric import UnitMean
+from precimap.precision_map import PrecisionMap
 from precimap.searching.certificate.one_map import certify
 from precimap.searching.preflight.checks import check_task
 from precimap.searching.result import SearchResult
@@ -126,31 +128,32 @@ def trimmed(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> float
     return float(np.mean(np.minimum((scores - labels) ** 2, 1.2)))
 
 
+PLAIN = task_of()
 OTHERS: dict[str, tuple[Task, Task, str]] = {
-    "forward": (task_of(), task_of(forward=lambda m, b: 3 * forward(m, b)), "the loss of 40 of 40 units"),
+    "forward": (PLAIN, task_of(forward=lambda m, b: 3 * forward(m, b)), "the loss of 40 of 40 units"),
     "forward, for few": (
-        task_of(),
+        PLAIN,
         task_of(forward=lambda m, b: torch.where(b["x"][:, 0] > 1.2, 0, forward(m, b))),
         "the loss of . of 40 units .* when the run began",
     ),
     "loss": (task_of(metric=Loss()), task_of(metric=Loss(), loss=lambda s, b: loss(s, b) ** 2), "the loss of"),
-    "activation": (task_of(), task_of(model=model_of(Swish())), "architecture was"),
+    "activation": (PLAIN, task_of(model=model_of(Swish())), "architecture was"),
     "parameter of a module": (
         task_of(model=model_of(nn.LeakyReLU(0.01))),
         task_of(model=model_of(nn.LeakyReLU(0.3))),
         "architecture was",
     ),
-    "a class of the same name": (task_of(), task_of(model=model_of(ReLU())), "the loss of"),
-    "clusters": (task_of(), task_of(clusters=lambda b: b["user"] // 10), "clusters, weights and slices was"),
-    "no clusters": (task_of(), task_of(clusters=None), "clusters, weights and slices was"),
-    "weights": (task_of(), task_of(weights=lambda b: 1 + 49 * b["labels"]), "clusters, weights and slices was"),
-    "labels": (task_of(), task_of(labels=lambda b: 1 - b["labels"]), "labels, clusters, weights and slices was"),
+    "a class of the same name": (PLAIN, task_of(model=model_of(ReLU())), "the loss of"),
+    "clusters": (PLAIN, task_of(clusters=lambda b: b["user"] // 10), "clusters, weights and slices was"),
+    "no clusters": (PLAIN, task_of(clusters=None), "clusters, weights and slices was"),
+    "weights": (PLAIN, task_of(weights=lambda b: 1 + 49 * b["labels"]), "clusters, weights and slices was"),
+    "labels": (PLAIN, task_of(labels=lambda b: 1 - b["labels"]), "labels, clusters, weights and slices was"),
     "slice": (
-        task_of(),
+        PLAIN,
         task_of(guards=(Guard(LogLoss(), MARGIN, where=lambda b: b["x"][:, 1] > 1, name="s"),)),
         "clusters, weights and slices was",
     ),
-    "NE(1) and NE(.1)": (task_of(), task_of(metric=NE(0.1)), r"metrics was NE\(kept=1.0.* is NE\(kept=0.1"),
+    "NE(1) and NE(.1)": (PLAIN, task_of(metric=NE(0.1)), r"metrics was NE\(kept=1.0.* is NE\(kept=0.1"),
     "a guard's metric": (
         task_of(guards=(Guard(NE(), MARGIN),)),
         task_of(guards=(Guard(NE(0.1), MARGIN),)),
@@ -159,17 +162,33 @@ OTHERS: dict[str, tuple[Task, Task, str]] = {
     "a user's own metric": (task_of(metric=Scaled()), task_of(metric=Scaled(2.0)), r"metrics was Scaled\(by=1.0\)"),
     "a function's code": (custom(spread), custom(trimmed), "the gate mine.* of the first search batch was"),
     "calibration data": (
-        task_of(),
+        PLAIN,
         task_of(splits=Splits(split(9), split(2), split(3))),
         "calibration was",
     ),
 }
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the plain task and its ledger, for copies of it."""
+    folder = tmp_path_factory.mktemp("begun")
+    searched(PLAIN, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain_map(begun: Path) -> PrecisionMap:
+    return PrecisionMap.load(begun / "run" / "map.json")
+
+
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_run_is_refused_to_another_task(tmp_path: Path, name: str) -> None:
+def test_a_run_is_refused_to_another_task(begun: Path, tmp_path: Path, name: str) -> None:
     one, other, said = OTHERS[name]
-    searched(one, tmp_path)
+    if one is PLAIN:
+        shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    else:
+        searched(one, tmp_path)
     before = (tmp_path / "run" / "map.json").read_bytes()
     with pytest.raises(JournalError, match=said):
         searched(other, tmp_path)
@@ -265,8 +284,10 @@ QUESTIONS: dict[str, Callable[[], Task]] = {
 
 
 @pytest.mark.parametrize("other", QUESTIONS.values(), ids=QUESTIONS)
-def test_another_question_about_a_map_is_booked(tmp_path: Path, other: Callable[[], Task]) -> None:
-    found = searched(task_of(), tmp_path).map
+def test_another_question_about_a_map_is_booked(
+    plain_map: PrecisionMap, tmp_path: Path, other: Callable[[], Task]
+) -> None:
+    found = plain_map
     asked: dict[str, Any] = {"target": EMULATED, "margin": MARGIN, "ledger": tmp_path / "other"}
     assert certify(task_of(), found, **asked).certificate.spent_alpha == 0.05  # type: ignore[union-attr]
     assert certify(task_of(), found, **asked).certificate.spent_alpha == 0.05  # type: ignore[union-attr]
@@ -301,9 +322,9 @@ FORMS: dict[str, Callable[[], list[dict[str, Tensor]]]] = {
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_the_same_question_in_other_batches_is_free_and_another_is_not(
-    tmp_path: Path, form: Callable[[], list[dict[str, Tensor]]]
+    plain_map: PrecisionMap, tmp_path: Path, form: Callable[[], list[dict[str, Tensor]]]
 ) -> None:
-    found = searched(task_of(), tmp_path).map
+    found = plain_map
     again = task_of(splits=Splits(split(1), split(2), form()))
     asked: dict[str, Any] = {"target": EMULATED, "ledger": tmp_path / "other"}
     certify(task_of(), found, margin=MARGIN, **asked)
@@ -321,13 +342,19 @@ def test_other_batches_are_another_question_where_a_scale_is_shared(tmp_path: Pa
         certify(task_of(splits=Splits(split(1), split(2), split(3, size=16))), found, **asked)
 
 
+@pytest.fixture(scope="module")
+def chosen_on_certify(tmp_path_factory: pytest.TempPathFactory) -> PrecisionMap:
+    """A map without a certificate, that was chosen on what is the certify split elsewhere in this file."""
+    swapped = task_of(splits=Splits(split(1), split(3), split(2)))
+    return searched(swapped, tmp_path_factory.mktemp("swapped")).map.model_copy(update={"certificate": None})
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_the_data_that_chose_a_map_do_not_certify_it(
-    tmp_path: Path, form: Callable[[], list[dict[str, Tensor]]]
+    chosen_on_certify: PrecisionMap, tmp_path: Path, form: Callable[[], list[dict[str, Tensor]]]
 ) -> None:
     """By the sketch that the map carries, in whatever batches; also where only a part of them chose it."""
-    swapped = task_of(splits=Splits(split(1), split(3), split(2)))
-    found = searched(swapped, tmp_path).map.model_copy(update={"certificate": None})
+    found = chosen_on_certify
     ledger = tmp_path / "other"
     for given, share in ((form(), "100"), (form()[:1] + split(4, 1000), "")):
         with pytest.raises(TaskError, match=rf"the map was chosen on {share}.* % of this certify split's"):
@@ -341,8 +368,8 @@ def test_the_data_that_chose_a_map_do_not_certify_it(
     assert not ledger.exists(), "nothing was booked"
 
 
-def test_earlier_judgements_stand_in_the_next_certificate(tmp_path: Path) -> None:
-    found = searched(task_of(), tmp_path).map
+def test_earlier_judgements_stand_in_the_next_certificate(plain_map: PrecisionMap, tmp_path: Path) -> None:
+    found = plain_map
     asked: dict[str, Any] = {"target": EMULATED, "ledger": tmp_path / "other"}
     failed = certify(task_of(), found, margin=1e-9, **asked)
     assert failed.certificate is not None
