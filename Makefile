@@ -26,9 +26,10 @@ help:
 demo: $(VENV)/.installed-demo
 	$(BIN)/precimap demo
 
-# Files stay whole, for the tests of one share models and searches.
+# Files stay whole, for the tests of one share models and searches; and in their order, else those with few tests come last
+# and a long one of them keeps one worker waiting.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 FAST := tests/numerics tests/layers tests/test_architecture.py tests/test_precision_map.py tests/test_defaults.py \
 	tests/report/test_answer_page.py tests/searching/test_door.py tests/searching/test_own_rounding.py
