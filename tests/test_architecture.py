@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -90,10 +91,16 @@ def part_of(path: Path) -> str:
     return path.relative_to(SOURCE).with_suffix("").parts[0]
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imported(path: Path) -> frozenset[str]:
     """Full names of all modules that a file imports, function-level imports included."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -101,7 +108,7 @@ def imported(path: Path) -> set[str]:
             names.add(node.module or "")
             if node.module == "precimap":
                 names.update(f"precimap.{alias.name}" for alias in node.names)
-    return names
+    return frozenset(names)
 
 
 def _imports_of(node: ast.stmt) -> set[str]:
@@ -179,7 +186,7 @@ def too_many(path: Path, tree: ast.Module) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_parameters_are_few(path: Path) -> None:
     if str(path.relative_to(SOURCE)) not in {COMMANDS, *OPERATORS}:
-        assert not too_many(path, ast.parse(path.read_text()))
+        assert not too_many(path, parsed(path))
 
 
 def by_position(tree: ast.Module) -> list[str]:
@@ -198,7 +205,7 @@ def by_position(tree: ast.Module) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_large_records_are_made_by_name(path: Path) -> None:
-    assert not by_position(ast.parse(path.read_text()))
+    assert not by_position(parsed(path))
 
 
 def test_the_rules_of_size_find_what_breaks_them() -> None:
@@ -227,7 +234,7 @@ def test_core_stands_on_few_libraries(path: Path) -> None:
     optional = OPTIONAL.get(str(path.relative_to(SOURCE)), set())
     allowed = CORE_LIBRARIES | EXTRA_LIBRARIES.get(part_of(path), set()) | optional
     assert libraries - set(sys.stdlib_module_names) <= allowed
-    at_import = {name for node in ast.parse(path.read_text()).body for name in _imports_of(node)}
+    at_import = {name for node in parsed(path).body for name in _imports_of(node)}
     assert not at_import & optional
 
 
@@ -245,7 +252,7 @@ def test_no_file_is_a_drawer() -> None:
 
 
 def test_every_module_says_what_it_is() -> None:
-    assert not [path for path in FILES if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text()))]
+    assert not [path for path in FILES if path.stat().st_size and not ast.get_docstring(parsed(path))]
 
 
 def _listed(folder: Path) -> list[str]:
@@ -263,7 +270,7 @@ def test_a_folder_of_benches_or_of_the_tests_names_each_of_its_files(folder: Pat
 
 @pytest.mark.parametrize("path", BENCHES, ids=lambda p: p.stem)
 def test_every_bench_uses_the_one_harness(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     from_harness = {
         alias.name
         for node in ast.walk(tree)
