@@ -69,11 +69,15 @@ def damaged(text: bytes, chance: random.Random) -> bytes:
     return bytes(out)
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from places(item, (*path, key))
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path]
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        inner = (*path, key)
+        if isinstance(item, dict | list):
+            found += places(item, inner)
+        else:
+            found.append(inner)
+    return found
 
 
 VALUES: tuple[Any, ...] = (
@@ -86,7 +90,7 @@ def rewritten(row: Any, chance: random.Random) -> Any:
     """Well-formed JSON with one or two values of another type or size, keys taken out, put in or renamed."""
     made = json.loads(json.dumps(row))
     for _ in range(chance.choice((1, 1, 2))):
-        *_, path = chance.sample(list(places(made)), 1)
+        *_, path = chance.sample(places(made), 1)
         inner, value = made, chance.choice(VALUES)
         if not path:
             return value
