@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class PairSplits(NamedTuple):
     certify: tuple[Pair, ...]
 
 
+@cache
 def docstring_pairs() -> tuple[Pair, ...]:
     """All pairs of the installed standard library and of the parts of torch that users read, in source order.
 
