@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start; see THREADS
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork after the tokenizer ran would warn
 
+import gc
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+gc.disable()  # until all tests are collected, of which it would take a quarter of the time
 
 SEED = 20260331
 # Every parallel region waits for its slowest thread. On two busy cores a second one made a small model's forward 35 times
@@ -48,6 +51,12 @@ hypothesis.settings.load_profile("precimap")
 
 torch.set_float32_matmul_precision("highest")  # no TF32, no bf16 passes: a float32 oracle has to be float32
 torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: nothing of it is looked through for garbage again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
