@@ -32,7 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, set[str]
     stages: set[str] = set()
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:  # whether INT8 pays here is for the demo to say, not for a test
-        patch.setattr(demo_module, "CPU_INT8", COUNTED_INT8)
+        patch.setattr(demo_module, "CPU", COUNTED_INT8)
         return run_demo(out, None, lambda stage, done, total: stages.add(stage), SMALL), stages
 
 

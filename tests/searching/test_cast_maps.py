@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from helpers.planted_times import QUIET, TURNS, TableWhole, Whole
+from helpers.small_maps import map_of
 from precimap import PrecisionMap, SearchResult, Splits, Task, certify, deploy, load_deployed, save_deployed, search
 from precimap.errors import MapError
 from precimap.layers.emulation import quantized
@@ -148,6 +149,33 @@ def test_what_is_deployed_is_what_was_certified(task: Task, fastest: SearchResul
             assert torch.equal(found, expected)
     assert {value.dtype for value in task.model.parameters()} == {torch.float32}
     assert loaded.logit.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+class Listed(Net):
+    """Its list of parameters prints their dtype, by which a model is known again; one buffer is in no file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([torch.full((64,), 1.5)])
+        self.register_buffer("shift", torch.full((64,), 0.25), persistent=False)
+
+    def forward(self, plain: Tensor, pair: Tensor) -> Tensor:
+        hidden = torch.relu(self.second(torch.relu(self.first(plain)) * self.scales[0] + self.shift))
+        result: Tensor = self.logit(hidden).squeeze(1)
+        return result
+
+
+def test_a_model_that_prints_its_dtypes_is_loaded(tmp_path: Path) -> None:
+    task = task_of(Listed(), 1.0, 1.0, 1.0)
+    chosen = map_of(task, {"second.weight": "int8"}).model_copy(update={"cast": "bfloat16"})
+    fast = deploy(task.model, chosen, target="emulated")
+    save_deployed(fast, task.model, tmp_path / "model.safetensors")
+    loaded = load_deployed(Listed().eval(), tmp_path / "model.safetensors")
+    batch = task.splits.certify[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(batch["plain"], batch["pair"]), fast(batch["plain"], batch["pair"]))
+    with pytest.raises(MapError, match="scales"):
+        load_deployed(Net().eval(), tmp_path / "model.safetensors")
 
 
 def test_it_can_be_certified_anew(task: Task, fastest: SearchResult, tmp_path: Path) -> None:

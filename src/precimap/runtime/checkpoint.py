@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from precimap.durable import write_bytes
 from precimap.errors import DeployError, MapError
 from precimap.fingerprints import modules_of
+from precimap.layers.casting import CASTS
 from precimap.layers.copying import copied
 from precimap.layers.prepared import architecture
 from precimap.layers.quantized import QuantizedLayer, shipped_range
@@ -76,11 +77,19 @@ def load_deployed(model: nn.Module, path: str | Path, *, target: str | None = No
     loaded = _with_base_tensors(model, tensors, layers, str(path))
     repaired = "" if precision_map.realignment is None else precision_map.realignment.layer.rpartition(".")[0]
     # With the values of the file, for a module may print some; but for the one that was realigned after it was written down.
-    precision_map.check(architecture={**modules_of(loaded), repaired: given[repaired]})
+    precision_map.check(architecture={**_uncast(modules_of(loaded), precision_map), repaired: given[repaired]})
     deployed = build(loaded, precision_map, layers, target or precision_map.target, owned=False)
     watch_batches(deployed)
     warn_of(precision_map)
     return deployed
+
+
+def _uncast(modules: Mapping[str, str], precision_map: PrecisionMap) -> dict[str, str]:
+    """Modules as they printed themselves before the map cast them: lists of parameters print their dtype."""
+    if precision_map.cast is None:
+        return dict(modules)
+    now, before = str(CASTS[precision_map.cast]), f"torch.{precision_map.premise.base_precision}"
+    return {name: printed.replace(now, before) for name, printed in modules.items()}
 
 
 def _read(path: str | Path) -> tuple[str, dict[str, Tensor]]:
