@@ -20,6 +20,10 @@ from precimap.demos.semantic_search import Sizes, document_task, query_task
 from precimap.end_to_end import EndToEnd, FormTimes, SizeTimes
 from precimap.errors import InputError
 from precimap.hardware_profile import Device, Times
+from precimap.numerics.schemes import SCHEMES
+from precimap.runtime.x86 import target as x86
+from precimap.runtime.x86 import tokens
+from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.preflight.checks import check_task
 from precimap.searching.progress import silent
 from precimap.task import score
@@ -33,6 +37,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, set[str]
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:  # whether INT8 pays here is for the demo to say, not for a test
         patch.setattr(demo_module, "CPU", COUNTED_INT8)
+        patch.setattr(demo_module, "_int8", int8_scheme)  # of so few units `int8` is certified now and then
         return run_demo(out, None, lambda stage, done, total: stages.add(stage), SMALL), stages
 
 
@@ -71,6 +76,12 @@ def test_its_page_fits_80_columns_and_its_row_is_json(demo: tuple[DemoResult, se
     assert "no FP8 arithmetic" in text
     assert "0.attention.self.query" in text
     json.dumps(result.as_row(), default=str)
+
+
+def test_its_scheme_is_one_that_this_machine_multiplies() -> None:
+    chosen = demo_module._int8()
+    assert chosen == ("int8" if tokens.instructions() is not None else int8_scheme())
+    assert x86._scheme_refusal(SCHEMES[chosen]) is None
 
 
 def test_where_int8_does_not_pay_nothing_is_deployed(demo: tuple[DemoResult, set[str]]) -> None:

@@ -4,7 +4,7 @@ import copy
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from precimap import PrecisionMap, SearchResult, Splits, Task, certify, deploy, 
 from precimap.errors import MapError
 from precimap.layers.emulation import quantized
 from precimap.layers.prepared import prepared
+from precimap.layers.target import Hardware
 from precimap.metrics import NE
 from precimap.report.answer_page import answer_page
 from precimap.report.run_record import read_run
@@ -78,8 +79,8 @@ class CastTimes(TableWhole):
 
     def turns(self, cases: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
         found = super().turns(cases, seconds)
-        served: Any = cases["map, eager"]
-        if next(served.args[1].parameters()).dtype == torch.bfloat16:
+        served: Any = cases.get("map, eager")
+        if served is not None and next(served.args[1].parameters()).dtype == torch.bfloat16:
             found["map, eager"] = [1e-3 * self.table["cast"]] * len(TURNS)
         return found
 
@@ -257,6 +258,19 @@ def test_where_no_map_pays_the_cast_may(task: Task, tmp_path: Path) -> None:
     assert found.certified
     assert found.map.cast == "bfloat16"
     assert len(found.certificates) == 1
+
+
+@pytest.mark.parametrize(("schemes", "form"), [(("int8",), "eager"), (SHORT, "compiled")])
+def test_a_cast_counts_for_the_form_where_it_may_be_the_answer(
+    schemes: tuple[str, ...], form: str, task: Task, tmp_path: Path
+) -> None:
+    timer = CastTimes({"base, eager": 6.0, "bfloat16, compiled": 0.5, "cast": 2.0, "map, eager": 3.0})
+    forms = {name: Whole(replace(timer, served=name)) for name in ("eager", "compiled")}
+    for name, one in forms.items():
+        one.name = f"machine-{name}"
+    asked: dict[str, Any] = {"margin": MARGIN, "effort": QUIET, "ledger": tmp_path / "ledger"}
+    found = search(task, schemes=schemes, target=Hardware("machine", forms), **asked)
+    assert found.map.target == f"machine-{form}"
 
 
 def test_a_map_that_casts_says_so(fastest: SearchResult) -> None:

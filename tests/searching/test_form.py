@@ -117,34 +117,28 @@ def times(**ratios: tuple[float, float, float]) -> tuple[SizeTimes, ...]:
 def test_a_form_has_to_be_surely_faster() -> None:
     base = {"base eager": (1.0, 1.0, 1.0), "base compiled": (0.9, 0.95, 1.05)}
     noisy = times(**base, **{"blanket fp8 eager": (0.4, 0.5, 0.6), "blanket fp8 compiled": (0.3, 0.4, 0.5)})
-    assert chosen_form(["eager", "compiled"], noisy, FP8, False).form == "eager"
+    assert chosen_form(["eager", "compiled"], noisy, FP8).form == "eager"
     clear = times(**base, **{"blanket fp8 eager": (0.4, 0.5, 0.6), "blanket fp8 compiled": (0.3, 0.4, 0.49)})
-    choice = chosen_form(["eager", "compiled"], clear, FP8, False)
+    choice = chosen_form(["eager", "compiled"], clear, FP8)
     assert (choice.form, choice.fastest, choice.slower) == ("compiled", None, {})
     assert (
         "eager 0.50 [0.40, 0.60] (all layers in fp8) and compiled 0.40 [0.30, 0.49] (all layers in fp8)" in choice.said
     )
 
 
-def test_a_cast_counts_where_it_may_be_the_answer() -> None:
-    found = times(**{"base eager": (1, 1, 1), "base compiled": (1, 1, 1), "bfloat16 compiled": (0.2, 0.2, 0.2)})
-    assert chosen_form(["eager", "compiled"], found, [], True).form == "compiled"
-    assert chosen_form(["eager", "compiled"], found, [], False).form == "eager"
-
-
 def test_a_form_that_cannot_be_is_said() -> None:
     found = times(**{"base eager": (1, 1, 1)})
-    assert chosen_form(["eager", "compiled"], found, [], False).said.endswith("; compiled could not be timed")
+    assert chosen_form(["eager", "compiled"], found, []).said.endswith("; compiled could not be timed")
 
 
 def test_slower_schemes_are_those_that_surely_lose() -> None:
     blankets = {"blanket fp8 compiled": (0.40, 0.42, 0.44), "blanket fp8-tensor compiled": (0.30, 0.32, 0.39)}
     found = times(**{"base eager": (1, 1, 1), **blankets})
-    choice = chosen_form(["eager", "compiled"], found, FP8, False)
+    choice = chosen_form(["eager", "compiled"], found, FP8)
     assert choice.fastest == "fp8-tensor"
     assert choice.slower == {"fp8": "with every layer low and compiled, fp8-tensor takes 0.76 of its time"}
     close = {**blankets, "blanket fp8 compiled": (0.38, 0.42, 0.44)}
-    assert chosen_form(["eager", "compiled"], times(**{"base eager": (1, 1, 1), **close}), FP8, False).slower == {}
+    assert chosen_form(["eager", "compiled"], times(**{"base eager": (1, 1, 1), **close}), FP8).slower == {}
 
 
 def test_what_cannot_be_obeyed_is_refused(tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ def proved(
     cast = chain.casts.best(question.margin)
     if bench is not None and cast is not None and cast.map is not None:
         whole = bench.times(cast.map)
-        if whole.pays and (not asked or times is None or whole.gain.lower > times.gain.median):
+        # They were timed one after the other, each in turns with the base model.
+        if whole.pays and (not asked or times is None or whole.gain.median > times.gain.upper):
             asked, times = [*asked, (cast.map, cast.measured)], whole
     _write(run, times)
     try:

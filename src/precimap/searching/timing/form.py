@@ -67,14 +67,13 @@ def in_fastest_form(subject: Subject, hardware: Hardware, bench: WholeModelBench
     name = f"{hardware.name} at {', '.join(map(str, bench.sizes))}, {', '.join(scheme.name for scheme in schemes)}"
     found = subject.run.journal.find("form", name)
     if found is None:
-        timed, refused = bench.beside(schemes)
+        timed, refused = bench.beside(schemes, any(scheme.result is not None for scheme in subject.schemes))
         row = {"sizes": _SIZES.dump_python(timed, mode="json"), "refused": refused}
         subject.run.journal.record("form", name, row)
         found = subject.run.journal.find("form", name)
     assert found is not None
     sizes = _SIZES.validate_json(json.dumps(found.value["sizes"]))
-    casts = any(scheme.result is not None for scheme in subject.schemes)
-    choice = chosen_form(tuple(hardware.forms), sizes, schemes, casts)
+    choice = chosen_form(tuple(hardware.forms), sizes, schemes)
     target = hardware.forms[choice.form]
     layers = {layer.name: layer for layer in subject.inventory.layers}
     refusals = ((pair, target.refusal(layers[pair[0]], pair[1])) for pair in subject.pairs)
@@ -82,21 +81,18 @@ def in_fastest_form(subject: Subject, hardware: Hardware, bench: WholeModelBench
     return replace(left.without(_beaten(left, choice)), target=target, said=choice.said)
 
 
-def chosen_form(forms: Sequence[str], sizes: Sequence[SizeTimes], schemes: Sequence[Scheme], casts: bool) -> FormChoice:
-    """By times over the base model in the first form. casts: whether a cast of the whole model may be an answer.
-
-    A later form is taken where its fastest model is surely faster than the fastest of the first.
-    """
-    known = {
-        name: times for name, times in _means(sizes).items() if casts or name[0] == BASE or name[0].startswith(BLANKET)
-    }
+def chosen_form(forms: Sequence[str], sizes: Sequence[SizeTimes], schemes: Sequence[Scheme]) -> FormChoice:
+    """By times over the fastest model in the first form. Another form is taken where its fastest is surely faster."""
+    known = _means(sizes)
     best = {form: name for form in forms if (name := _fastest(known, form)) is not None}
     form = forms[0]
     for other in forms[1:]:
         if other in best and known[best[other]].upper < known[best[form]].median:
             form = other
     shares = [f"{name} {known[best[name]]} ({_called(best[name][0])})" for name in best]
-    said = f"the model is to be served {form}: the fastest take, as shares of the base model's time, {' and '.join(shares)}"
+    said = (
+        f"the model is to be served {form}: the fastest take, as shares of the time {forms[0]}, {' and '.join(shares)}"
+    )
     without = [name for name in forms if name not in best]
     if without:
         said += f"; {' and '.join(without)} could not be timed"

@@ -121,13 +121,13 @@ class WholeModelBench:
             peak_given=False,
         )
 
-    def beside(self, schemes: Sequence[Scheme]) -> tuple[tuple[SizeTimes, ...], dict[str, str]]:
-        """Times without any map, over the base model as it is: that model, casts, and everything low under each scheme.
+    def beside(self, schemes: Sequence[Scheme], casts: bool) -> tuple[tuple[SizeTimes, ...], dict[str, str]]:
+        """Times without any map: of the base model, of everything low under each scheme ("blanket NAME") and of casts.
 
-        The precision of the last is "blanket NAME". With the reasons of what could not be timed.
+        Ratios are to the fastest of them in the first form. With the reasons of what could not be timed.
         """
         refused: dict[str, str] = {}
-        wanted = {key: make for key, make in self._rivals().items() if key[0] != BLANKET}
+        wanted = {key: make for key, make in self._rivals().items() if key[0] == BASE or (casts and key[0] != BLANKET)}
         for scheme in schemes:
             if len(schemes) == 1:  # then it is what every map is compared with, and need not be compiled again
                 made = {form: make for (precision, form), make in self._rivals().items() if precision == BLANKET}
@@ -140,7 +140,8 @@ class WholeModelBench:
     def _timed(
         self, wanted: Mapping[Form, Callable[[], nn.Module]], needed: Sequence[Form], refused: dict[str, str]
     ) -> tuple[SizeTimes, ...]:
-        """At every batch size; ratios are to the last of those that are `needed`, which raise DeployError if they fail."""
+        """At every batch size. What is `needed` raises DeployError if it fails; ratios are to the second of two such, or to
+        the fastest in the form of the only one."""
         models: dict[Form, nn.Module] = {}
         for key in sorted(wanted, key=_place):
             try:
@@ -207,7 +208,10 @@ class WholeModelBench:
                 cases[key] = call
             seconds = self._turns(cases, needed)
             memory = {key: self.timer.peak_memory(call) for key, call in cases.items()}
-        served = seconds[", ".join(needed[-1])]
+            alike = [", ".join(key) for key in cases if key[1] == needed[0][1]]
+        served = seconds[
+            ", ".join(needed[1]) if len(needed) > 1 else min(alike, key=lambda name: np.median(seconds[name]))
+        ]
         forms = [_form(key, seconds[", ".join(key)], served, memory[key]) for key in cases]
         return SizeTimes(units=size, rows=rows, forms=tuple(forms))
 
