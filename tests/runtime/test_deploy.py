@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from helpers.small_tasks import COUNTED_INT8, planted_task
 from precimap import CPU_INT8, PrecisionMap, SearchResult, deploy, load_deployed, save_deployed, search
-from precimap.errors import DeployError, MapError, PremiseMismatch, SaveError
+from precimap.errors import DeployError, InputError, MapError, PremiseMismatch, SaveError
 from precimap.layers.discover import discover
 from precimap.layers.emulation import quantized
 from precimap.layers.quantized import InputRange, quantize_layer, quantize_map
@@ -172,6 +172,8 @@ def test_there_is_no_silent_fallback(task: Task, fp8: SearchResult) -> None:
     with pytest.raises(DeployError, match="no arithmetic for it"):
         deploy(task.model, fp8.map, target="cpu-int8")
     with pytest.raises(DeployError, match="expected a target out of"):
+        deploy(task.model, fp8.map, target="tpu")
+    with pytest.raises(InputError, match=r"made for cuda-fp8 or cuda-fp8-compiled, .* got emulated"):
         deploy(task.model, fp8.map, target="cuda")
 
 

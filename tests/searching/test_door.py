@@ -12,25 +12,30 @@ from helpers.small_tasks import Planted, planted_task
 from precimap import CPU_INT8, Task, search
 from precimap.certificate import Certificate
 from precimap.errors import AlphaSpent, DeployError, EmulatedWarning, InputError, ModelError, TaskError
-from precimap.layers.target import EMULATED
+from precimap.layers.target import EMULATED, Hardware
 from precimap.metrics import NE, Loss
 from precimap.numerics.schemes import SCHEMES
 from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.certificate.one_map import certify
 from precimap.searching.certificate.second_model import compare
 from precimap.searching.question import Effort, margin_of
-from precimap.targets import TARGETS, target_of
+from precimap.targets import TARGETS, hardware_of, target_of
 
 MARGIN = 0.2
 QUICK = Effort(rounding_draws=0)
 
 
 def test_every_target_has_one_name() -> None:
-    for name in TARGETS:
+    hardware = {name: found for name in TARGETS if isinstance(found := hardware_of(name), Hardware)}
+    assert hardware.keys() == {"cpu", "cuda"}
+    assert all(found.name == name for name, found in hardware.items())
+    targets = TARGETS.keys() - hardware.keys()
+    for name in targets:
         assert target_of(name).name == name
         assert target_of(target_of(name)) is target_of(name)
+    assert {form.name for found in hardware.values() for form in found.forms.values()} <= targets
     named = {name: getattr(pm, name) for name in pm.__all__ if name.isupper()}
-    assert {one.name: one for one in named.values()} == {name: target_of(name) for name in TARGETS}
+    assert {one.name: one for one in named.values()} == {name: target_of(name) for name in targets}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ def test_a_model_is_deployed_for_a_name_or_an_object(tmp_path: Path) -> None:
             pm.deploy(task.model, found, target="cpu-int8")(x), pm.deploy(task.model, found, target=CPU_INT8)(x)
         )
         assert torch.equal(pm.deploy(task.model, found)(x), pm.deploy(task.model, found, target=EMULATED)(x))
-    with pytest.raises(DeployError, match=r"expected a target out of emulated, cpu-int8, .* got 'tpu'"):
+    with pytest.raises(DeployError, match=r"expected a target out of emulated, cpu, .* got 'tpu'"):
         pm.deploy(task.model, found, target="tpu")
 
 

@@ -337,7 +337,7 @@ class _Shuffling:
         ({"schemes": "fp3"}, SchemeError, "expected a scheme out of .* got 'fp3'"),
         ({"margin": "0.05%"}, InputError, "a margin in .* got 0.05%; per cent are for metrics whose drop is relative"),
         ({"margin": "small"}, InputError, "a margin such as 0.002 .* got 'small'"),
-        ({"target": "gpu"}, InputError, r"a target out of emulated, cpu-int8, .* got 'gpu'"),
+        ({"target": "gpu"}, InputError, r"a target out of emulated, cpu, .* got 'gpu'"),
         ({"schemes": ["fp3"]}, SchemeError, "fp8-static"),
     ],
 )
