@@ -115,9 +115,7 @@ def _searched(task: Task, target: Target | str, sizes: tuple[int, ...], margin: 
     times = found.end_to_end
     assert times is not None, "no map got as far as being timed: nothing to compare"
     Console(width=100, file=sys.stdout).print(end_to_end_page(times))
-    others = dict.fromkeys((f.precision, f.form) for f in times.sizes[0].forms if f.precision not in ("map", "blanket"))
-    speeds = {", ".join(other): speed for other in others if (speed := times.speedup(*other)) is not None}
-    rival = min(speeds, key=lambda name: speeds[name].median)
+    rival, over_rival = times.rival()
     return Row(
         task.name,
         found.map.target,
@@ -131,7 +129,7 @@ def _searched(task: Task, target: Target | str, sizes: tuple[int, ...], margin: 
         None if times.foretold is None else times.foretold.median,
         times.gain.n,
         rival,
-        speeds[rival].median,
+        over_rival.median,
         found.answer,
     )
 

@@ -87,9 +87,17 @@ class EndToEnd(Record):
 
     def faster(self) -> Iterator[tuple[str, Times]]:
         """What is surely faster than the served map, the fastest first: name, and the map's speed over it."""
+        return ((name, speed) for name, speed in self._speedups() if speed.upper < 1)
+
+    def rival(self) -> tuple[str, Times]:
+        """The fastest model without a map and without blanket low precision: its name, and the map's speed over it."""
+        return next((name, speed) for name, speed in self._speedups() if not name.startswith((MAP, BLANKET)))
+
+    def _speedups(self) -> list[tuple[str, Times]]:
+        """The map's speed over every form that was timed at every batch size, the fastest form first."""
         names = dict.fromkeys((form.precision, form.form) for form in self.sizes[0].forms)
         found = [(", ".join(name), speed) for name in names if (speed := self.speedup(*name)) is not None]
-        return iter(sorted(((n, s) for n, s in found if s.upper < 1), key=lambda pair: pair[1].median))
+        return sorted(found, key=lambda pair: pair[1].median)
 
     def rows_measured(self) -> tuple[int, int] | None:
         """The smallest and the largest number of rows that the model was given, or None where that is not known."""

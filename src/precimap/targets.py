@@ -45,12 +45,12 @@ def target_of(given: "Target | Hardware | str", made_for: str | None = None) -> 
     made_for: the target of a map, which tells the form of `cpu` and `cuda`. Raises InputError for a name that none has, and
     where the form is not told.
     """
+    from precimap.layers.target import Hardware  # here, for it brings torch, and the names alone do not
+
     found = hardware_of(given)
-    forms = getattr(found, "forms", None)
-    if forms is None:
-        target: Target = found  # type: ignore[assignment]
-        return target
+    if not isinstance(found, Hardware):
+        return found
     if made_for is None:
-        names = " or ".join(form.name for form in forms.values())
+        names = " or ".join(form.name for form in found.forms.values())
         raise InputError(f"expected one form of {found.name}, {names}; a search alone finds the fastest by itself")
-    return found.of_map(made_for)  # type: ignore[union-attr]
+    return found.of_map(made_for)

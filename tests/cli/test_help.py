@@ -12,7 +12,7 @@ from precimap.cli import app
 from precimap.metrics import NE_MARGINS
 from precimap.runtime.nvidia.target import EXPERIMENTAL
 from precimap.searching.allocation.table import BYTES_WORTH
-from precimap.searching.question import USUAL_EFFORT, bytes_of
+from precimap.searching.question import FORMS, USUAL_EFFORT, bytes_of
 from precimap.targets import TARGETS
 
 VERBS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -73,3 +73,4 @@ def test_what_the_options_repeat_is_what_the_modules_say() -> None:
     assert USUAL_EFFORT.rounding_draws == options.ROUNDING_DRAWS
     assert bytes_of(options.MEMORY) == USUAL_EFFORT.screen_memory == USUAL_EFFORT.replay_memory
     assert [name.value for name in options.TargetName] == list(TARGETS)
+    assert [name.value for name in options.FormName] == list(FORMS)

@@ -119,6 +119,10 @@ def test_the_faster_cast_is_the_answer_and_certified(fastest: SearchResult, fold
     assert fastest.map.layers["logit.weight"].reason.endswith("it runs in bfloat16, as all else does")
     assert fastest.answer.startswith("certified: the whole model in bfloat16, 2 of its 3 layers in 8 bits")
     assert "end to end 3.00" in fastest.answer
+    assert fastest.answer.endswith(
+        "bfloat16, eager is faster still, 1.33 times, and is not the answer because with layers in 8 bits it was expected "
+        "to be faster still, and that was asked about"
+    )
     before, after = fastest.map.shrinks
     values = 32 * 64 + 64 * 64 + 64  # of weights, one byte each but for the logit's
     others = 64 + 64 + 1
@@ -233,6 +237,11 @@ def test_a_cast_that_loses_on_the_certify_split_alone(tmp_path: Path) -> None:
     ]
     assert found.certificate is not None
     assert found.certificate.map == found.map.fingerprint
+
+
+def test_a_cast_that_is_not_surely_faster_is_not_asked_about(task: Task, tmp_path: Path) -> None:
+    found = lost(task, tmp_path, "timed by itself it was not faster than the map", table={**FASTER, "cast": 2.9})
+    assert all(certificate.certified for certificate in found.certificates)
 
 
 def test_the_user_said_no(task: Task, tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from precimap.layers.emulation import quantized
 from precimap.layers.quantized import quantize_map
 from precimap.metrics.paired import Drop
 from precimap.metrics.units import Units
+from precimap.numerics.grid_shift import GridShift
 from precimap.numerics.schemes import Scheme, scheme
 from precimap.precision_map import Decision, PrecisionMap, Premise, Verdict
-from precimap.searching.certificate.rounding_draws import draw_layers, rounding_spread
+from precimap.searching.certificate.rounding_draws import rounding_spread
 
 SHIPPED = Drop(estimate=0.25, error=0.5, n=40, clusters=10, changed=7)
 NOWHERE = Premise(
@@ -91,7 +92,7 @@ def test_a_draw_is_the_map_on_other_grids(name: str) -> None:
     outputs = []
     for layers in (
         quantize_map(model, precision_map),
-        *(draw_layers(model, precision_map, seed) for seed in (1, 1, 2)),
+        *(quantize_map(model, precision_map, GridShift(seed)) for seed in (1, 1, 2)),
     ):
         assert sorted(layers) == ["0.weight", "2.weight"]
         with torch.no_grad(), quantized(model, layers):
@@ -109,4 +110,4 @@ def test_a_draw_is_the_map_on_other_grids(name: str) -> None:
 def test_draws_are_of_the_maps_own_layers() -> None:
     model = two_layers()
     with pytest.raises(MapError, match="the model has none of that name"):
-        draw_layers(nn.Linear(2, 2), a_map(model, scheme("fp8")), 1)
+        quantize_map(nn.Linear(2, 2), a_map(model, scheme("fp8")), GridShift(1))

@@ -15,7 +15,6 @@ from rich.text import Text
 
 from precimap.demos.minilm import load_encoder, load_tokenizer
 from precimap.demos.semantic_search import DEFAULT_SIZES, Sizes, query_task
-from precimap.end_to_end import BLANKET, MAP
 from precimap.errors import InputError
 from precimap.journal import run_journal
 from precimap.numerics.schemes import SCHEMES
@@ -94,9 +93,7 @@ class DemoResult:
         times = None if self.int8.result is None else self.int8.result.end_to_end
         if times is None:
             return "not timed end to end"
-        forms = dict.fromkeys((form.precision, form.form) for form in times.sizes[0].forms)
-        rivals = {", ".join(form): times.speedup(*form) for form in forms if form[0] not in (MAP, BLANKET)}
-        name, speed = min(((n, s) for n, s in rivals.items() if s is not None), key=lambda pair: pair[1].median)
+        name, speed = times.rival()
         if speed.upper < 1:
             return f"not worth it on this CPU: {name}, takes {speed} of the map's time; serve that, or search it"
         return (

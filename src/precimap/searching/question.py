@@ -70,7 +70,8 @@ def bytes_of(given: int | str, name: str = "memory") -> int:
 USUAL_EFFORT = Effort()
 
 
-FORMS = AUTO, *_ = ("auto", "eager", "compiled")
+AUTO = "auto"
+FORMS = (AUTO, "eager", "compiled")
 
 
 @dataclass(frozen=True, slots=True)

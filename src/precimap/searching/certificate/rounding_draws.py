@@ -18,7 +18,7 @@ from torch import nn
 from precimap.certificate import Rounding
 from precimap.errors import InputError
 from precimap.layers.prepared import prepared
-from precimap.layers.quantized import QuantizedLayer, quantize_map
+from precimap.layers.quantized import quantize_map
 from precimap.layers.target import EMULATED
 from precimap.metrics.metric import PairedDrops
 from precimap.metrics.paired import Drop, drop_of, paired_drop
@@ -76,14 +76,6 @@ def rounding_spread(shipped: Drop, draws: NDArray[np.float64], units: Units) -> 
         error_over_rounding=spread,
         common=math.sqrt(max(0.0, left)),
     )
-
-
-def draw_layers(model: nn.Module, precision_map: PrecisionMap, seed: int) -> dict[str, QuantizedLayer]:
-    """The map's layers on the shifted grids of draw `seed`: to be measured, never shipped.
-
-    Raises MapError as `quantize_map` does.
-    """
-    return quantize_map(model, precision_map, GridShift(seed))
 
 
 def rounding_of(

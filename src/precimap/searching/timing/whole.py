@@ -124,15 +124,14 @@ class WholeModelBench:
     def beside(self, schemes: Sequence[Scheme], casts: bool) -> tuple[tuple[SizeTimes, ...], dict[str, str]]:
         """Times without any map: of the base model, of everything low under each scheme ("blanket NAME") and of casts.
 
-        Ratios are to the fastest of them in the first form. With the reasons of what could not be timed.
+        schemes: the shortest; the first is the one that blanket low precision is in, where maps are compared with it. Ratios
+        are to the fastest in the first form. With the reasons of what could not be timed.
         """
         refused: dict[str, str] = {}
         wanted = {key: make for key, make in self._rivals().items() if key[0] == BASE or (casts and key[0] != BLANKET)}
+        first = {form: make for (precision, form), make in self._rivals().items() if precision == BLANKET}
         for scheme in schemes:
-            if len(schemes) == 1:  # then it is what every map is compared with, and need not be compiled again
-                made = {form: make for (precision, form), make in self._rivals().items() if precision == BLANKET}
-            else:
-                made = dict(self.timer.forms(self.subject.task.model, self.subject.quantized(self._all_low(scheme))))
+            made = first if scheme == schemes[0] else self._blanket(scheme)
             wanted |= {(f"{BLANKET} {scheme.name}", form): make for form, make in made.items()}
         as_it_is = next(iter(wanted))[1]  # the first of a timer's forms
         return self._timed(wanted, ((BASE, as_it_is),), refused), refused
@@ -167,12 +166,15 @@ class WholeModelBench:
         task, forms = self.subject.run.task, self.timer.forms
         made = {
             BASE: forms(task.model, {}),
-            BLANKET: forms(task.model, self.subject.quantized(self._all_low())),
+            BLANKET: self._blanket(),
         }
         for name, dtype in CASTS.items():
             if dtype in self.timer.casts and name != task.base_precision:
                 made[name] = forms(cast(task.model, name), {})
         return {(name, form): make for name, found in made.items() for form, make in found.items()}
+
+    def _blanket(self, first: Scheme | None = None) -> Mapping[str, Callable[[], nn.Module]]:
+        return self.timer.forms(self.subject.task.model, self.subject.quantized(self._all_low(first)))
 
     def _all_low(self, first: Scheme | None = None) -> dict[str, Scheme]:
         """Blanket low precision: every layer that can compute low does, under `first`, or the shortest that it can take."""
