@@ -53,7 +53,7 @@ STEPS = (
     {"timing"},
     {"maps"},
     {"certificate"},
-    {"answer", "proof", "result"},
+    {"worth", "answer", "proof", "result"},
     {"pipeline", "planning"},
 )
 # With all that they import.

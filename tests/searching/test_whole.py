@@ -27,6 +27,7 @@ from precimap.runtime.x86.target import CPU_INT8, has_qlinear, int8_scheme
 from precimap.searching.allocation.knapsack import Constraints
 from precimap.searching.allocation.rules import Knapsack
 from precimap.searching.preflight.batches import resized
+from precimap.searching.worth import Share, Worth
 from precimap.task import score
 
 needs_compiler = pytest.mark.skipif(no_compiler() is not None, reason="no C++ compiler")
@@ -135,8 +136,36 @@ def test_bytes_that_are_asked_for_are_worth_time(tmp_path: Path) -> None:
         "not": Knapsack(bytes_worth=0.1),
         "bound": Knapsack(Constraints(maximum_bytes=60_000)),
     }
-    found = {name: searched(TableWhole(slower), tmp_path / name, rule=rule).certified for name, rule in asked.items()}
-    assert found == {"worth": True, "not": False, "bound": True}
+    found = {name: searched(TableWhole(slower), tmp_path / name, rule=rule) for name, rule in asked.items()}
+    assert {name: one.certified for name, one in found.items()} == {"worth": True, "not": False, "bound": True}
+    before, after = found["worth"].map.shrinks
+    saved = 1 - after / before
+    assert (
+        f"-10% [-16%, -5%] of the time and {saved:+.0%} of the bytes are saved, together worth {saved - 0.1:+.0%} "
+        f"[{saved - 0.1579:+.0%}, {saved - 0.0476:+.0%}] of the time, as all bytes are to count 1 times as much"
+    ) in found["worth"].answer
+    assert "times as fast as the base model, and so slower (n = " in found["not"].answer
+    assert "are saved, together worth -" in found["not"].answer
+    assert "to count" not in found["bound"].answer, "nobody gave bytes a price"
+
+
+@pytest.mark.parametrize(("worth", "certified"), [(0.0, False), (0.02, False), (0.05, False), (0.3, True)])
+def test_the_spread_of_timing_is_in_the_price(worth: float, certified: bool, tmp_path: Path) -> None:
+    """Surely slower by .01 to .11 of the time, at three quarters of the bytes: .05 pays in the median, and not surely."""
+    found = searched(TableWhole({"base, eager": 2.0, "map, eager": 2.12}), tmp_path, rule=Knapsack(bytes_worth=worth))
+    assert found.certified == certified
+
+
+def test_bytes_that_grow_cost_what_they_are_worth() -> None:
+    """Where parameters stay beside their codes, a faster model is larger: at a price that is no answer."""
+    faster = Worth(Share(0.2, 0.15, 0.25), -0.3, 0.0)
+    assert faster.pays
+    assert str(faster) == ""
+    priced = replace(faster, bytes_worth=1.0)
+    assert not priced.pays
+    assert priced.both.lower == pytest.approx(-0.15)
+    assert faster.above(priced)
+    assert not priced.above(faster)
 
 
 def test_only_what_is_close_is_timed_for_long(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ evidence/      single layers: predicted, audited, probed
 timing/        layers and whole maps, timed here
 maps/          maps as wholes on the search split
 certificate/   the proof on the certify split, its ledger, and the rounding lottery
+worth.py      what time and bytes together are worth
 answer.py, proof.py, result.py  how a search ends, and what it gives back
 pipeline.py, planning.py  search() and plan(), each from the first step to the last
 """

@@ -53,11 +53,16 @@ def why_not_cast(casts: Casts, margin: float, certificates: Sequence[Certificate
     return "timed by itself it was not faster than the map beyond the noise of timing"
 
 
-def gain_said(times: EndToEnd, why_no_cast: str) -> str:
-    """The measured gain of a map that pays, with what is faster still and why it is not the answer."""
+def gain_said(times: EndToEnd, weighed: str, why_no_cast: str) -> str:
+    """The measured gain of a map that pays, with what is faster still and why it is not the answer.
+
+    weighed: what time and bytes are worth together, where bytes have a price.
+    """
     said = (
         f"end to end {times.gain} times as fast as the base model ({times.served}, {times.batches}, n = {times.gain.n})"
     )
+    if weighed:
+        said += f"; {weighed}"
     # Not everything low: that it is faster is why one searches, and that it is not good enough.
     other = next(((name, speed) for name, speed in times.faster() if not name.startswith(BLANKET)), None)
     if other is None:
@@ -71,14 +76,21 @@ def gain_said(times: EndToEnd, why_no_cast: str) -> str:
     return f"{said}; {what}, and is not the answer because {why}"
 
 
-def no_gain(times: EndToEnd) -> str:
-    """Why a map that may well be tolerable is none."""
+def no_gain(times: EndToEnd, weighed: str) -> str:
+    """Why a map that may well be tolerable is none. weighed: as in `gain_said`."""
     foretold = "" if times.foretold is None else f"; the sum of single layers predicted {times.foretold}"
+    price = f"; {weighed}" if weighed else ""
     return (
         f"keep the baseline: not worth it on this hardware ({times.device}): deployed as a whole ({times.served}, "
-        f"{times.batches}), the fastest map is {times.gain} times as fast as the base model, within the noise of timing "
-        f"(n = {times.gain.n} turns){foretold}"
+        f"{times.batches}), the fastest map is {times.gain} times as fast as the base model, {_beside_noise(times)} "
+        f"(n = {times.gain.n} turns){foretold}{price}"
     )
+
+
+def _beside_noise(times: EndToEnd) -> str:
+    if times.gain.upper < 1:
+        return "and so slower"
+    return "but takes more bytes than that is worth" if times.pays else "within the noise of timing"
 
 
 def _saving(final: PrecisionMap, latency: Latency | None) -> str:

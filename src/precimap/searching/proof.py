@@ -15,7 +15,7 @@ from precimap.errors import AlphaSpent
 from precimap.precision_map import PrecisionMap
 from precimap.searching.allocation.knapsack import Step
 from precimap.searching.allocation.rules import Rule
-from precimap.searching.allocation.table import BYTES_WORTH, Table
+from precimap.searching.allocation.table import Table
 from precimap.searching.answer import answer_of, gain_said, no_gain, why_not_cast
 from precimap.searching.certificate.booking import Booking
 from precimap.searching.comparison import Comparison
@@ -25,6 +25,7 @@ from precimap.searching.question import Question
 from precimap.searching.run import Run
 from precimap.searching.subject import Subject
 from precimap.searching.timing.whole import WholeModelBench
+from precimap.searching.worth import worth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +74,15 @@ def proved(
     """
     run, sent = writer.subject.run, sequence(chain)
     asked = [(one.map, seen) for one, seen in zip(sent, seen_on_search(sent), strict=True) if one.map is not None]
-    times = bench.times(asked[-1][0]) if bench is not None and asked else None
-    if times is not None and not _worthwhile(question.rule, writer.table, asked[-1][0], times):
+    fastest = asked[-1][0] if asked else None
+    times = bench.times(fastest) if bench is not None and fastest is not None else None
+    if times is not None and fastest is not None and not _worthwhile(question.rule, writer.table, fastest, times):
         asked = []
     cast = chain.casts.best(question.margin)
     if bench is not None and cast is not None and cast.map is not None:
         whole = bench.times(cast.map)
-        # They were timed one after the other, each in turns with the base model.
-        if whole.pays and (not asked or times is None or whole.gain.median > times.gain.upper):
+        saved = worth(question.rule, cast.map, whole)
+        if saved.pays and (not asked or times is None or saved.above(worth(question.rule, asked[-1][0], times))):
             asked, times = [*asked, (cast.map, cast.measured)], whole
     _write(run, times)
     try:
@@ -96,20 +98,20 @@ def proved(
         _write(run, times)
     if times is not None:
         if not asked or (final.changes and not _worthwhile(question.rule, writer.table, final, times)):
-            final, certificate, answer = assemble(writer, {}), None, no_gain(times)
+            timed = final if final.changes else fastest
+            said = "" if timed is None else str(worth(question.rule, timed, times))
+            final, certificate, answer = assemble(writer, {}), None, no_gain(times, said)
         elif final.changes:
             why = why_not_cast(chain.casts, question.margin, certificates)
-            final, answer = final.model_copy(update={"end_to_end": times}), f"{answer}; {gain_said(times, why)}"
+            said = gain_said(times, str(worth(question.rule, final, times)), why)
+            final, answer = final.model_copy(update={"end_to_end": times}), f"{answer}; {said}"
     return Proof(map=final, certificate=certificate, answer=answer, certificates=certificates, end_to_end=times)
 
 
 def _worthwhile(rule: Rule, table: Table, precision_map: PrecisionMap, times: EndToEnd) -> bool:
-    """Time saved beyond its spread, or bytes, where they are asked for and worth the time that they cost."""
+    """What is saved is worth something beyond the spread of timing; or a bound on bytes refuses the base model."""
     kept = Step({}, math.inf, 0.0, precision_map.bytes_before)  # refused for its bytes, if at all
-    if times.pays or not rule.accepts(table.inventory, kept):
-        return True
-    bytes_saved = 1 - precision_map.bytes_after / precision_map.bytes_before
-    return rule.bytes_worth > BYTES_WORTH and 1 - 1 / times.gain.lower + rule.bytes_worth * bytes_saved > 0
+    return worth(rule, precision_map, times).pays or not rule.accepts(table.inventory, kept)
 
 
 def _write(run: Run, times: EndToEnd | None) -> None:
