@@ -12,6 +12,7 @@ from precimap.hardware_profile import Device
 from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import Emulated
+from precimap.runtime.emulated import deployed
 
 HERE = Device(name="a", capability="b", threads=1, allocator="default", clock="processor time", torch="2", precimap="0")
 TURNS = (0.9, 0.95, 1.0, 1.05, 1.1)
@@ -36,7 +37,7 @@ class TableWhole:
         def fails() -> nn.Module:
             raise DeployError("no compiler here")
 
-        copied = shared_copy(model)
+        copied = deployed(model, layers) if layers else shared_copy(model)
         return {"eager": lambda: copied, "compiled": fails if "compiled" in self.broken else lambda: copied}
 
     def check(self, model: nn.Module) -> None:

@@ -22,7 +22,8 @@ from precimap.metrics import Loss
 from precimap.report.end_to_end_table import end_to_end_page
 from precimap.report.run_record import read_run
 from precimap.report.tables import run_page
-from precimap.runtime.compiling.compiled import no_compiler
+from precimap.runtime.compiling.compiled import CompiledCalls, no_compiler
+from precimap.runtime.weights.placing import low_weights
 from precimap.runtime.x86.target import CPU_INT8, has_qlinear, int8_scheme
 from precimap.searching.allocation.knapsack import Constraints
 from precimap.searching.allocation.rules import Knapsack
@@ -348,6 +349,27 @@ def test_the_compiled_model_is_what_is_certified_and_timed(tmp_path: Path) -> No
     assert all(torch.equal(before[name], value) for name, value in task.model.state_dict().items())
 
 
+@needs_compiler
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not has_qlinear(), reason="no INT8 products")
+def test_the_answer_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its times, for its certificate, and as blanket low precision, which it is where every layer is in."""
+    made: dict[frozenset[str], set[int]] = {}
+    compiling, kept = CompiledCalls._compiling, []
+
+    def seen(calls: CompiledCalls, *args: Any, **kwargs: Any) -> Any:
+        made.setdefault(frozenset(low_weights(calls._model)), set()).add(id(calls))
+        kept.append(calls)  # or an id could be given twice
+        return compiling(calls, *args, **kwargs)
+
+    monkeypatch.setattr(CompiledCalls, "_compiling", seen)
+    asked: dict[str, Any] = {"schemes": [int8_scheme()], "margin": 0.5, "ledger": tmp_path}
+    found = search(wide_task(), target=Untimed(CPU_INT8, CPU_INT8_COMPILED.claim), effort=QUIET, **asked)
+    assert found.certified
+    assert len(found.map.low) == len(found.map.layers)
+    assert len(made[frozenset(found.map.low)]) == 1
+
+
 class Untimed(type(CPU_INT8_COMPILED)):  # type: ignore[misc]
     """Layers are counted in FLOPs, whole models are timed."""
 
@@ -379,6 +401,7 @@ def test_a_report_shows_the_times_of_its_own_question(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not has_qlinear(), reason="no INT8 products")
 def test_no_certificate_of_compiled_code_without_any(tmp_path: Path) -> None:
     """Its forward calls parts of the model; taken up again, the run must not find scores that eager code made."""

@@ -137,7 +137,7 @@ def search(
         )
         one = _Search(
             question=question,
-            booking=Booking(task, prints, first.scored, question.ledger_directory),
+            booking=Booking(task=task, prints=prints, first=first.scored, directory=question.ledger_directory),
             premise=premise,
             notes=(*first.notes, *prints.notes),
             foreseen=foreseen,

@@ -24,6 +24,7 @@ from precimap.searching.maps.candidates import Chain, seen_on_search, sequence
 from precimap.searching.question import Question
 from precimap.searching.run import Run
 from precimap.searching.subject import Subject
+from precimap.searching.timing.forms import ModelForms
 from precimap.searching.timing.whole import WholeModelBench
 from precimap.searching.worth import worth
 
@@ -59,8 +60,9 @@ def bench_of(subject: Subject, question: Question, before: WholeModelBench | Non
     if timer is None or not seconds or not serving.is_of(timer.device()):
         return None
     if before is not None:
-        return replace(before, subject=subject, timer=timer)
-    bench = WholeModelBench(subject=subject, timer=timer, serving=serving, seconds=seconds)
+        return replace(before, forms=replace(before.forms, subject=subject, timer=timer))
+    forms = ModelForms(subject=subject, timer=timer)
+    bench = WholeModelBench(forms=forms, serving=serving, seconds=seconds)
     bench.check()
     return bench
 
@@ -86,7 +88,8 @@ def proved(
             asked, times = [*asked, (cast.map, cast.measured)], whole
     _write(run, times)
     try:
-        certificates = _certified(writer.subject, question, asked, booking)
+        made = {} if bench is None else bench.served
+        certificates = _certified(writer.subject, question, asked, replace(booking, made=made))
     except AlphaSpent:
         said = "not certified: the alpha of the certify split is spent; what was found on the search split stays"
         run.journal.conclude("certificates", "certify", {"certificates": []})

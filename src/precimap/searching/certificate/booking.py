@@ -5,9 +5,11 @@ certificate, which anyone may have written, but the ledger says what was asked.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from torch import nn
 
 from precimap.certificate import Certificate, Earlier
 from precimap.decisions import UnitSketch
@@ -32,14 +34,19 @@ from precimap.task import Scored, Task
 _SAID = re.compile(r".*: (?:(\d+) maps|one map) for (.+), margin (\S+)", re.DOTALL)  # what ledgers call a question
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Booking:
-    """The splits of a task, and the directory of the ledgers. first: the first search batch, by the base model."""
+    """The splits of a task, and the directory of the ledgers.
+
+    first: the first search batch, by the base model. made: maps as they run on the target, by fingerprint, where they were
+    made already.
+    """
 
     task: Task
     prints: SplitPrints
     first: Scored
     directory: Path
+    made: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def split(self) -> SplitPrint:
@@ -120,6 +127,7 @@ class Booking:
             spent_alpha=question.alpha,
             split=self.split.whole,
             known=self.split,
+            made=self.made,
         )
         baseline = baseline_to_certify(run, look)
         check_baseline(self.task, baseline, "certify")

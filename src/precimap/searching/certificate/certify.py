@@ -9,7 +9,7 @@ aggressive end down until something passes is not this: measured, 9 to 27 % fals
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class Look:
     """One look at the certify split: is the drop of a map that `target` runs at most `margin`, with confidence 1 - alpha?
 
     split: its name. known: the content of the split, by which units that stand in it more than once are told; None counts
-    all as they stand.
+    all as they stand. made: maps as `target` runs them, by fingerprint, that need not be made again.
     """
 
     target: Target
@@ -44,6 +44,7 @@ class Look:
     spent_alpha: float
     split: str
     known: SplitPrint | None = None
+    made: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,7 +152,10 @@ def _parts(run: Run, look: Look, judged: Judged | None, numbers: Sequence[int] |
     task, target = run.task, look.target
 
     def running() -> AbstractContextManager[nn.Module]:
-        return as_given(target, task.model) if judged is None else mapped(task.model, target, judged)
+        if judged is None:
+            return as_given(target, task.model)
+        made = look.made.get(judged.fingerprint)
+        return mapped(task.model, target, judged) if made is None else nullcontext(made)
 
     subject = "baseline" if judged is None else judged.fingerprint
     timer = None if judged is None else target.whole_timer

@@ -64,7 +64,7 @@ def certify(
     for note in (*first.notes, *prints.notes, *doubts(task, first.scored, question.margin)):
         on_note(note)
     task = unchanging(task, prints)
-    booking = Booking(task, prints, first.scored, question.ledger_directory)
+    booking = Booking(task=task, prints=prints, first=first.scored, directory=question.ledger_directory)
     said = f"{task.name}: one map for {precision_map.target}"
     with run_journal(None, {}) as journal:
         run = Run(task, journal, progress)

@@ -87,7 +87,7 @@ def compare(
     for note in (*first.notes, *prints.notes, *doubts(task, first.scored, question.margin)):
         on_note(note)
     held = unchanging(task, prints)
-    booking = Booking(held, prints, first.scored, question.ledger_directory)
+    booking = Booking(task=held, prints=prints, first=first.scored, directory=question.ledger_directory)
     given: Any = second if isinstance(second, nn.Module) else _Scores(second)
     here = _AsItIs()
     with run_journal(None, {}) as journal:

@@ -19,7 +19,8 @@ from precimap.numerics.schemes import Scheme
 from precimap.searching.pairs import Key
 from precimap.searching.question import AUTO, Question
 from precimap.searching.subject import Subject
-from precimap.searching.timing.whole import Form, WholeModelBench
+from precimap.searching.timing.forms import Form
+from precimap.searching.timing.whole import WholeModelBench
 
 _SIZES = TypeAdapter(tuple[SizeTimes, ...])
 

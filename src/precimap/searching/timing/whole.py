@@ -6,7 +6,6 @@ nobody has certified the metric. All forms are held at once, with compiled copie
 could not be timed in turns.
 """
 
-import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,20 +21,18 @@ from torch.utils._pytree import tree_map
 from precimap.end_to_end import BASE, BLANKET, MAP, EndToEnd, FormTimes, SizeTimes
 from precimap.errors import DeployError, InputError, JournalError, first_line
 from precimap.hardware_profile import Times
-from precimap.layers.casting import CASTS, cast
 from precimap.layers.copying import shared_copy
 from precimap.layers.given import leading_rows
-from precimap.layers.prepared import prepared
 from precimap.layers.target import WholeTimer
 from precimap.numerics.schemes import Scheme
 from precimap.precision_map import PrecisionMap
 from precimap.searching.preflight.batches import resized
 from precimap.searching.question import Serving
 from precimap.searching.subject import Subject
+from precimap.searching.timing.forms import Form, ModelForms
 from precimap.task import Task, first_batch
 
 Call = Callable[[], Any]
-Form = tuple[str, str]  # precision, and how it is served
 PRECISIONS = (BASE, MAP, BLANKET)  # in the order of the tables; casts come last
 # What a user's model, or torch.compile on it, raises where a form is none for it.
 _FAILURES = (DeployError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
@@ -52,13 +49,24 @@ def _no_batch(size: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WholeModelBench:
-    """Where and how whole maps of one search are timed. seconds: about how long at each batch size, where it is close."""
+    """Where and how whole maps of one search are timed. seconds: about how long at each batch size, where it is close.
 
-    subject: Subject
-    timer: WholeTimer
+    forms: what is timed. served: the last map that was timed here, as it runs, by its fingerprint: to compile it again for
+    its certificate would take as long as much of a search.
+    """
+
+    forms: ModelForms
     serving: Serving
     seconds: float
-    _beside: dict[Form, Callable[[], nn.Module]] = field(default_factory=dict)
+    served: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def subject(self) -> Subject:
+        return self.forms.subject
+
+    @property
+    def timer(self) -> WholeTimer:
+        return self.forms.timer
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -106,9 +114,11 @@ class WholeModelBench:
 
     def _measured(self, precision_map: PrecisionMap) -> EndToEnd:
         task, refused = self.subject.run.task, dict[str, str]()
-        own = self.timer.forms(*prepared(task.model, precision_map))
-        wanted = {**self._rivals(), **{(MAP, form): make for form, make in own.items()}}
+        own = self.forms.of(precision_map)
+        wanted = {**self.forms.rivals(), **{(MAP, form): make for form, make in own.items()}}
+        self.served.clear()
         sizes = self._timed(wanted, ((BASE, self.timer.served), (MAP, self.timer.served)), refused)
+        self.served[precision_map.fingerprint] = own[self.timer.served]()
         return EndToEnd(
             map=precision_map.fingerprint,
             device=self.timer.device(),
@@ -128,10 +138,11 @@ class WholeModelBench:
         are to the fastest in the first form. With the reasons of what could not be timed.
         """
         refused: dict[str, str] = {}
-        wanted = {key: make for key, make in self._rivals().items() if key[0] == BASE or (casts and key[0] != BLANKET)}
-        first = {form: make for (precision, form), make in self._rivals().items() if precision == BLANKET}
+        rivals = self.forms.rivals()
+        wanted = {key: make for key, make in rivals.items() if key[0] == BASE or (casts and key[0] != BLANKET)}
+        first = {form: make for (precision, form), make in rivals.items() if precision == BLANKET}
         for scheme in schemes:
-            made = first if scheme == schemes[0] else self._blanket(scheme)
+            made = first if scheme == schemes[0] else self.forms.blanket(scheme)
             wanted |= {(f"{BLANKET} {scheme.name}", form): make for form, make in made.items()}
         as_it_is = next(iter(wanted))[1]  # the first of a timer's forms
         return self._timed(wanted, ((BASE, as_it_is),), refused), refused
@@ -155,36 +166,6 @@ class WholeModelBench:
             sizes.append(self._at(size, models, needed, refused))
         self.subject.run.progress("time whole models", len(self.sizes), len(self.sizes))
         return tuple(sizes)
-
-    def _rivals(self) -> dict[Form, Callable[[], nn.Module]]:
-        """What every map is compared with; each made once, for compiling takes longer than all else here."""
-        if not self._beside:
-            self._beside.update({key: functools.cache(make) for key, make in self._forms_beside().items()})
-        return self._beside
-
-    def _forms_beside(self) -> dict[Form, Callable[[], nn.Module]]:
-        task, forms = self.subject.run.task, self.timer.forms
-        made = {
-            BASE: forms(task.model, {}),
-            BLANKET: self._blanket(),
-        }
-        for name, dtype in CASTS.items():
-            if dtype in self.timer.casts and name != task.base_precision:
-                made[name] = forms(cast(task.model, name), {})
-        return {(name, form): make for name, found in made.items() for form, make in found.items()}
-
-    def _blanket(self, first: Scheme | None = None) -> Mapping[str, Callable[[], nn.Module]]:
-        return self.timer.forms(self.subject.task.model, self.subject.quantized(self._all_low(first)))
-
-    def _all_low(self, first: Scheme | None = None) -> dict[str, Scheme]:
-        """Blanket low precision: every layer that can compute low does, under `first`, or the shortest that it can take."""
-        chosen: dict[str, Scheme] = {}
-        low = [scheme for scheme in self.subject.schemes if scheme.computes_low]
-        for scheme in sorted(low, key=lambda one: (one != first, one.weight_bits)):
-            for (layer, name), reason in self.subject.eligibility.refusals.items():
-                if name == scheme.name and reason is None and layer not in self.subject.eligibility.pinned:
-                    chosen.setdefault(layer, scheme)
-        return chosen
 
     def _at(
         self, size: int, models: Mapping[Form, nn.Module], needed: Sequence[Form], refused: dict[str, str]
