@@ -1,5 +1,8 @@
 """A model with every layer low that a target takes, for benches that ask what there is to gain at most."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from precimap import Splits, Task, discover
@@ -32,12 +35,15 @@ def takes(inventory: Inventory, scheme: Scheme, target: Target) -> list[str]:
     ]
 
 
-def all_low(model: nn.Module, inputs: tuple[Tensor, ...], scheme: Scheme, target: Target) -> nn.Module:
-    """The model deployed with every layer that takes the scheme there, ranges from the inputs."""
+def all_low(
+    model: nn.Module, inputs: tuple[Tensor, ...], scheme: Scheme, target: Target, only: Sequence[str] = ()
+) -> nn.Module:
+    """The model deployed with every layer that takes the scheme there, or those of `only`, ranges from the inputs."""
     task = task_of(model, inputs)
     inventory = discover(model, task.forward, inputs)
-    names = takes(inventory, scheme, target)
+    names = [name for name in takes(inventory, scheme, target) if not only or name in only]
     calibration = calibrate(task, tuple(names), silent)
     layers = codes(task, inventory, calibration, [(name, scheme) for name in names])
-    with target.running(model, {layer.name: layer for layer in layers}) as deployed:
+    with target.running(model, {layer.name: layer for layer in layers}) as deployed, torch.no_grad():
+        deployed(*inputs)  # compiled ones compile
         return deployed

@@ -77,6 +77,11 @@ class EndToEnd(Record):
         return found
 
     @property
+    def foretold_off(self) -> float | None:
+        """By what share of the base model's time the sum of single layers is wrong, above 0 where the map takes less."""
+        return None if self.foretold is None else 1 / self.foretold.median - 1 / self.gain.median
+
+    @property
     def pays(self) -> bool:
         """Whether the gain is beyond its spread."""
         return self.gain.lower > 1

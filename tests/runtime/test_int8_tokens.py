@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 from helpers.going_round import through_pickle, through_torch, wrong_in_threads
@@ -268,6 +269,32 @@ def test_compiled_it_has_the_eager_bits(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(tokens, "_pack_codes", None)
         assert torch.equal(model(x), expected)
         assert torch.equal(torch.compile(fast, backend="eager")(x), expected)
+
+
+class Readers(nn.Module):
+    """Eight layers that read what a ReLU gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.others = nn.Linear(64, 96), nn.ModuleList(nn.Linear(96, 16) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return torch.cat([other(x) for other in self.others], 1)
+
+
+@needs_kernel
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_an_input_is_written_once_for_all_its_readers() -> None:
+    """Of an operator that holds its inputs to the strides of the trace, Inductor writes the ReLU once for each reader."""
+    torch._dynamo.reset()
+    fast, x = several(Readers()), torch.randn(8, 64)
+    with torch.no_grad():
+        expected = fast(x)
+        (result, (code,)) = run_and_get_code(compiled(fast), x)
+    assert torch.equal(result, expected)
+    assert code.count(" = torch.ops.precimap.int8_tokens.default(") == 9
+    assert code.count(" = empty_strided_cpu(") <= 2, "the result of the ReLU, and that of the whole"
 
 
 @needs_kernel

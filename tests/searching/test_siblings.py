@@ -1,6 +1,7 @@
 """Layers that read one input: what they save together, which of them are candidates, and that they share when deployed."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 from precimap import HardwareProfile, SearchResult, Splits, Task, Threshold, deploy, discover, search
@@ -23,7 +25,11 @@ from precimap.numerics.fast import unsigned_codes
 from precimap.numerics.formats import IntegerFormat
 from precimap.numerics.schemes import SCHEMES, scheme
 from precimap.runtime import shared_codes
-from precimap.runtime.x86.target import CpuInt8, int8_scheme
+from precimap.runtime.compiling.compiled import no_compiler
+from precimap.runtime.compiling.target import CPU_INT8_COMPILED
+from precimap.runtime.x86 import layer_timer
+from precimap.runtime.x86.layer_timer import TWO
+from precimap.runtime.x86.target import CpuInt8, has_qlinear, int8_scheme
 from precimap.searching import pipeline
 from precimap.searching.allocation.ladders import Option, total_gain
 from precimap.searching.allocation.rules import KNAPSACK
@@ -440,3 +446,44 @@ def test_the_timer_leaves_out_the_quantising_that_a_sibling_did(monkeypatch: pyt
     assert {name: len(seconds) for name, seconds in found.alone.items()} == {BASE: 6, "form": 6}
     assert {name: len(seconds) for name, seconds in found.shared.items()} == {"form": 6}
     assert Times.of(found.alone["form"]).median > 5 * Times.of(found.shared["form"]).median
+
+
+@pytest.mark.skipif(no_compiler() is not None or not has_qlinear(), reason="no C++ compiler, or no INT8 products")
+@pytest.mark.filterwarnings("ignore")  # Inductor and dynamo warn about parts of their own
+def test_compiled_a_sibling_is_timed_in_one_code_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the second of two takes there: planted times, each of a call by the products that its code holds."""
+    products: dict[str, float] = {}
+
+    def planted(cases: Mapping[Any, Any], turns: int, clock: Any) -> dict[Any, list[float]]:
+        for call in cases.values():
+            call()
+        took = {("", "alone"): 10.0, ("form", "alone"): 8.0, ("", TWO): 17.0, ("form", TWO): 11.5}
+        products.update(dict.fromkeys(map(str, cases)))
+        return {case: [took[case] * turn for turn in range(1, turns + 1)] for case in cases}
+
+    monkeypatch.setattr(layer_timer, "interleaved", planted)
+    monkeypatch.setattr(layer_timer, "_repeats", lambda *_: 1)
+    linear = nn.Linear(16, 8)
+    form = quantize_layer("weight", linear.weight, (1,), scheme(int8_scheme()), InputRange(0.03, 100))
+    found = replace(CPU_INT8_COMPILED.timer, rounds=1, turns=3).seconds(linear, {"form": form}, 4, 1)
+    assert found.alone == {BASE: [10.0, 20.0, 30.0], "form": [8.0, 16.0, 24.0]}
+    # The call takes 3, which two in one code pay once; without it the second takes 3.5 low.
+    assert found.shared == {"form": [6.5, 13.0, 19.5]}
+    assert len(products) == 4
+    both = 2 * 10.0 - found.alone["form"][0] - found.shared["form"][0]
+    assert both == pytest.approx(17.0 - 11.5), "as much as two save in one code"
+
+
+@pytest.mark.skipif(no_compiler() is not None or not has_qlinear(), reason="no C++ compiler, or no INT8 products")
+@pytest.mark.filterwarnings("ignore")
+def test_two_in_one_code_are_two_products() -> None:
+    """Of two equal layers on one input, compilers leave one: these are not equal to them."""
+    linear, x = nn.Linear(16, 8), torch.randn(4, 16)
+    form = quantize_layer("weight", linear.weight, (1,), scheme(int8_scheme()), InputRange(0.03, 100))
+    two = CPU_INT8_COMPILED.timer._two_of_each(linear, {"form": form})
+    with torch.no_grad():
+        for name, products in ((BASE, r"mkldnn\._linear_pointwise"), ("form", r"onednn\.qlinear_pointwise")):
+            torch._dynamo.reset()
+            (first, second), (code,) = run_and_get_code(two[name], x)
+            assert torch.equal(first, second)
+            assert len(re.findall(rf" = torch\.ops\.{products}\.\w+\(", code)) == 2, code

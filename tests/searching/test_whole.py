@@ -27,6 +27,7 @@ from precimap.runtime.weights.placing import low_weights
 from precimap.runtime.x86.target import CPU_INT8, has_qlinear, int8_scheme
 from precimap.searching.allocation.knapsack import Constraints
 from precimap.searching.allocation.rules import Knapsack
+from precimap.searching.answer import no_gain
 from precimap.searching.preflight.batches import resized
 from precimap.searching.worth import Share, Worth
 from precimap.task import score
@@ -257,6 +258,23 @@ def times(*sizes: Mapping[str, tuple[float, float, float]]) -> EndToEnd:
         peak_flops=1.0,
         peak_given=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("foretold", "off", "said"), [(1.25, 0.3, "too slow by 0.30"), (4.0, -0.25, "too fast by 0.25")]
+)
+def test_the_sum_of_layers_says_by_how_much_it_is_off(foretold: float, off: float, said: str) -> None:
+    """A map that takes half of the base model's time."""
+    found = times({"base, eager": (1.9, 2.0, 2.1), "map, eager": (1, 1, 1)})
+    told = found.model_copy(update={"foretold": Times(median=foretold, lower=foretold, upper=foretold, n=5)})
+    assert found.foretold_off is None
+    assert told.foretold_off == pytest.approx(off)
+    screen = io.StringIO()
+    for one in (found, told):
+        Console(width=200, file=screen).print(end_to_end_page(one))
+    assert screen.getvalue().count("of the base model's time") == 1
+    assert f"{said} of the base model's time" in screen.getvalue()
+    assert f"is off by {abs(off):.2f} of the base model's time" in no_gain(told, "")
 
 
 def test_batch_sizes_count_alike_and_quartiles_decide() -> None:

@@ -20,8 +20,7 @@ def end_to_end_page(found: EndToEnd) -> RenderableType:
         "times as long as the map in the form that is served, within a turn, median [quartiles]",
         f"utilisation of {found.peak_flops / 1e12:.3g} TFLOP/s in base precision "
         f"({'given' if found.peak_given else 'measured'}), {found.flops / 1e6:,.3g} MFLOP a unit",
-        f"the map, {found.served}, is {gain} times as fast as the base model"
-        + ("" if found.foretold is None else f"; the sum of single layers predicted {found.foretold}"),
+        f"the map, {found.served}, is {gain} times as fast as the base model{_foretold(found)}",
     ]
     if not found.pays:
         lines.append("no gain in time that can be told from the spread of the turns")
@@ -31,6 +30,14 @@ def end_to_end_page(found: EndToEnd) -> RenderableType:
     ]
     lines += [f"not timed: {name}: {why}" for name, why in found.refused.items()]
     return Group(*tables, lines_of(lines))
+
+
+def _foretold(found: EndToEnd) -> str:
+    off = found.foretold_off
+    if found.foretold is None or off is None:
+        return ""
+    how = "too slow" if off > 0 else "too fast"
+    return f"; the sum of single layers predicted {found.foretold}, {how} by {abs(off):.2f} of the base model's time"
 
 
 def _quality(name: str) -> str:

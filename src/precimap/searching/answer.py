@@ -79,6 +79,8 @@ def gain_said(times: EndToEnd, weighed: str, why_no_cast: str) -> str:
 def no_gain(times: EndToEnd, weighed: str) -> str:
     """Why a map that may well be tolerable is none. weighed: as in `gain_said`."""
     foretold = "" if times.foretold is None else f"; the sum of single layers predicted {times.foretold}"
+    if times.foretold_off is not None:
+        foretold += f" and is off by {abs(times.foretold_off):.2f} of the base model's time"
     price = f"; {weighed}" if weighed else ""
     return (
         f"keep the baseline: not worth it on this hardware ({times.device}): deployed as a whole ({times.served}, "

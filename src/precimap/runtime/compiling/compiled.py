@@ -195,6 +195,11 @@ def compile_calls(model: nn.Module) -> CompiledCalls:
     return calls
 
 
+def compile_part(module: nn.Module) -> None:
+    """`compile_calls` for the time of one layer: inputs are looked at for NaN once in a call of a model, not by layers."""
+    compile_calls(module)._eager = None
+
+
 def compile(deployed: nn.Module, *examples: tuple[Any, ...] | Mapping[str, Any] | Tensor) -> nn.Module:
     """`deployed` compiled by Inductor for the shapes of the examples.
 

@@ -15,7 +15,14 @@ from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
 from precimap.layers.target import Hardware
 from precimap.numerics.schemes import Scheme
-from precimap.runtime.compiling.compiled import COMPILED, EAGER, check_compiled, compile_calls, no_compiler
+from precimap.runtime.compiling.compiled import (
+    COMPILED,
+    EAGER,
+    check_compiled,
+    compile_calls,
+    compile_part,
+    no_compiler,
+)
 from precimap.runtime.nvidia.layer_timer import CudaTimer
 from precimap.runtime.nvidia.target import CUDA_FP8, EXPERIMENTAL, CudaFp8
 from precimap.runtime.nvidia.whole_timer import CudaWholeTimer
@@ -38,7 +45,7 @@ class CompiledTarget:
     @property
     def timer(self) -> CpuTimer | CudaTimer | None:
         """Times a module compiled against what takes its place, compiled, too."""
-        return replace(self.eager.timer, serve=compile_calls)
+        return replace(self.eager.timer, serve=compile_part)
 
     @property
     def whole_timer(self) -> CpuWholeTimer | CudaWholeTimer | None:

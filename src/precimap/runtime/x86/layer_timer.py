@@ -13,13 +13,14 @@ What this leaves out: weights and inputs are in the caches as the call before le
 are drawn evenly, where real ones repeat; a module is timed alone, also where a compiled model would fuse it.
 """
 
+import copy
 import itertools
 import os
 import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from precimap.runtime.x86.int8 import INT8_KERNEL
 
 ROUNDS, TURNS = 3, 5  # turns of each round
 SHORTEST = 1e-3  # seconds that a timed stretch takes at least
+LEAST = 1e-3  # of the time in base precision: what is left of a difference that the noise makes negative
 
 
 def as_it_is(module: nn.Module) -> None:
@@ -59,8 +61,9 @@ class CpuTimer:
     def seconds(self, module: nn.Module, forms: Mapping[str, QuantizedLayer], rows: int, each: int) -> Turns:
         """As `Timer.seconds`. Raises DeployError for a form that cannot take the module's place.
 
-        What a sibling leaves to do is timed as it runs, by calling a form again with the input that it has just had. The
-        other way, to time the quantising and take it off, leaves out what a layer does around it (docs/log.md).
+        What a sibling leaves to do is timed as it runs. Eager layers keep the codes of an input: a form is called again with
+        the input that it has just had. (The other way, to time the quantising and take it off, leaves out what a layer does
+        around it; docs/log.md.) Compiled ones share within one code only, which then holds two of them.
         """
         found: dict[_Case, list[float]] = {}
         sizes, clock = random.Random(0), clock_here()[1]
@@ -69,13 +72,16 @@ class CpuTimer:
             *inputs, met = _inputs(module, rows, each)
             modules = beside_each_other(module, forms, self.place, self.serve)
             calls: dict[_Case, tuple[nn.Module, Iterator[Tensor]]] = {
-                (name, False): (form, itertools.cycle(inputs)) for name, form in modules.items()
+                (name, ALONE): (form, itertools.cycle(inputs)) for name, form in modules.items()
             }
-            # In a tree of its own: what was read again is remembered, and copied from then on. Compiled, a layer keeps no
-            # codes: it shares within one code only, and alone it has none to share with.
+            # In a tree of its own: what was read again is remembered, and copied from then on.
             again = beside_each_other(module, forms, self.place, self.serve)
-            sharing = {name: form for name, form in again.items() if _shares(form)}
-            calls |= {(name, True): (form, itertools.repeat(met)) for name, form in sharing.items()}
+            calls |= {
+                (name, AGAIN): (form, itertools.repeat(met)) for name, form in again.items() if _keeps_codes(form)
+            }
+            doubled = {name: forms[name] for name, form in again.items() if name != BASE and _compiled_static(form)}
+            two = self._two_of_each(module, doubled) if doubled else {}
+            calls |= {(name, TWO): (form, itertools.cycle(inputs)) for name, form in two.items()}
             del blocks[::2]
             with torch.inference_mode():
                 repeats = {case: _repeats(*call, clock) for case, call in calls.items()}
@@ -84,17 +90,57 @@ class CpuTimer:
                 )
             for case, values in timed.items():
                 found.setdefault(case, []).extend(value / repeats[case] for value in values)
-        alone, shared = ({name: found[name, met] for name, met in found if met is wanted} for wanted in (False, True))
-        return Turns(alone, shared)
+        alone, shared, doubles = (
+            {name: found[name, how] for name, how in found if how == one} for one in (ALONE, AGAIN, TWO)
+        )
+        return Turns(alone, shared | {name: _second(alone, doubles, name) for name in doubles if name != BASE})
+
+    def _two_of_each(self, module: nn.Module, forms: Mapping[str, QuantizedLayer]) -> dict[str, nn.Module]:
+        """Two layers of one kind on one input, in one module that is served. Of equal ones one product would be left."""
+        made: dict[str, nn.Module] = {BASE: _Two(copy.deepcopy(module), copy.deepcopy(module))}
+        for name, layer in forms.items():
+            other = replace(layer, codes=layer.codes.clone())
+            made[name] = _Two(self.place(module, layer), self.place(copy.deepcopy(module), other))
+        for each in made.values():
+            self.serve(each.eval())
+        return made
 
 
-def _shares(form: nn.Module) -> bool:
-    """Whether a form takes codes that a sibling has made."""
+class _Two(nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x)
+
+
+def _second(alone: Mapping[str, list[float]], two: Mapping[str, list[float]], name: str) -> list[float]:
+    """What the second of two takes, by turn: so much that both save what two in base precision take longer than two low.
+
+    Each time holds a call from outside, which two share in one code, in base precision as well.
+    """
+    turns = zip(alone[BASE], two[BASE], alone[name], two[name], strict=True)
+    return [max(low_two - low + 2 * base - base_two, LEAST * base) for base, base_two, low, low_two in turns]
+
+
+def _low_weight(form: nn.Module) -> LowWeight | None:
     weight = getattr(form, "weight", None)
-    return form._compiled_call_impl is None and isinstance(weight, LowWeight) and weight.how.kernel is INT8_KERNEL
+    return weight if isinstance(weight, LowWeight) and weight.how.kernel is INT8_KERNEL else None
 
 
-_Case = tuple[str, bool]  # the name of a form, and whether it meets an input that is quantised already
+def _keeps_codes(form: nn.Module) -> bool:
+    """Whether a form takes codes that a sibling has made before."""
+    return form._compiled_call_impl is None and _low_weight(form) is not None
+
+
+def _compiled_static(form: nn.Module) -> bool:
+    """Whether a form quantises its input in the code that it is in."""
+    return form._compiled_call_impl is not None and _low_weight(form) is not None
+
+
+_Case = tuple[str, str]  # the name of a form, and how it is called
+ALONE, AGAIN, TWO = "alone", "on an input that is quantised already", "two on one input"
 
 
 def beside_each_other(

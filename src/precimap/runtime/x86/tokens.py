@@ -183,6 +183,7 @@ for _schema, _computed, _alike in (
     ),
 ):
     _name = _schema.partition("(")[0]
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # Strides of inputs are as they come: held to those of the trace, Inductor writes an input once for each of its readers.
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     _LIBRARY.impl(_name, _computed, "CPU")
     torch.library.register_fake(f"precimap::{_name}", _alike, lib=_LIBRARY)
