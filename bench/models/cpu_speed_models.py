@@ -2,8 +2,9 @@
 
 Invariant: every form of a model is timed in the same turns, our own and the engines of `cpu_speed_peers` alike. Compiled
 means Inductor with the settings of `precimap.compiled` for everybody. torchao's peer is its dynamic INT8 (per token) on
-every linear layer. The bound is oneDNN's INT8 product alone, on codes that are given, for each call of an INT8 layer in
-this model: what would remain without quantising, attention, normalisation and gathers.
+every linear layer. "By row" is scheme `int8`, else `int8-static`. The bound is oneDNN's INT8 product alone, on codes that
+are given, for each call of an INT8 layer in this model: what would remain without quantising, attention, normalisation
+and gathers.
 """
 
 import copy
@@ -27,6 +28,7 @@ from precimap.runtime.timing import Spread, interleaved, ratio, spread
 from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.x86.int8 import INT8_KERNEL
 from precimap.runtime.x86.target import int8_scheme
+from precimap.runtime.x86.tokens import scheme_refusal
 
 Inputs = tuple[Tensor, ...]
 Call = Callable[[], Tensor]
@@ -113,6 +115,9 @@ def _forms(model: nn.Module, inputs: Inputs, torchao: bool) -> tuple[dict[str, C
     """One call of each form: ours, torch's, and of the products alone."""
     half, int8 = copy.deepcopy(model).bfloat16(), scheme(int8_scheme())
     ours = {"int8 in fp32": all_low(model, inputs, int8, CPU_INT8), OURS: all_low(half, inputs, int8, CPU_INT8)}
+    if scheme_refusal(scheme("int8")) is None:
+        for kind, one in (("fp32", model), ("bf16", half)):
+            ours[f"int8 by row in {kind}"] = all_low(one, inputs, scheme("int8"), CPU_INT8)
     peers = {FP32: model, BF16: half}
     if torchao:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
