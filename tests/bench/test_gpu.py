@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gpu
 from helpers.grouped_on_cpu import grouped_on_cpu
+from measuring import gpu_products, parts
 from models import gpu_models
 from models.gpu_models import Encoder, Ranker
 from precimap.cli_options import TargetOption
@@ -23,6 +24,7 @@ from precimap.runtime.timing import interleaved
 BENCH = Path(gpu.__file__).parent
 CPU = torch.device("cpu")
 TINY = gpu.Sizes(
+    jobs=(),
     shapes=((5, 32, 48), (16, 48, 16)),
     fused=1,
     wide=((5, 32, 16),),
@@ -54,7 +56,7 @@ class Eager(nn.Module):
 def cpu_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.compile
     monkeypatch.setattr(cuda_fp8, "missing_hardware", lambda *_: None)
-    monkeypatch.setattr(gpu, "compiled", lambda model, *_: Eager(model))
+    monkeypatch.setattr(gpu_products, "compiled", lambda model, *_: Eager(model))
     monkeypatch.setattr(gpu_models, "compiled", lambda model, *_: Eager(model))
     monkeypatch.setattr(torch, "compile", lambda f, **how: plain(f, **{"backend": "aot_eager", **how}))
 
@@ -91,8 +93,8 @@ def test_what_fails_and_what_is_late_is_named(monkeypatch: pytest.MonkeyPatch) -
     sizes = gpu.Sizes(**{**{name: getattr(TINY, name) for name in gpu.Sizes.__slots__}, **only})
     (_, failed) = gpu.measured(sizes, CPU)
     assert "_scaled_grouped_mm" in str(failed["failed"])
-    times = iter([0.0, 0.0, 1.0, 2.0, 601.0])
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(times))
+    times = iter([0.0, 0.0, 1.0, 601.0])
+    monkeypatch.setattr(parts.time, "monotonic", lambda: next(times))
     (_, late) = gpu.measured(sizes, CPU)
     assert late == {"part": "experts (3, 20, 32, 16)", "skipped": "not begun within 600 seconds"}
 
@@ -101,10 +103,12 @@ def test_what_fails_and_what_is_late_is_named(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.filterwarnings("ignore")
 def test_the_ways_that_need_a_gpu_are_called_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs and events, played by the host: what is captured is what is timed and compared."""
-    monkeypatch.setattr(gpu, "capture", lambda form, example: (Captured(example, None, lambda: form(*example)), None))
-    monkeypatch.setattr(gpu, "event_seconds", lambda replays, turns, _: interleaved(replays, turns))
+    monkeypatch.setattr(
+        gpu_products, "capture", lambda form, example: (Captured(example, None, lambda: form(*example)), None)
+    )
+    monkeypatch.setattr(gpu_products, "event_seconds", lambda replays, turns, _: interleaved(replays, turns))
     seen: list[Tensor] = []
-    found = gpu.timed({"x": (seen.append, (torch.ones(2),))}, 3, torch.device("cuda"))
+    found = gpu_products.timed({"x": (seen.append, (torch.ones(2),))}, 3, torch.device("cuda"))
     assert len(found["x"]) == 3
     assert len(seen) == 6
     monkeypatch.setattr(gpu_models, "graphed", lambda model, *_: model)

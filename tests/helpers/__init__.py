@@ -4,6 +4,7 @@ small_tasks.py         small tasks with a known truth
 small_maps.py          maps made by hand
 real_models.py         real recommenders with published weights
 planted_times.py       whole models whose times are planted
+gpu_played.py          a CPU in the place of a GPU with FP8
 search_attempts.py     one search as a process that may be killed, and what two runs have in common
 going_round.py         a model between processes and among threads
 quantiser_oracle.py    the oracle of the quantiser, from ml_dtypes

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from helpers.gpu_played import played
 from precimap import graphed
 from precimap.errors import DeployError, InputError
 from precimap.runtime.nvidia import graphs as cuda_graphs
@@ -31,21 +32,6 @@ class Ranker(nn.Module):
         x = (x / x.abs().amax() * 448).to(torch.float8_e4m3fn).to(x.dtype)
         scores = self.linear(x)
         return scores, {"probability": scores.sigmoid(), "best": scores.argmax(1)}
-
-
-@torch.no_grad()
-def played(model: nn.Module, example: tuple[Any, ...], pool: Any = None) -> tuple[Captured, Any]:
-    """What a graph does, on the host: the same tensors in, the same tensors out, whatever they hold."""
-    arguments = tree_map_only(Tensor, torch.clone, example)
-    outputs = model(*arguments)
-
-    @torch.no_grad()
-    def replay() -> None:
-        again = model(*arguments)
-        for old, new in zip(cuda_graphs._tensors(outputs), cuda_graphs._tensors(again), strict=True):
-            old.copy_(new)
-
-    return Captured(arguments, outputs, replay), (pool or 0) + 1
 
 
 @pytest.fixture
