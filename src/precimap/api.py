@@ -20,6 +20,7 @@ from precimap.runtime.compiling.compiled import compile as compile
 from precimap.runtime.compiling.compiled import compiled as compiled
 from precimap.runtime.compiling.target import CPU_INT8_COMPILED as CPU_INT8_COMPILED
 from precimap.runtime.compiling.target import CUDA_FP8_COMPILED as CUDA_FP8_COMPILED
+from precimap.runtime.compiling.target import CUDA_FP8_GRAPHS as CUDA_FP8_GRAPHS
 from precimap.runtime.deploy import deploy as deploy
 from precimap.runtime.nvidia.graphs import graphed as graphed
 from precimap.runtime.nvidia.target import CUDA_FP8 as CUDA_FP8

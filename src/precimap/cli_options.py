@@ -32,6 +32,7 @@ class TargetName(StrEnum):
     CPU_INT8_COMPILED = "cpu-int8-compiled"
     CUDA_FP8 = "cuda-fp8"
     CUDA_FP8_COMPILED = "cuda-fp8-compiled"
+    CUDA_FP8_GRAPHS = "cuda-fp8-graphs"
     TORCHREC = "torchrec"
 
 
@@ -41,6 +42,7 @@ class FormName(StrEnum):
     AUTO = "auto"
     EAGER = "eager"
     COMPILED = "compiled"
+    GRAPHS = "graphs"
 
 
 class RuleName(StrEnum):
@@ -158,7 +160,8 @@ TargetOption = Annotated[
     option(
         CHOICE,
         "The map is made for this hardware, or for an emulation of any. On cpu and cuda the model is served as it is or "
-        "compiled by torch (--form); the names of two and more parts are one form of one kind of hardware. All of CUDA is "
+        "compiled by torch, on cuda also as CUDA graphs of that (--form); the names of two and more parts are one form of "
+        "one kind of hardware. All of CUDA is "
         f"{EXPERIMENTAL}.",
     ),
 ]
@@ -232,8 +235,8 @@ FormOption = Annotated[
     FormName,
     option(
         SERVING,
-        "On the targets cpu and cuda the model is served as it is (eager) or compiled by torch. With auto, whole models are "
-        "timed in both forms, and the search goes on in the faster one.",
+        "On the targets cpu and cuda the model is served as it is (eager) or compiled by torch, on cuda also as CUDA graphs "
+        "of that (graphs). With auto, whole models are timed in all forms, and the search goes on in the fastest one.",
     ),
 ]
 TimingOption = Annotated[

@@ -24,6 +24,7 @@ TARGETS: Mapping[str, str] = {  # name -> module:object
     "cpu-int8-compiled": "precimap.runtime.compiling.target:CPU_INT8_COMPILED",
     "cuda-fp8": "precimap.runtime.nvidia.target:CUDA_FP8",
     "cuda-fp8-compiled": "precimap.runtime.compiling.target:CUDA_FP8_COMPILED",
+    "cuda-fp8-graphs": "precimap.runtime.compiling.target:CUDA_FP8_GRAPHS",
     "torchrec": "precimap.runtime.torchrec_tables:TORCHREC",
 }
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from helpers.planted_times import HERE
 from precimap.layers.target import BASE, Turns
 from precimap.runtime import timing
-from precimap.runtime.nvidia import graphs, layer_timer, target, whole_timer
+from precimap.runtime.nvidia import graph_calls, graphs, layer_timer, target, whole_timer
 from precimap.runtime.nvidia.graphs import Captured
 from precimap.runtime.nvidia.layer_timer import CudaTimer
 from precimap.runtime.nvidia.whole_timer import CudaWholeTimer
@@ -61,6 +61,7 @@ def play_a_gpu(patch: pytest.MonkeyPatch, compiler: bool = False) -> None:
     """Until the patch is undone. compiler: let Inductor make code; else its graphs run op by op, which takes no seconds."""
     patch.setattr(target, "missing_hardware", lambda *_: None)
     patch.setattr(graphs, "capture", played)
+    patch.setattr(graph_calls, "capture", played)
     patch.setattr(layer_timer, "capture", played)
     patch.setattr(layer_timer, "event_seconds", lambda replays, turns, _: interleaved(replays, turns))
     patch.setattr(layer_timer, "device_here", lambda: HERE)

@@ -21,12 +21,16 @@ QUIET = Effort(rounding_draws=0, timing_seconds=1.0)
 
 @dataclass
 class TableWhole:
-    """Milliseconds by "precision, form", the map's in every turn, the others' spread by `TURNS`."""
+    """Milliseconds by "precision, form", the map's in every turn, the others' spread by `TURNS`.
+
+    shapes: that the form graphs takes; None: there is no such form.
+    """
 
     table: Mapping[str, float]
     broken: tuple[str, ...] = ()
     where: Device = HERE
     served: str = "eager"
+    shapes: int | None = None
     casts: tuple[torch.dtype, ...] = (torch.float16,)
     turned: list[tuple[str, ...]] = field(default_factory=list)
 
@@ -38,7 +42,11 @@ class TableWhole:
             raise DeployError("no compiler here")
 
         copied = deployed(model, layers) if layers else shared_copy(model)
-        return {"eager": lambda: copied, "compiled": fails if "compiled" in self.broken else lambda: copied}
+        forms = {"eager": lambda: copied, "compiled": fails if "compiled" in self.broken else lambda: copied}
+        return forms if self.shapes is None else {**forms, "graphs": lambda: copied}
+
+    def most_shapes(self, form: str) -> int | None:
+        return self.shapes if form == "graphs" else None
 
     def check(self, model: nn.Module) -> None:
         pass

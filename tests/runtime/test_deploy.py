@@ -173,7 +173,7 @@ def test_there_is_no_silent_fallback(task: Task, fp8: SearchResult) -> None:
         deploy(task.model, fp8.map, target="cpu-int8")
     with pytest.raises(DeployError, match="expected a target out of"):
         deploy(task.model, fp8.map, target="tpu")
-    with pytest.raises(InputError, match=r"made for cuda-fp8 or cuda-fp8-compiled, .* got emulated"):
+    with pytest.raises(InputError, match=r"made for cuda-fp8 or cuda-fp8-compiled or cuda-fp8-graphs, .* got emulated"):
         deploy(task.model, fp8.map, target="cuda")
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from helpers.planted_times import QUIET, TableWhole, Whole
 from helpers.small_tasks import planted_task
-from precimap import Effort, SearchResult, Serving, bench_device, deploy, plan, search
+from precimap import Effort, SearchResult, Serving, Task, bench_device, deploy, plan, search
 from precimap.end_to_end import FormTimes, SizeTimes
 from precimap.errors import InputError
 from precimap.hardware_profile import Times
@@ -42,12 +44,15 @@ def hardware(table: Mapping[str, float], refused: str = "", **how: Any) -> tuple
     timer = TableWhole(table, **how)
     compiled = replace(timer, served="compiled", turned=timer.turned)
     forms = {"eager": Form("machine-eager", timer), "compiled": Form("machine-compiled", compiled, refused)}
+    if timer.shapes is not None:
+        forms["graphs"] = Form("machine-graphs", replace(compiled, served="graphs"), refused)
     return Hardware("machine", forms), timer
 
 
 BASE = {"base, eager": 6.0, "base, compiled": 5.0}
 EAGER = {**BASE, "map, eager": 2.0, "blanket fp8, eager": 2.0, "map, compiled": 3.0, "blanket fp8, compiled": 3.0}
 COMPILED = {**BASE, "map, eager": 3.0, "map, compiled": 2.0, "blanket fp8, compiled": 2.0}
+GRAPHS = {**COMPILED, "base, graphs": 4.0, "map, graphs": 1.0, "blanket fp8, graphs": 1.0}
 
 
 def searched(on: Hardware, folder: Path, **changes: Any) -> SearchResult:
@@ -68,6 +73,52 @@ def test_the_faster_form_is_searched_timed_and_certified(table: dict[str, float]
     again = searched(on, tmp_path, run=tmp_path / "run")
     assert again.map == found.map
     assert len(timer.turned) == before, "a run that is taken up times nothing again"
+
+
+@pytest.mark.parametrize("form", ["auto", "graphs"])
+def test_graphs_are_one_more_form(form: str, tmp_path: Path) -> None:
+    on, _ = hardware(GRAPHS, shapes=1)
+    found = searched(on, tmp_path, serving=Serving(form=form))
+    assert found.certified
+    assert found.map.target == "machine-graphs"
+    assert found.end_to_end is not None
+    assert found.end_to_end.served == "graphs"
+    assert {one.form for one in found.end_to_end.sizes[0].forms} == {"eager", "compiled", "graphs"}
+    if form == "auto":
+        assert any(
+            "served graphs" in note and "compiled 0.50" in note and "graphs 0.25" in note
+            for note in found.preflight.notes
+        )
+
+
+def test_a_form_is_none_for_batches_of_too_many_shapes(tmp_path: Path) -> None:
+    """One batch of the certify split is shorter: counted as the model meets them, before anything takes long."""
+    task = planted_task()
+    *batches, last = task.splits.certify
+    shorter = [*batches, {name: value[:-1] for name, value in last.items()}]
+    ragged = replace(task, splits=replace(task.splits, certify=shorter))
+
+    def asked(task: Task, on: Hardware, **changes: Any) -> SearchResult:
+        ledger = tmp_path / str(len(list(tmp_path.iterdir())))
+        return search(task, schemes=["fp8"], margin=0.2, effort=QUIET, ledger=ledger, target=on, **changes)
+
+    on, _ = hardware(GRAPHS, shapes=1)
+    found = asked(ragged, on)
+    assert found.map.target == "machine-compiled"
+    (said,) = [note for note in found.preflight.notes if "is to be served" in note]
+    assert said.endswith(
+        "; graphs would be faster, but the batches give the model 2 different shapes, and there can be code for 1 of them"
+    )
+    with pytest.raises(InputError, match=r"expected fewer shapes for the form graphs: .* 2 different shapes"):
+        asked(ragged, on, serving=Serving(form="graphs"))
+    enough, _ = hardware(GRAPHS, shapes=2)
+    assert asked(ragged, enough).map.target == "machine-graphs"
+
+    def padded(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        x, rows = batch["x"], len(batch["x"])
+        return model(torch.cat([x, x.new_zeros(len(batches[0]["x"]) - rows, *x.shape[1:])]))[:rows]
+
+    assert asked(replace(ragged, forward=padded), on).map.target == "machine-graphs"
 
 
 def test_the_user_may_say_the_form(tmp_path: Path) -> None:
@@ -143,8 +194,10 @@ def test_slower_schemes_are_those_that_surely_lose() -> None:
 
 def test_what_cannot_be_obeyed_is_refused(tmp_path: Path) -> None:
     task = planted_task()
-    with pytest.raises(InputError, match="expected a form out of auto, eager, compiled, got 'graphs'"):
-        Serving(form="graphs")
+    with pytest.raises(InputError, match="expected a form out of auto, eager, compiled, graphs, got 'fast'"):
+        Serving(form="fast")
+    with pytest.raises(InputError, match="expected a form of cpu, eager or compiled, got graphs"):
+        search(task, schemes="int8-static", margin=0.2, target="cpu", serving=Serving(form="graphs"))
     with pytest.raises(InputError, match="expected the target cpu or cuda beside the form eager; cpu-int8 is one form"):
         search(task, schemes="int8-static", margin=0.2, target="cpu-int8", serving=Serving(form="eager"))
     with pytest.raises(InputError, match=r"expected a form .eager or compiled. for cpu where no whole model is timed"):

@@ -376,7 +376,7 @@ def test_the_answer_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     compiling, kept = CompiledCalls._compiling, []
 
     def seen(calls: CompiledCalls, *args: Any, **kwargs: Any) -> Any:
-        made.setdefault(frozenset(low_weights(calls._model)), set()).add(id(calls))
+        made.setdefault(frozenset(low_weights(calls.model)), set()).add(id(calls))
         kept.append(calls)  # or an id could be given twice
         return compiling(calls, *args, **kwargs)
 

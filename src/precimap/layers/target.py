@@ -66,8 +66,11 @@ class WholeTimer(Protocol):
     def forms(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Mapping[str, Callable[[], nn.Module]]:
         """By name, what makes `model` with `layers` in low precision (none: as it is) in a form, in a tree of its own.
 
-        What makes a form raises DeployError where this machine cannot.
+        What makes a form raises DeployError where this machine cannot. Forms may share parts among themselves.
         """
+
+    def most_shapes(self, form: str) -> int | None:
+        """How many different shapes of calls a model can be served with in a form; None where any number is fine."""
 
     def check(self, model: nn.Module) -> None:
         """After a call through a task's forward. Raises DeployError for a model that did not run in its form."""

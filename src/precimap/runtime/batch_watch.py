@@ -12,7 +12,7 @@ from torch import nn
 
 from precimap.errors import BatchSizeWarning
 from precimap.layers.given import leading_rows
-from precimap.runtime.compiling.compiled import CompiledCalls
+from precimap.runtime.compiling.compiled import ServedCalls
 
 
 class BatchWatch:
@@ -41,7 +41,7 @@ class BatchWatch:
 def watch(deployed: nn.Module, fewest: int, most: int) -> None:
     """From now on a call of `deployed` with fewer or more rows warns, the first time."""
     looking, calls = BatchWatch(fewest, most), deployed._compiled_call_impl
-    if isinstance(calls, CompiledCalls):
+    if isinstance(calls, ServedCalls):
         calls.before = looking  # hooks of the module are in the compiled code, which does not warn
     else:
         deployed.register_forward_pre_hook(looking, with_kwargs=True)

@@ -71,7 +71,7 @@ USUAL_EFFORT = Effort()
 
 
 AUTO = "auto"
-FORMS = (AUTO, "eager", "compiled")
+FORMS = (AUTO, "eager", "compiled", "graphs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,8 @@ class Serving:
     """How the model will be served. batch_sizes: units of a batch, all of them counting alike; none: those of the
     profile, or the batch that discovery sees. profile: of the machine it is for, instead of timing here. peak_tflops:
     10^12 operations per second in base precision, what utilisation is counted against; None: a large product is timed.
-    form: of `FORMS`, how a model is served on the targets cpu and cuda; auto: in the form in which whole models are faster.
+    form: of `FORMS`, how a model is served on the targets cpu and cuda (graphs: on cuda alone); auto: in the form in which
+    whole models are faster.
 
     Raises InputError for a size that is not at least 1, or stands twice, for a peak that is not above zero, and for another
     form.

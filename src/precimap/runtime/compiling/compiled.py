@@ -43,13 +43,35 @@ _OWN_LIMIT: dict[str, Any] = (
 
 
 class _NotPrepared(Exception):
-    """Dynamo compiles again, for something that `_shapes` does not tell, without the settings.
+    """Dynamo compiles again, for something that `shapes` does not tell, without the settings.
 
     What comes before the first graph of its code has run by then, INT8 layers one by one; the rest is compiled as it should.
     """
 
 
-class CompiledCalls:
+class ServedCalls:
+    """What stands for a model's own call. before: looks at each call before it is made."""
+
+    def __init__(self) -> None:
+        self.before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None
+
+    @property
+    def graphs(self) -> int:
+        """How many pieces of code were made; 0 before the first call."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises DeployError where a compiler is at work around the call."""
+        if torch.compiler.is_compiling():
+            raise DeployError("this model is compiled already; give torch.compile and torch.export the deployed one")
+        if self.before is not None:
+            self.before(model, args, kwargs)
+
+
+class CompiledCalls(ServedCalls):
     """What a call of `model` is, compiled by Inductor without gradients.
 
     dynamic: as of `torch.compile`. True makes one code for all sizes. None makes one for the sizes of the first call, in
@@ -57,6 +79,7 @@ class CompiledCalls:
     """
 
     def __init__(self, model: nn.Module, dynamic: bool | None) -> None:
+        super().__init__()
         # Over the same parts, because the model's own __call__ may lead here. Compiling its `_call_impl`, as
         # nn.Module.compile does, keeps activations out of the products.
         self._run: Callable[..., Any] = torch.compile(
@@ -65,26 +88,31 @@ class CompiledCalls:
         self._prepared = threading.local()
         self._failed: str | None = None
         self._one_at_a_time = threading.Lock()
-        self._model, self._met = model, set[object]()
+        self.model, self._met = model, set[object]()
         # For inputs with NaN or infinity, which a code cannot hold: compiled, a product makes plausible numbers of them.
         low = (p for p in model.parameters() if isinstance(p, LowWeight) and p.how.kernel.needs_frozen)
         self._eager = copy.copy(model) if next(low, None) is not None else None
-        self.before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None
-        self._expected = self._found = self.graphs = 0
+        self._expected = self._found = self._graphs = 0
+        self.runs = 0  # of pieces of code, by all calls so far
+
+    @property
+    def graphs(self) -> int:
+        return self._graphs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raises DeployError when an INT8 layer is not in INT8 in the generated code."""
-        if torch.compiler.is_compiling():
-            raise DeployError("this model is compiled already; give torch.compile and torch.export the deployed one")
-        if self.before is not None:
-            self.before(self._model, args, kwargs)
+        self.look(self.model, args, kwargs)
+        return self.computed(*args, **kwargs)
+
+    def computed(self, *args: Any, **kwargs: Any) -> Any:
+        """A call that nobody looks at. Raises DeployError as a call does."""
         if self._failed is not None:
             raise DeployError(self._failed)
         if self._eager is not None and _spoiled(args, kwargs):
             with torch.no_grad():
                 return self._eager(*args, **kwargs)
         with torch.no_grad():
-            shapes = _shapes(args, kwargs)
+            shapes = self.shapes(args, kwargs)
             if shapes in self._met:
                 try:
                     return self._run(*args, **kwargs)
@@ -133,35 +161,40 @@ class CompiledCalls:
             raise _NotPrepared
         before, TRACED.names = counters["inductor"][_LOWERED], set()
         try:
-            code: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
+            code: Any = compile_fx(graph, inputs)
         finally:
             # By their codes: of two calls of a layer on one input a single product is left.
             read, TRACED.names = len(TRACED.names or ()), None
-        self.graphs += 1
+        self._graphs += 1
         self._expected += read
         self._found += counters["inductor"][_LOWERED] - before
-        return code
+
+        def run(*given: Any) -> Any:
+            self.runs += 1
+            return code(*given)
+
+        return run
+
+    @staticmethod
+    def shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """What code is compiled for: shapes, strides and dtypes of all tensors, which of them are one, other values as they
+        are, and what is set for torch."""
+        leaves = tree_leaves((args, kwargs))
+        places = {id(leaf): place for place, leaf in enumerate(reversed(leaves))}
+        known = [
+            (leaf.shape, leaf.stride(), leaf.dtype, places[id(leaf)])
+            if isinstance(leaf, Tensor)
+            else (type(leaf), repr(leaf))
+            for leaf in leaves
+        ]
+        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        return (torch.is_inference_mode_enabled(), torch.get_num_threads(), autocast, *known)
 
 
 def _spoiled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the inputs hold NaN or infinity: their sum then is not finite, and rarely otherwise (it overflows)."""
     floats = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point())
     return any(not math.isfinite(float(leaf.sum())) for leaf in floats)
-
-
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """What code is compiled for: shapes, strides and dtypes of all tensors, which of them are one, other values as they are,
-    and what is set for torch."""
-    leaves = tree_leaves((args, kwargs))
-    places = {id(leaf): place for place, leaf in enumerate(reversed(leaves))}
-    known = [
-        (leaf.shape, leaf.stride(), leaf.dtype, places[id(leaf)])
-        if isinstance(leaf, Tensor)
-        else (type(leaf), repr(leaf))
-        for leaf in leaves
-    ]
-    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return (torch.is_inference_mode_enabled(), torch.get_num_threads(), autocast, *known)
 
 
 class CompiledModel(nn.Module):
@@ -221,13 +254,13 @@ def compile(deployed: nn.Module, *examples: tuple[Any, ...] | Mapping[str, Any] 
 
 
 compiled = compile  # its name until 0.2
-EAGER, COMPILED = "eager", "compiled"  # the forms that a model is served in
+EAGER, COMPILED, GRAPHS = "eager", "compiled", "graphs"  # the forms that a model is served in
 
 
 def check_compiled(model: nn.Module) -> None:
     """Raises DeployError for compiled calls that were never made: a forward that calls parts of the model only."""
     calls = model._compiled_call_impl
-    if isinstance(calls, CompiledCalls) and not calls.graphs:
+    if isinstance(calls, ServedCalls) and not calls.graphs:
         raise DeployError(
             "expected the task's forward to call the model itself, which is what is compiled; it called parts of it only. "
             "Use an eager target, or give the task a module whose forward is all that is served"

@@ -1,7 +1,10 @@
-"""The targets `cpu-int8-compiled` and `cuda-fp8-compiled`: the layers of the eager ones, in a model that Inductor compiles.
+"""The targets `cpu-int8-compiled`, `cuda-fp8-compiled` and `cuda-fp8-graphs`: the layers of the eager ones, in a model that
+Inductor compiles, and whose compiled calls are CUDA graphs.
 
-Invariant: what is timed, layer by layer and as a whole, and what is certified, is the compiled model; its baseline is the
-model as given. Targets of their own and not a switch, because their sums round otherwise and their times are others: a map,
+Invariant: what is timed as a whole, and what is certified, is the model in the form that is served; its baseline is the
+model as given. Layers are timed compiled, on a GPU as graphs in any case.
+
+Targets of their own and not a switch, because their sums round otherwise and their times are others: a map,
 a profile and a certificate belong to one form.
 """
 
@@ -18,11 +21,13 @@ from precimap.numerics.schemes import Scheme
 from precimap.runtime.compiling.compiled import (
     COMPILED,
     EAGER,
+    GRAPHS,
     check_compiled,
     compile_calls,
     compile_part,
     no_compiler,
 )
+from precimap.runtime.nvidia.graph_calls import graph_calls
 from precimap.runtime.nvidia.layer_timer import CudaTimer
 from precimap.runtime.nvidia.target import CUDA_FP8, EXPERIMENTAL, CudaFp8
 from precimap.runtime.nvidia.whole_timer import CudaWholeTimer
@@ -73,6 +78,39 @@ class CompiledTarget:
         return made
 
 
+@dataclass(frozen=True, slots=True)
+class GraphsTarget:
+    """compiled: the target whose calls are captured."""
+
+    compiled: CompiledTarget
+    name: str
+    claim: str
+
+    @property
+    def timer(self) -> CpuTimer | CudaTimer | None:
+        return self.compiled.timer
+
+    @property
+    def whole_timer(self) -> CpuWholeTimer | CudaWholeTimer | None:
+        return replace(self.compiled.eager.whole_timer, served=GRAPHS)
+
+    def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
+        return self.compiled.refusal(layer, scheme)
+
+    @contextmanager
+    def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:
+        """Raises DeployError at its end when nothing was captured: a forward that calls parts of the model only."""
+        deployed = self.deployed(model, layers)
+        yield deployed
+        check_compiled(deployed)
+
+    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer], *, owned: bool = False) -> nn.Module:
+        """As the eager target's; a call of new shapes compiles and is captured. Raises DeployError without a compiler."""
+        made = self.compiled.eager.deployed(model, layers, owned=owned)
+        graph_calls(made)
+        return made
+
+
 CPU_INT8_COMPILED = CompiledTarget(
     CPU_INT8, "Measured on the deployed model as Inductor compiles it for this CPU, not on its emulation."
 )
@@ -80,4 +118,9 @@ CUDA_FP8_COMPILED = CompiledTarget(
     CUDA_FP8, f"Measured on the deployed model as Inductor compiles it for this GPU ({EXPERIMENTAL})."
 )
 CPU = Hardware("cpu", {EAGER: CPU_INT8, COMPILED: CPU_INT8_COMPILED})
-CUDA = Hardware("cuda", {EAGER: CUDA_FP8, COMPILED: CUDA_FP8_COMPILED})
+CUDA_FP8_GRAPHS = GraphsTarget(
+    CUDA_FP8_COMPILED,
+    "cuda-fp8-graphs",
+    f"Measured on the deployed model as CUDA graphs of what Inductor compiles for this GPU ({EXPERIMENTAL}).",
+)
+CUDA = Hardware("cuda", {EAGER: CUDA_FP8, COMPILED: CUDA_FP8_COMPILED, GRAPHS: CUDA_FP8_GRAPHS})

@@ -10,7 +10,8 @@ captures a graph for every size that it meets, and none for an eager model.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from precimap.errors import DeployError, InputError
+from precimap.errors import DeployError, InputError, first_line
 
 WARM_UP = 3  # calls before a capture, as torch's documentation of CUDA graphs asks for
 Arguments = tuple[Any, ...]
@@ -109,25 +110,48 @@ def _named(model: nn.Module, names: tuple[str, ...], *values: Any) -> Any:
 def capture(model: Callable[..., Any], example: Arguments, pool: Any = None) -> tuple[Captured, Any]:
     """One call as a graph, and the pool of its memory; `pool` is that of a graph that is never replayed at the same time.
 
-    Raises DeployError without CUDA.
+    Raises DeployError without CUDA, and for what cannot be captured.
     """
     if not torch.cuda.is_available():
         raise DeployError(f"expected a CUDA device to capture graphs on; torch {torch.__version__} finds none here")
     devices = {value.device for value in example if isinstance(value, Tensor)}
     if {device.type for device in devices} != {"cuda"} or len(devices) != 1:
-        raise DeployError(f"expected examples on one CUDA device, got {', '.join(map(str, devices)) or 'no tensor'}")
-    arguments = tree_map_only(Tensor, torch.clone, example)
-    with torch.no_grad(), torch.cuda.device(devices.pop()):
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UP):
-                model(*arguments)
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            outputs = model(*arguments)
+        raise DeployError(f"expected tensors on one CUDA device, got {', '.join(map(str, devices)) or 'no tensor'}")
+    try:
+        with torch.no_grad(), torch.cuda.device(devices.pop()):
+            return _captured(model, tree_map_only(Tensor, torch.clone, example), pool)
+    except RuntimeError as error:
+        raise DeployError(
+            f"no CUDA graph can be captured of a call: part of it runs on the host, or waits for the device "
+            f"({first_line(error)}); serve the model without graphs"
+        ) from error
+
+
+def _captured(model: Callable[..., Any], arguments: Arguments, pool: Any) -> tuple[Captured, Any]:
+    beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(WARM_UP):
+            model(*arguments)
+        with waiting_refused():
+            model(*arguments)
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = model(*arguments)
     return Captured(arguments, outputs, graph.replay), graph.pool()
+
+
+@contextmanager
+def waiting_refused() -> Iterator[None]:
+    """In the block RuntimeError for an op that waits for the device. A capture would find it, too, and torch's allocator
+    would then stay as if it were capturing (`CUDAGraph::capture_end` in its main branch)."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def batch_size(arguments: Arguments) -> int:
@@ -178,17 +202,28 @@ def _check(model: Callable[..., Any], graph: Captured, example: Arguments) -> No
     _fill(graph.arguments, turned, units)
     graph.replay()
     with torch.no_grad():
-        expected = model(*turned)
-    differences = [
-        float((found.double() - wanted.double()).abs().max()) / max(float(wanted.double().abs().max()), 1e-30)
-        for found, wanted in zip(_tensors(graph.outputs), _tensors(expected), strict=True)
-        if wanted.numel()
-    ]
-    if not all(difference <= 2**-6 for difference in differences):
+        found = difference(graph.outputs, model(*turned))
+    if not found <= 2**-6:
         raise DeployError(
-            f"the captured graph differs from the model by {max(differences):.3g} of its largest output: part of it does "
+            f"the captured graph differs from the model by {found:.3g} of its largest output: part of it does "
             "not run on the device, or not from the inputs; capture what does, or use the model as it is"
         )
+
+
+def difference(found: Any, expected: Any) -> float:
+    """The largest of all tensors of two results, each over its largest expected value; NaN where only one has NaN."""
+    largest = 0.0
+    for one, other in zip(_tensors(found), _tensors(expected), strict=True):
+        if not other.numel():
+            continue
+        wide, wanted = one.double(), other.double()
+        apart = torch.where((wide == wanted) | (wide.isnan() & wanted.isnan()), 0.0, (wide - wanted).abs())
+        worst = float(apart.max()) / max(float(wanted.nan_to_num(nan=0.0).abs().max()), 1e-30)
+        if not worst <= largest:
+            largest = worst
+        if worst != worst:
+            break
+    return largest
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

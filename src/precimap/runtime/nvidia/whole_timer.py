@@ -1,10 +1,11 @@
-"""The time and the memory of whole models on this GPU, eager and compiled.
+"""The time and the memory of whole models on this GPU: eager, compiled, and as CUDA graphs.
 
 Invariant: forms are timed in turns on one batch, each called once untimed just before, by the host's clock and with the
-device idle at both ends: what a caller waits for. Memory is what torch's allocator gave out. CUDA graphs are not among
-the forms, since a task's forward may be any code; `cuda_graphs` has them for calls of the model itself.
+device idle at both ends: what a caller waits for. Memory is what torch's allocator gave out for a call; what graphs hold
+between calls is in no call. The graphs are of the code that the compiled form runs, which is compiled once for both.
 """
 
+import functools
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from torch import nn
 
 from precimap.hardware_profile import Device
 from precimap.layers.quantized import QuantizedLayer
-from precimap.runtime.compiling.compiled import EAGER, check_compiled, forms_of
+from precimap.runtime.compiling.compiled import COMPILED, EAGER, GRAPHS, check_compiled, forms_of
+from precimap.runtime.nvidia.graph_calls import MOST_SHAPES, beside
 from precimap.runtime.nvidia.layer_timer import device_here
 from precimap.runtime.timing import interleaved, turns_within
 
@@ -33,8 +35,13 @@ class CudaWholeTimer:
         return device_here()
 
     def forms(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Mapping[str, Callable[[], nn.Module]]:
-        """As it is, and with its calls compiled by Inductor with frozen weights."""
-        return forms_of(self.deployed, model, layers)
+        """As it is, with its calls compiled by Inductor with frozen weights, and as graphs of those over the same parts."""
+        made = dict(forms_of(self.deployed, model, layers))
+        made[COMPILED] = functools.cache(made[COMPILED])
+        return {**made, GRAPHS: lambda: beside(made[COMPILED]())}
+
+    def most_shapes(self, form: str) -> int | None:
+        return MOST_SHAPES if form == GRAPHS else None
 
     def check(self, model: nn.Module) -> None:
         check_compiled(model)

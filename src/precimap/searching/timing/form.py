@@ -1,4 +1,4 @@
-"""In which form of the hardware models of this kind are faster, eager or compiled, before any layer is judged.
+"""In which form of the hardware models of this kind are the fastest, before any layer is judged.
 
 Invariant: the form is found from whole models that need no map (the base model, everything low under each scheme, the whole
 model cast), timed in turns through the task's own forward; layers are then timed, and maps certified, in that form.
@@ -20,6 +20,7 @@ from precimap.searching.pairs import Key
 from precimap.searching.question import AUTO, Question
 from precimap.searching.subject import Subject
 from precimap.searching.timing.forms import Form
+from precimap.searching.timing.shapes import too_many_shapes
 from precimap.searching.timing.whole import WholeModelBench
 
 _SIZES = TypeAdapter(tuple[SizeTimes, ...])
@@ -48,19 +49,22 @@ def form_asked(given: Target | Hardware, question: Question) -> tuple[Hardware |
                 f"expected the target cpu or cuda beside the form {serving.form}; {given.name} is one form"
             )
         return None, given
+    if serving.form != AUTO and serving.form not in given.forms:
+        raise InputError(f"expected a form of {given.name}, {' or '.join(given.forms)}, got {serving.form}")
     if serving.form != AUTO:
         return None, given.forms[serving.form]
     if serving.profile is not None:
         return None, given.of_map(serving.profile.target)
     if not question.effort.timing_seconds:
         raise InputError(
-            f"expected a form (eager or compiled) for {given.name} where no whole model is timed; or timing_seconds above 0"
+            f"expected a form ({' or '.join(given.forms)}) for {given.name} where no whole model is timed; or "
+            "timing_seconds above 0"
         )
     return given, next(iter(given.forms.values()))
 
 
 def in_fastest_form(subject: Subject, hardware: Hardware, bench: WholeModelBench) -> Subject:
-    """The subject on the target that is the faster form; without what that target refuses, or is slow in as a whole.
+    """The subject on the target that is the fastest form; without what that target refuses, or is slow in as a whole.
 
     bench: of the subject, on the first of the hardware's forms. Raises DeployError where the base model does not run.
     """
@@ -75,6 +79,10 @@ def in_fastest_form(subject: Subject, hardware: Hardware, bench: WholeModelBench
     assert found is not None
     sizes = _SIZES.validate_json(json.dumps(found.value["sizes"]))
     choice = chosen_form(tuple(hardware.forms), sizes, schemes)
+    many = too_many_shapes(subject, bench.timer.most_shapes(choice.form))
+    if many is not None:
+        again = chosen_form([form for form in hardware.forms if form != choice.form], sizes, schemes)
+        choice = replace(again, said=f"{again.said}; {choice.form} would be faster, but {many}")
     target = hardware.forms[choice.form]
     layers = {layer.name: layer for layer in subject.inventory.layers}
     refusals = ((pair, target.refusal(layers[pair[0]], pair[1])) for pair in subject.pairs)

@@ -30,6 +30,7 @@ from precimap.searching.preflight.batches import resized
 from precimap.searching.question import Serving
 from precimap.searching.subject import Subject
 from precimap.searching.timing.forms import Form, ModelForms
+from precimap.searching.timing.shapes import too_many_shapes
 from precimap.task import Task, first_batch
 
 Call = Callable[[], Any]
@@ -75,7 +76,11 @@ class WholeModelBench:
         return self.serving.batch_sizes or (self.subject.inventory.units,)
 
     def check(self) -> None:
-        """Raises InputError where no batch of a size can be made: before the long work."""
+        """Raises InputError where no batch of a size can be made, or the form is none for so many shapes: before the long
+        work."""
+        many = too_many_shapes(self.subject, self.timer.most_shapes(self.timer.served))
+        if many is not None:
+            raise InputError(f"expected fewer shapes for the form {self.timer.served}: {many}. Choose another form")
         for size in self.sizes:
             if size == self.subject.inventory.units:
                 continue
