@@ -14,6 +14,7 @@ from precimap.errors import InputError, SchemeError
 from precimap.numerics.formats import (
     BF16,
     E4M3,
+    E4M3_FNUZ,
     E5M2,
     FORMATS,
     FP16,
@@ -201,6 +202,10 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("fp8", Rounding(E4M3, _CHANNEL), Rounding(E4M3, _TOKEN, dynamic=True)),
         Scheme("fp8-tensor", Rounding(E4M3, _TENSOR), Rounding(E4M3, _TENSOR, dynamic=True)),
         Scheme("fp8-static", Rounding(E4M3, _TENSOR), Rounding(E4M3, _TENSOR)),
+        # Schemes of their own and not what fp8 is on some devices: a map is of codes, and these are others.
+        Scheme("fp8-fnuz", Rounding(E4M3_FNUZ, _CHANNEL), Rounding(E4M3_FNUZ, _TOKEN, dynamic=True)),
+        Scheme("fp8-fnuz-tensor", Rounding(E4M3_FNUZ, _TENSOR), Rounding(E4M3_FNUZ, _TENSOR, dynamic=True)),
+        Scheme("fp8-fnuz-static", Rounding(E4M3_FNUZ, _TENSOR), Rounding(E4M3_FNUZ, _TENSOR)),
         Scheme("fp8-e5m2", Rounding(E5M2, _CHANNEL), Rounding(E5M2, _TOKEN, dynamic=True)),
         Scheme("fp8-weight", Rounding(E4M3, _CHANNEL), None),
         Scheme("int8", Rounding(INT8, _CHANNEL), Rounding(INT8, _TOKEN, dynamic=True)),

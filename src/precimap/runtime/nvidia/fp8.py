@@ -15,6 +15,9 @@ does; on a GPU the eager form is bound by launches anyway.
     row-wise    BF16       `_scaled_mm` with scales [M, 1] and [1, N], bias inside
     row-wise    FP16 FP32  `_scaled_mm` under scales of 1 to float32; scales and bias after it
 
+AMD's MI300 (gfx942) is served by the same calls, for hipBLASLt takes the same operands, with codes in E4M3 FNUZ: half the
+values of the same bits, to 240, no -0. It has row-wise scales for BF16 results alone, as the table has it.
+
 The last row because only cuBLASLt on SM90 with CUDA 12.9 or newer has row-wise scales with a float32 result, and CUTLASS,
 which serves the rest, wrote BF16 where FP16 was asked without a bias until pytorch/pytorch#187569. torchao multiplies by
 row scales after a tensorwise product for another reason (pytorch/ao#1325).
@@ -32,8 +35,8 @@ import torch
 from torch import Tensor
 
 from precimap.errors import DeployError
-from precimap.numerics.formats import E4M3
-from precimap.numerics.quantize import Affine, quantize
+from precimap.numerics.formats import E4M3, E4M3_FNUZ, Format
+from precimap.numerics.quantize import Affine, quantize, storage_dtype
 from precimap.numerics.ranges import fit
 from precimap.numerics.schemes import Granularity, Rounding, Scheme
 from precimap.runtime.weights.low_weight import LowWeight
@@ -50,7 +53,7 @@ def scheme_refusal(scheme: Scheme) -> str | None:
     """Why torch's FP8 products cannot run the scheme, or None."""
     if scheme.input is None:
         return "it only stores the weight low: a product would have to decode it first, which takes longer than BF16"
-    if scheme.weight.format != E4M3 or scheme.input.format != E4M3:
+    if scheme.weight.format != scheme.input.format or scheme.weight.format not in (E4M3, E4M3_FNUZ):
         return "the GPU's FP8 products are used with E4M3 weights and inputs (cuBLASLt has none of E5M2 with E5M2)"
     return None
 
@@ -75,8 +78,8 @@ class _Prepared:
 
 
 class Fp8Kernel(CodedKernel):
-    """Products of a weight [N, K] in E4M3, with one scale or one for each output, and of experts [E, K, N] with the
-    latter."""
+    """Products of a weight [N, K] in E4M3 or its FNUZ form, with one scale or one for each output, and of experts
+    [E, K, N] in E4M3 with the latter."""
 
     name = "FP8_KERNEL"
     # Of the sum of |input * weight|: what 14 bits in the matrix unit may add to a float32 sum. An allowance, not a bound;
@@ -92,7 +95,7 @@ class Fp8Kernel(CodedKernel):
         if static is None:
             codes, scales = dynamic_codes(rows, rounding, weight.how.input_phase)
         else:
-            codes, scales = StaticScale(static.scale).codes(rows), prepared.input_scale
+            codes, scales = StaticScale(static.scale, rounding.format).codes(rows), prepared.input_scale
         if _tensorwise(weight.how.scheme):
             output = _scaled_inside(codes, scales, prepared, bias, dtype)
         else:
@@ -174,18 +177,18 @@ def experts_refusal(scheme: Scheme, dtype: str, widths: tuple[int, int]) -> str 
 class StaticScale:
     """A calibrated scale, as a plain number: equal scales of two layers are one to a compiler, two buffers are not."""
 
-    def __init__(self, scale: float) -> None:
-        self._scale = scale
+    def __init__(self, scale: float, format: Format = E4M3) -> None:
+        self._format = format
         self._reciprocal = float(np.float32(1) / np.float32(scale))  # no tensor: there may be a compiler around
 
     def codes(self, x: Tensor) -> Tensor:
-        """The codes of `numerics.quantize` under this scale, E4M3 of the shape of `x`."""
+        """The codes of `numerics.quantize` under this scale, of the shape of `x`."""
         scaled = x.detach().to(torch.float32) * self._reciprocal
-        return scaled.clamp(E4M3.minimum, E4M3.maximum).to(torch.float8_e4m3fn)
+        return scaled.clamp(self._format.minimum, self._format.maximum).to(storage_dtype(self._format))
 
 
 def dynamic_codes(rows: Tensor, rounding: Rounding, phase: float) -> tuple[Tensor, Tensor]:
-    """E4M3 codes of rows [M, K] under scales of their own, [M, 1] or [1, 1]; `phase` as in `QuantizedLayer`."""
+    """The codes of rows [M, K] under scales of their own, [M, 1] or [1, 1]; `phase` as in `QuantizedLayer`."""
     affine = fit(rows, rounding, (1,))
     if phase != 1.0:
         affine = Affine(affine.scale * phase, None)

@@ -69,7 +69,7 @@ def device_here() -> Device:
         clock="CUDA events around a graph, L2 cache flushed",
         torch=torch.__version__,
         precimap=version("precimap"),
-        driver=f"{driver()}, CUDA {torch.version.cuda}",
+        driver=f"{driver()}, {toolkit()}",
     )
 
 
@@ -107,6 +107,12 @@ def _input(module: nn.Module, rows: int, each: int, generator: torch.Generator) 
 
 def _l2_bytes() -> int:
     return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+
+
+def toolkit() -> str:
+    """What this torch was built with."""
+    hip = getattr(torch.version, "hip", None)
+    return f"CUDA {torch.version.cuda}" if hip is None else f"ROCm {hip}"
 
 
 def driver() -> str:

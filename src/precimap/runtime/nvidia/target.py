@@ -5,8 +5,13 @@ must be on such a device. Search and certificate run the deployed model, so the 
 the rounding. Without a GPU one plans with the target `emulated` and a profile that `bench-device` recorded on one.
 
 Experts in stacked parameters that `grouped_mm` reads are deployed, as one grouped product, but not searched for here: there
-is no layer that could be timed alone. The target `emulated` finds maps with them. Not taken: AMD's MI300, whose E4M3 is the
-FNUZ form, with other codes; kernels of other libraries, each a heavy dependency.
+is no layer that could be timed alone. The target `emulated` finds maps with them. Not taken: kernels of other libraries,
+each a heavy dependency.
+
+AMD's MI300 (gfx942) is a CUDA device to torch, and has E4M3 products in the FNUZ form. Its codes are schemes of their own,
+`fp8-fnuz` and the like, so that a map says which codes were measured; each device takes its own and refuses the other's.
+Taking `fp8` for whatever a device reads was not taken: the same map would be other numbers there. AMD's later devices read
+the codes of `fp8`; they are refused until somebody has one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 from precimap.errors import DeployError
 from precimap.layers.inventory import Layer
 from precimap.layers.quantized import QuantizedLayer
+from precimap.numerics.formats import E4M3_FNUZ
 from precimap.numerics.schemes import Scheme
 from precimap.runtime.nvidia.fp8 import (
     FP8_KERNEL,
@@ -38,6 +44,7 @@ from precimap.runtime.weights.products import product_refusal, unserved
 EXPERIMENTAL = "experimental: not yet measured on a GPU"
 CAPABILITY = (8, 9)  # the first with FP8 arithmetic
 GROUPED = ((9, 0), (10, 0))  # those that torch has grouped FP8 products for
+FNUZ = "gfx942"  # as `_scaled_mm_is_fnuz` in torch's ScaledBlas.cpp
 
 
 class CudaFp8:
@@ -60,7 +67,7 @@ class CudaFp8:
         _check_hardware(None)
         if scheme.result is not None:
             return unserved(layer)
-        return scheme_refusal(scheme) or _layer_refusal(layer, scheme)
+        return scheme_refusal(scheme) or codes_refusal(scheme) or _layer_refusal(layer, scheme)
 
     @contextmanager
     def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:
@@ -90,7 +97,7 @@ def _weight(layer: QuantizedLayer, parameter: Tensor) -> LowWeight:
         return weight_of(layer, parameter, HALF_KERNEL)
     shared = [dim for dim, size in enumerate(layer.weight_affine.scale.shape) if size == 1]
     inputs = next((dim for dim in reversed(shared) if layer.codes.shape[dim] > 1), layer.codes.dim() - 1)
-    reason = scheme_refusal(layer.scheme)
+    reason = scheme_refusal(layer.scheme) or codes_refusal(layer.scheme)
     outputs = layer.codes.numel() // layer.codes.shape[inputs] // (len(layer.codes) if stacked else 1)
     if reason is None and stacked and len(shared) != 1:
         reason = "expected experts [E, N, K] or [E, K, N] with a scale for each output"
@@ -127,19 +134,36 @@ def _check_hardware(device: torch.device | None, grouped: bool = False) -> None:
     if reason is not None:
         raise DeployError(
             f"cuda-fp8 ({EXPERIMENTAL}): expected a CUDA device of capability {CAPABILITY[0]}.{CAPABILITY[1]} or higher "
-            f"(Ada, Hopper, newer), got {reason}. To plan without it, search with the target emulated and a profile that "
-            "precimap bench-device --target cuda-fp8 recorded there"
+            f"(Ada, Hopper, newer) or AMD's {FNUZ}, got {reason}. To plan without it, search with the target emulated and a "
+            "profile that precimap bench-device --target cuda-fp8 recorded there"
         )
+
+
+def codes_refusal(scheme: Scheme) -> str | None:
+    """Why the devices of this build of torch do not read the scheme's codes as what they stand for, or None."""
+    if (scheme.weight.format == E4M3_FNUZ) == _is_amd():
+        return None
+    if _is_amd():
+        return f"AMD's {FNUZ} reads other codes of E4M3 (FNUZ); take fp8-fnuz"
+    return f"its codes are those of AMD's {FNUZ} (FNUZ), which this GPU reads as other values; take fp8"
+
+
+def _is_amd() -> bool:
+    """Of a build of torch, which has devices of one maker."""
+    return getattr(torch.version, "hip", None) is not None
 
 
 def missing_hardware(device: torch.device | None, grouped: bool = False) -> str | None:
     """What there is instead of a device with FP8 products, `grouped` ones if asked for, or None."""
     if device is not None and device.type != "cuda":
         return f"a model on {device.type}; move it, and what its forward is given, to the GPU"
-    if getattr(torch.version, "hip", None) is not None:
-        return "an AMD device (a ROCm build of torch), whose E4M3 has other codes"
     if not torch.cuda.is_available():
         return f"a machine where torch {torch.__version__} finds no CUDA device"
+    if _is_amd():
+        chip = str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+        if chip != FNUZ:
+            return f"an AMD device ({chip}), whose FP8 products nobody has tried here"
+        return f"an AMD device ({chip}), whose grouped FP8 products nobody has tried here" if grouped else None
     found = torch.cuda.get_device_capability(device)
     here = f"{torch.cuda.get_device_name(device)} of capability {found[0]}.{found[1]}"
     if found < CAPABILITY:
