@@ -41,7 +41,9 @@ def _grouped_mm_flops(inputs: tuple[int, ...], weight: tuple[int, ...], *_: Any,
 
 
 def _attention_flops(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    """torch 2.11 refuses heads of keys that several heads of queries share: each is then counted as often as it is met."""
+    batch, heads = query[:2]
+    return sdpa_flop_count(query, (batch, heads, *key[2:]), (batch, heads, *value[2:]))
 
 
 def _vector_flops(matrix: tuple[int, ...], *_: Any, **__: Any) -> int:

@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import sdpa_flop_count
 
 from helpers import zoo_flops
+from precimap.layers.counting import FORMULAS
 from precimap.layers.discover import discover
 from precimap.layers.inventory import Inventory
 
@@ -294,6 +296,16 @@ def test_attention_that_compiles_itself_is_counted() -> None:
     attention = 2 * (2 * 2 * 2 * 6 * 6 * 8)
     assert inventory.hidden_flops == (("the model (Flexible): flex_attention", attention),)
     assert inventory.layer("qkv.weight").flops == 2 * 12 * 16 * 16
+
+
+def test_heads_that_share_keys_are_counted_as_if_each_had_its_own() -> None:
+    """Also by the ops of other devices, against torch's formula for heads of their own."""
+    query, key, value = (torch.empty(3, heads, *sizes) for heads, *sizes in ((8, 5, 16), (2, 7, 16), (2, 7, 24)))
+    expected = sdpa_flop_count((3, 8, 5, 16), (3, 8, 7, 16), (3, 8, 7, 24))  # type: ignore[no-untyped-call]
+    kinds = ("flash_attention_for_cpu", "efficient_attention", "flash_attention", "cudnn_attention")
+    ops = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}") for kind in kinds]
+    for op in (*ops, torch.ops.higher_order.flex_attention):
+        assert FORMULAS[op](query, key, value, out_val=None) == expected
 
 
 def test_a_gradient_within_the_model_is_counted() -> None:

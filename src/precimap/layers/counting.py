@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from precimap.layers.storages import storages_of
 
@@ -209,7 +209,11 @@ def _trilinear(*args: Any, **_: Any) -> int:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
+    """Each head of the queries meets a head of the keys and one of the values, which several of them may share.
+
+    torch 2.11 has no formula for shared heads, nor for `flex_attention`.
+    """
+    return 2 * math.prod(query.shape[:-1]) * int(key.shape[-2]) * (int(query.shape[-1]) + int(value.shape[-1]))
 
 
 _MORE: dict[str, Callable[..., int]] = {
@@ -222,10 +226,18 @@ _MORE: dict[str, Callable[..., int]] = {
     "_sparse_addmm": _sparse,
     "_trilinear": _trilinear,
     **dict.fromkeys(
-        ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable"), _attention
+        (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_fused_attention_overrideable",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_cudnn_attention",
+        ),
+        _attention,
     ),
 }
 FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    torch.ops.higher_order.flex_attention: _attention,
     **{getattr(_ATEN, name): formula for name, formula in _MORE.items() if hasattr(_ATEN, name)},
 }
