@@ -2,6 +2,7 @@
 
 low_weight.py the tensor: what it answers, and who is asked for each call of it
 structure.py its views, copies and moves
+tracing.py   whether a compiler reads a call
 memory.py    who wants its memory: other processes, NumPy, a parameter's `data`
 products.py  which calls multiply it or look its rows up, and what its kernel is asked for them
 half.py      products in BF16 or FP16

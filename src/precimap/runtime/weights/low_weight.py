@@ -32,6 +32,7 @@ from precimap.layers.quantized import InputRange, QuantizedLayer
 from precimap.numerics.quantize import Affine
 from precimap.numerics.schemes import Scheme, scheme_from_row
 from precimap.runtime.weights.memory import MEMORY
+from precimap.runtime.weights.tracing import compiling, freezing
 
 Parts = dict[str, Tensor]
 Made = TypeVar("Made")
@@ -167,7 +168,7 @@ class LowWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        compiling, kwargs = torch.compiler.is_compiling(), kwargs or {}
+        kwargs = kwargs or {}
         if torch._C._is_tracing():
             raise DeployError(
                 "a model with low-precision weights is not traced by TorchScript; take torch.export or compile it"
@@ -175,7 +176,7 @@ class LowWeight(Tensor):
         if not torch.compiler.is_dynamo_compiling():
             # Written out, as it is for each call of each layer.
             short = args[1].shortcuts.get(func) if len(args) > 1 and type(args[1]) is LowWeight else None
-            if short is not None and (compiling or (type(args[0]) is Tensor and not args[1].traced)):
+            if short is not None and ((type(args[0]) is Tensor and not args[1].traced) or compiling()):
                 found = short(*args, **kwargs)
                 if found is not NotImplemented:
                     return found
@@ -183,9 +184,10 @@ class LowWeight(Tensor):
             return unfolded_attention(*args, **kwargs)
         if func in MEMORY and isinstance(args[0], LowWeight):
             return MEMORY[func](*args, **kwargs)
-        if compiling and _stays_out(func, args, kwargs):
+        traced = compiling()
+        if traced and _stays_out(func, args, kwargs):
             return _apart(func, args, kwargs)
-        if getattr(func, "__name__", "") in _PRODUCTS and not compiling and torch.is_autocast_enabled(_device(args)):
+        if getattr(func, "__name__", "") in _PRODUCTS and not traced and torch.is_autocast_enabled(_device(args)):
             return _autocast(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -286,11 +288,6 @@ def _stays_out(func: Any, args: Any, kwargs: Any) -> bool:
     if torch.compiler.is_exporting() or freezing() or getattr(func, "__name__", "") == "__get__":
         return False
     return any(isinstance(leaf, LowWeight) and leaf.how.kernel.needs_frozen for leaf in tree_iter((args, kwargs)))
-
-
-def freezing() -> bool:
-    """Whether Inductor makes constants of weights; a constant to who traces this."""
-    return bool(torch._inductor.config.freezing)
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:

@@ -25,8 +25,9 @@ from precimap.errors import DeployError
 from precimap.layers.quantized import InputRange
 from precimap.numerics.formats import INT8, IntegerFormat
 from precimap.runtime.shared_codes import SHARED
-from precimap.runtime.weights.low_weight import How, LowWeight, Parts, freezing
+from precimap.runtime.weights.low_weight import How, LowWeight, Parts
 from precimap.runtime.weights.products import CodedKernel, scales_of
+from precimap.runtime.weights.tracing import freezing
 
 
 class Traced(threading.local):
