@@ -191,6 +191,24 @@ def test_rows_have_scales_of_their_own(powers: list[int], name: str) -> None:
         assert torch.equal(module(x[2:3]), module(x)[2:3])
 
 
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("bias", [True, False])
+def test_row_scales_that_a_cpu_lacks_are_written_out(name: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch 2.11."""
+    taken: list[bool] = []
+    plain = torch._scaled_mm
+
+    def tensorwise(*args: Any, scale_a: Tensor, scale_b: Tensor, **rest: Any) -> Tensor:
+        taken.append(scale_a.numel() == scale_b.numel() == 1)
+        return plain(*args, scale_a=scale_a, scale_b=scale_b, **rest)
+
+    monkeypatch.setattr(fp8_weights, "ROW_SCALES_ON_CPU", False)
+    monkeypatch.setattr(torch, "_scaled_mm", tensorwise)
+    linear, x = linear_of(32, 48, torch.bfloat16, bias), torch.randn(5, 32).bfloat16()
+    assert_emulates(fp8(linear, SERVED[name]), linear, x)
+    assert taken == [True]
+
+
 def test_a_planted_scale_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight scales one channel off: what a wrong layout would do."""
     plain = fp8_weights.scaled_mm

@@ -20,7 +20,8 @@ values of the same bits, to 240, no -0. It has row-wise scales for BF16 results 
 
 The last row because only cuBLASLt on SM90 with CUDA 12.9 or newer has row-wise scales with a float32 result, and CUTLASS,
 which serves the rest, wrote BF16 where FP16 was asked without a bias until pytorch/pytorch#187569. torchao multiplies by
-row scales after a tensorwise product for another reason (pytorch/ao#1325).
+row scales after a tensorwise product for another reason (pytorch/ao#1325). On CPUs torch 2.11 takes tensorwise scales
+alone: with it `scaled_mm` writes all row-wise products as the last row, which is what newer ones compute.
 
 Partial sums stay in the matrix unit (`use_fast_accum`): on Hopper they keep about 14 bits there (DeepSeek-V3 Technical
 Report, arXiv 2412.19437, section 3.3.2) instead of being added up in float32 now and then. torchao's inference does the
@@ -29,6 +30,7 @@ still. A certificate that is measured with this layer holds that error; the emul
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ from precimap.runtime.weights.low_weight import LowWeight
 from precimap.runtime.weights.products import CodedKernel, scales_of
 
 FAST_ACCUMULATION = True
+ROW_SCALES_ON_CPU = torch.__version__ >= "2.13"  # 2.11 has none; 2.12 was not looked at
 MULTIPLE = 16  # of both widths: `_scaled_mm` and `_scaled_grouped_mm` take no others
 RESULTS = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = Rounding(E4M3, Granularity.PER_TOKEN, dynamic=True)
@@ -199,13 +202,11 @@ def scaled_mm(
     codes: Tensor, weight: Tensor, scales: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """codes [M, K] times weight [N, K] transposed: the only call of the kernel."""
-    output: Tensor = torch._scaled_mm(
-        codes,
-        weight.t(),
-        scale_a=scales,
-        scale_b=weight_scales,
-        bias=bias,
-        out_dtype=dtype,
-        use_fast_accum=FAST_ACCUMULATION,
-    )
-    return output
+    product = partial(torch._scaled_mm, codes, weight.t(), use_fast_accum=FAST_ACCUMULATION)
+    tensorwise = scales.numel() == weight_scales.numel() == 1
+    if tensorwise or ROW_SCALES_ON_CPU or codes.device.type != "cpu":
+        output: Tensor = product(scale_a=scales, scale_b=weight_scales, bias=bias, out_dtype=dtype)
+        return output
+    one = torch.ones((1, 1), dtype=torch.float32)
+    wide: Tensor = product(scale_a=one, scale_b=one, out_dtype=torch.float32) * scales * weight_scales
+    return (wide if bias is None else wide + bias).to(dtype)
