@@ -1,4 +1,4 @@
-"""The parts of a bench that runs once, on a machine that is lent by the minute: each for so long, and no part stops another.
+"""The parts of a bench that runs once, on a machine rented by the minute: each for so long, and no part stops another.
 
 Invariant: every part leaves a row, with what it measured, with why it failed, or with why it was not begun; one that takes
 too long is stopped where it stands. A process for each part was not taken: every one would start CUDA and compile anew.
