@@ -161,8 +161,7 @@ TargetOption = Annotated[
         CHOICE,
         "The map is made for this hardware, or for an emulation of any. On cpu and cuda the model is served as it is or "
         "compiled by torch, on cuda also as CUDA graphs of that (--form); the names of two and more parts are one form of "
-        "one kind of hardware. All of CUDA is "
-        f"{EXPERIMENTAL}.",
+        f"one kind of hardware. All of CUDA is {EXPERIMENTAL}.",
     ),
 ]
 DeployTargetOption = Annotated[

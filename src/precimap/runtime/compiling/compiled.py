@@ -12,6 +12,7 @@ import functools
 import inspect
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -59,19 +60,19 @@ class _Runs(threading.local):
 RUNS = _Runs()
 
 
-class ServedCalls:
+class ServedCalls(ABC):
     """What stands for a model's own call. before: looks at each call before it is made."""
 
     def __init__(self) -> None:
         self.before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None
 
     @property
+    @abstractmethod
     def graphs(self) -> int:
         """How many pieces of code were made; 0 before the first call."""
-        raise NotImplementedError
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def look(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises DeployError where a compiler is at work around the call."""

@@ -8,7 +8,7 @@ Targets of their own and not a switch, because their sums round otherwise and th
 a profile and a certificate belong to one form.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,6 +22,7 @@ from precimap.runtime.compiling.compiled import (
     COMPILED,
     EAGER,
     GRAPHS,
+    ServedCalls,
     check_compiled,
     compile_calls,
     compile_part,
@@ -38,14 +39,16 @@ from precimap.runtime.x86.whole_timer import CpuWholeTimer
 
 @dataclass(frozen=True, slots=True)
 class CompiledTarget:
-    """eager: the target whose layers it compiles."""
+    """eager: the target whose layers it compiles. form: as it is called; serve: lets calls of a model be served in it."""
 
     eager: CpuInt8 | CudaFp8
     claim: str
+    form: str = COMPILED
+    serve: Callable[[nn.Module], ServedCalls] = compile_calls
 
     @property
     def name(self) -> str:
-        return f"{self.eager.name}-compiled"
+        return f"{self.eager.name}-{self.form}"
 
     @property
     def timer(self) -> CpuTimer | CudaTimer | None:
@@ -54,7 +57,7 @@ class CompiledTarget:
 
     @property
     def whole_timer(self) -> CpuWholeTimer | CudaWholeTimer | None:
-        return replace(self.eager.whole_timer, served=COMPILED)
+        return replace(self.eager.whole_timer, served=self.form)
 
     def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
         return self.eager.refusal(layer, scheme) or self._not_lowered(layer, scheme) or no_compiler()
@@ -72,42 +75,12 @@ class CompiledTarget:
         check_compiled(deployed)
 
     def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer], *, owned: bool = False) -> nn.Module:
-        """As the eager target's; calls of the model compile when new shapes come. Raises DeployError without a compiler."""
+        """As the eager target's; calls of the model compile when new shapes come, and are captured where graphs are served.
+
+        Raises DeployError without a compiler.
+        """
         made = self.eager.deployed(model, layers, owned=owned)
-        compile_calls(made)
-        return made
-
-
-@dataclass(frozen=True, slots=True)
-class GraphsTarget:
-    """compiled: the target whose calls are captured."""
-
-    compiled: CompiledTarget
-    name: str
-    claim: str
-
-    @property
-    def timer(self) -> CpuTimer | CudaTimer | None:
-        return self.compiled.timer
-
-    @property
-    def whole_timer(self) -> CpuWholeTimer | CudaWholeTimer | None:
-        return replace(self.compiled.eager.whole_timer, served=GRAPHS)
-
-    def refusal(self, layer: Layer, scheme: Scheme) -> str | None:
-        return self.compiled.refusal(layer, scheme)
-
-    @contextmanager
-    def running(self, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[nn.Module]:
-        """Raises DeployError at its end when nothing was captured: a forward that calls parts of the model only."""
-        deployed = self.deployed(model, layers)
-        yield deployed
-        check_compiled(deployed)
-
-    def deployed(self, model: nn.Module, layers: Mapping[str, QuantizedLayer], *, owned: bool = False) -> nn.Module:
-        """As the eager target's; a call of new shapes compiles and is captured. Raises DeployError without a compiler."""
-        made = self.compiled.eager.deployed(model, layers, owned=owned)
-        graph_calls(made)
+        self.serve(made)
         return made
 
 
@@ -117,10 +90,11 @@ CPU_INT8_COMPILED = CompiledTarget(
 CUDA_FP8_COMPILED = CompiledTarget(
     CUDA_FP8, f"Measured on the deployed model as Inductor compiles it for this GPU ({EXPERIMENTAL})."
 )
-CPU = Hardware("cpu", {EAGER: CPU_INT8, COMPILED: CPU_INT8_COMPILED})
-CUDA_FP8_GRAPHS = GraphsTarget(
-    CUDA_FP8_COMPILED,
-    "cuda-fp8-graphs",
+CUDA_FP8_GRAPHS = CompiledTarget(
+    CUDA_FP8,
     f"Measured on the deployed model as CUDA graphs of what Inductor compiles for this GPU ({EXPERIMENTAL}).",
+    form=GRAPHS,
+    serve=graph_calls,
 )
+CPU = Hardware("cpu", {EAGER: CPU_INT8, COMPILED: CPU_INT8_COMPILED})
 CUDA = Hardware("cuda", {EAGER: CUDA_FP8, COMPILED: CUDA_FP8_COMPILED, GRAPHS: CUDA_FP8_GRAPHS})

@@ -74,14 +74,14 @@ class CpuTimer:
             calls: dict[_Case, tuple[nn.Module, Iterator[Tensor]]] = {
                 (name, ALONE): (form, itertools.cycle(inputs)) for name, form in modules.items()
             }
-            # In a tree of its own: what was read again is remembered, and copied from then on.
-            again = beside_each_other(module, forms, self.place, self.serve)
-            calls |= {
-                (name, AGAIN): (form, itertools.repeat(met)) for name, form in again.items() if _keeps_codes(form)
-            }
-            doubled = {name: forms[name] for name, form in again.items() if name != BASE and _compiled_static(form)}
-            two = self._two_of_each(module, doubled) if doubled else {}
-            calls |= {(name, TWO): (form, itertools.cycle(inputs)) for name, form in two.items()}
+            sharing = {name: forms[name] for name, form in modules.items() if _shares(form)}
+            if modules[BASE]._compiled_call_impl is None:
+                # In a tree of its own: what was read again is remembered, and copied from then on.
+                again = beside_each_other(module, sharing, self.place, self.serve)
+                calls |= {(name, AGAIN): (again[name], itertools.repeat(met)) for name in sharing}
+            elif sharing:
+                two = self._two_of_each(module, sharing)
+                calls |= {(name, TWO): (form, itertools.cycle(inputs)) for name, form in two.items()}
             del blocks[::2]
             with torch.inference_mode():
                 repeats = {case: _repeats(*call, clock) for case, call in calls.items()}
@@ -124,19 +124,10 @@ def _second(alone: Mapping[str, list[float]], two: Mapping[str, list[float]], na
     return [max(low_two - low + 2 * base - base_two, LEAST * base) for base, base_two, low, low_two in turns]
 
 
-def _low_weight(form: nn.Module) -> LowWeight | None:
+def _shares(form: nn.Module) -> bool:
+    """Whether siblings of a form need not quantise its input again."""
     weight = getattr(form, "weight", None)
-    return weight if isinstance(weight, LowWeight) and weight.how.kernel is INT8_KERNEL else None
-
-
-def _keeps_codes(form: nn.Module) -> bool:
-    """Whether a form takes codes that a sibling has made before."""
-    return form._compiled_call_impl is None and _low_weight(form) is not None
-
-
-def _compiled_static(form: nn.Module) -> bool:
-    """Whether a form quantises its input in the code that it is in."""
-    return form._compiled_call_impl is not None and _low_weight(form) is not None
+    return isinstance(weight, LowWeight) and weight.how.kernel is INT8_KERNEL
 
 
 _Case = tuple[str, str]  # the name of a form, and how it is called
