@@ -1,6 +1,7 @@
 """What the benches wrote, each with the machine and the versions; docs/log.md says when and why.
 
-cpu_speed.json           products, a ranker and MiniLM in INT8, against other engines
+cpu_speed.json           products, a ranker and MiniLM in INT8, against other engines, on a CPU with AVX-512 and VNNI
+cpu_speed_amx.json       the same with AMX
 emulation.json           what an emulated pass costs
 end_to_end.json          searched maps, deployed
 false_certificates.json  how often a certificate is false
