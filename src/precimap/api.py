@@ -8,6 +8,8 @@ first asked for: it takes seconds, because it imports torch.
 from precimap import metrics as metrics
 from precimap.certificate import Certificate as Certificate
 from precimap.end_to_end import EndToEnd as EndToEnd
+from precimap.exporting.export import export as export
+from precimap.exporting.exported import Exported as Exported
 from precimap.hardware_profile import HardwareProfile as HardwareProfile
 from precimap.layers.discover import discover as discover
 from precimap.layers.target import EMULATED as EMULATED

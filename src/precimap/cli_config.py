@@ -88,8 +88,8 @@ ConfigOption = Annotated[
     Path | None,
     option(
         OUTPUT,
-        "Options that are not typed are taken from this YAML file, which has a line for each, such as 'margin: 0.1%'. Every "
-        "run keeps its own in search.yaml.",
+        "Options that are not typed are taken from this YAML file, which has a line for each, such as 'margin: "
+        "0.1%'. Every run keeps its own in search.yaml.",
         callback=given_by,
         is_eager=True,
     ),

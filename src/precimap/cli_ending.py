@@ -73,8 +73,8 @@ def taken_up_again(command: Callable[Asked, Result]) -> Callable[Asked, Result]:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"Interrupted. Nothing that was measured is lost: it is kept in {kwargs['run']}, and the same command goes "
-                "on where it stopped."
+                f"Interrupted. Nothing that was measured is lost: it is kept in {kwargs['run']}, and the same "
+                "command goes on where it stopped."
             ) from None
 
     return kept

@@ -83,8 +83,8 @@ MarginOption = Annotated[
     str,
     option(
         QUESTION,
-        "The metric may get worse by at most this much, in its own units. Where its drop is relative to the original model, "
-        f"as of normalised entropy (NE), per cent will do: {', '.join(NE_MARGINS)} are usual.",
+        "The metric may get worse by at most this much, in its own units. Where its drop is relative to the "
+        f"original model, as of normalised entropy (NE), per cent will do: {', '.join(NE_MARGINS)} are usual.",
         parser=margin_text,
         metavar="NUMBER",
     ),
@@ -93,32 +93,34 @@ ConfidenceOption = Annotated[
     float,
     option(
         QUESTION,
-        "The certificate has to be this sure: with 0.95, a map that drops by more than the margin is certified in at most "
-        "5% of cases.",
+        "The certificate has to be this sure: with 0.95, a map that drops by more than the margin is certified in "
+        "at most 5% of cases.",
     ),
 ]
 CutoffOption = Annotated[
     float | None,
     option(
         QUESTION,
-        "With the rule threshold, a layer takes low precision when its own drop is surely below this number; with knapsack "
-        "it only names layers in reports. The default is the margin divided by the number of layers that could.",
+        "With the rule threshold, a layer takes low precision when its own drop is surely below this number; with "
+        "knapsack it only names layers in reports. The default is the margin divided by the number of layers that "
+        "could.",
     ),
 ]
 BudgetOption = Annotated[
     float | None,
     option(
         QUESTION,
-        "All tests on one certify split together may be wrong with this probability. The default, 1 - confidence, is enough "
-        "for one test; 0.1 allows two at 95%.",
+        "All tests on one certify split together may be wrong with this probability. The default, 1 - confidence, "
+        "is enough for one test; 0.1 allows two at 95%.",
     ),
 ]
 RealignOption = Annotated[
     bool,
     option(
         QUESTION,
-        "The map also corrects the scale and the bias of the layer that makes the scores, so that low precision does not "
-        "shift them. They are fitted without labels on the calibration split, and cost no time when the model runs.",
+        "The map also corrects the scale and the bias of the layer that makes the scores, so that low precision "
+        "does not shift them. They are fitted without labels on the calibration split, and cost no time when the "
+        "model runs.",
         "--realign",
     ),
 ]
@@ -128,8 +130,8 @@ SchemeOption = Annotated[
     list[str],
     option(
         CHOICE,
-        "Layers may take this low-precision scheme; give the option several times, and each layer takes one of them. The "
-        f"schemes are {', '.join(SCHEMES)}.",
+        "Layers may take this low-precision scheme; give the option several times, and each layer takes one of "
+        f"them. The schemes are {', '.join(SCHEMES)}.",
         *_SCHEMES,
     ),
 ]
@@ -151,29 +153,25 @@ RuleOption = Annotated[
     RuleName,
     option(
         CHOICE,
-        "The rule knapsack looks for the layers that save the most time within the margin; threshold takes or leaves each "
-        "layer by its own drop.",
+        "The rule knapsack looks for the layers that save the most time within the margin; threshold takes or "
+        "leaves each layer by its own drop.",
     ),
 ]
 TargetOption = Annotated[
     TargetName,
     option(
         CHOICE,
-        "The map is made for this hardware, or for an emulation of any. On cpu and cuda the model is served as it is or "
-        "compiled by torch, on cuda also as CUDA graphs of that (--form); the names of two and more parts are one form of "
-        f"one kind of hardware. All of CUDA is {EXPERIMENTAL}.",
+        "The map is made for this hardware, or for an emulation of any. On cpu and cuda the model is served as it "
+        "is or compiled by torch, on cuda also as CUDA graphs of that (--form); the names of two and more parts are "
+        f"one form of one kind of hardware. All of CUDA is {EXPERIMENTAL}.",
     ),
-]
-DeployTargetOption = Annotated[
-    TargetName | None,
-    option(CHOICE, f"Deploy for this target instead of the one that the map names; cuda-fp8 is {EXPERIMENTAL}."),
 ]
 PinOption = Annotated[
     list[str] | None,
     option(
         CHOICE,
-        "Keep the layer of this name in its original precision, or all layers whose names match this shell pattern; the "
-        "option can be given several times.",
+        "Keep the layer of this name in its original precision, or all layers whose names match this shell pattern; "
+        "the option can be given several times.",
         *("--pinned", "--pin"),
     ),
 ]
@@ -181,8 +179,8 @@ AllowOption = Annotated[
     list[str] | None,
     option(
         CHOICE,
-        "With PATTERN=SCHEME,SCHEME the layer of that name, or all layers that match that shell pattern, may take these "
-        "schemes only. The option can be given several times.",
+        "With PATTERN=SCHEME,SCHEME the layer of that name, or all layers that match that shell pattern, may take "
+        "these schemes only. The option can be given several times.",
         *("--allowed", "--allow"),
     ),
 ]
@@ -198,8 +196,9 @@ GainOption = Annotated[
     float,
     option(
         CHOICE,
-        "Only maps that gain at least this much are considered. The gain is the share of the layers' time that is saved (of "
-        "their FLOPs, where nothing is timed), plus the share of saved bytes times --bytes-worth; 0.05 is 5%.",
+        "Only maps that gain at least this much are considered. The gain is the share of the layers' time that is "
+        "saved (of their FLOPs, where nothing is timed), plus the share of saved bytes times --bytes-worth; 0.05 is "
+        "5%.",
     ),
 ]
 MaximumBytesOption = Annotated[
@@ -225,8 +224,8 @@ BatchSizesOption = Annotated[
     str,
     option(
         SERVING,
-        "The model is served in batches of these sizes, for instance 64,1024. The default is the sizes of the profile, or "
-        "the batches of the task's data.",
+        "The model is served in batches of these sizes, for instance 64,1024. The default is the sizes of the "
+        "profile, or the batches of the task's data.",
         show_default=False,
     ),
 ]
@@ -234,8 +233,9 @@ FormOption = Annotated[
     FormName,
     option(
         SERVING,
-        "On the targets cpu and cuda the model is served as it is (eager) or compiled by torch, on cuda also as CUDA graphs "
-        "of that (graphs). With auto, whole models are timed in all forms, and the search goes on in the fastest one.",
+        "On the targets cpu and cuda the model is served as it is (eager) or compiled by torch, on cuda also as "
+        "CUDA graphs of that (graphs). With auto, whole models are timed in all forms, and the search goes on in "
+        "the fastest one.",
     ),
 ]
 TimingOption = Annotated[
@@ -249,8 +249,8 @@ PeakOption = Annotated[
     float | None,
     option(
         SERVING,
-        "Reports give the used share of this peak of the hardware, in 10^12 floating-point operations a second; nothing is "
-        "decided by it. The default is measured here.",
+        "Reports give the used share of this peak of the hardware, in 10^12 floating-point operations a second; "
+        "nothing is decided by it. The default is measured here.",
     ),
 ]
 
@@ -258,8 +258,8 @@ ProbeOption = Annotated[
     bool,
     option(
         EFFORT,
-        "Measure every layer one at a time. Without this option a quick look at all layers decides, and only those that it "
-        "leaves open are measured, with a random sample of the others as a check.",
+        "Measure every layer one at a time. Without this option a quick look at all layers decides, and only those "
+        "that it leaves open are measured, with a random sample of the others as a check.",
         "--probe-all",
     ),
 ]
@@ -267,8 +267,8 @@ DrawsOption = Annotated[
     int,
     option(
         EFFORT,
-        "The final map is measured again with this many shifted rounding grids, to tell how much of its drop is chance of "
-        "rounding; with 0 it is not.",
+        "The final map is measured again with this many shifted rounding grids, to tell how much of its drop is "
+        "chance of rounding; with 0 it is not.",
     ),
 ]
 ScreenMemoryOption = Annotated[
@@ -279,8 +279,8 @@ ReplayMemoryOption = Annotated[
     str,
     option(
         EFFORT,
-        "Measurements of single layers may keep results in this much memory, so that they need not compute again what does "
-        "not depend on the layer.",
+        "Measurements of single layers may keep results in this much memory, so that they need not compute again "
+        "what does not depend on the layer.",
     ),
 ]
 MinutesOption = Annotated[
@@ -296,20 +296,18 @@ RunOption = Annotated[
     Path,
     option(
         OUTPUT,
-        "The search writes its measurements and the map to this directory. If it was interrupted, the same command goes on "
-        "from there.",
+        "The search writes its measurements and the map to this directory. If it was interrupted, the same command "
+        "goes on from there.",
     ),
 ]
 JsonOption = Annotated[bool, option(OUTPUT, "Print the result as JSON, for machines.", "--json")]
 CertifiedOption = Annotated[Path | None, option(OUTPUT, "Write the map with its new certificate to this file.")]
-DeployedOption = Annotated[Path, option(OUTPUT, "Write the deployed weights to this safetensors file.")]
-TimesOption = Annotated[Path, option(OUTPUT, "Write the measured times to this JSON file.")]
 OutOption = Annotated[
     Path | None,
     option(
         OUTPUT,
-        "Write everything to this new directory. The default is precimap-runs/demo, or demo-2, demo-3 and so on where that "
-        "exists.",
+        "Write everything to this new directory. The default is precimap-runs/demo, or demo-2, demo-3 and so on "
+        "where that exists.",
         show_default=False,
     ),
 ]

@@ -6,6 +6,7 @@ tables.py       the values of a run as tables
 audit_text.py   how the screen was checked
 proof.py        the certificate in words
 deployed_page.py a deployed model, and what it is not for
+exported_page.py an export: what runs where, and how near it is to what was certified
 end_to_end_table.py, inventory_table.py, plan_table.py, profile_table.py  whole models timed; a model's layers; units for a
                 margin; a hardware profile
 progress_bar.py progress with an ETA, on stderr

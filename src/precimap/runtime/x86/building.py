@@ -31,21 +31,32 @@ _LONGEST = 300  # seconds that a compiler may take
 
 @functools.cache
 def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library of a C++ file NAME.cpp and its headers NAME*.h beside it.
+    """The library of a C++ file, loaded. Raises DeployError as `built`, and for one that does not load."""
+    path = built(source, flags)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise DeployError(f"{path}, made of {source.name}, cannot be used ({error})") from error
 
-    Raises DeployError with what failed: no compiler, one that fails, no place to keep it.
+
+@functools.cache
+def built(source: Path, flags: tuple[str, ...], includes: tuple[Path, ...] = ()) -> Path:
+    """The library of a C++ file NAME.cpp, its headers NAME*.h beside it and further files that it includes.
+
+    flags: beside those of all; what they lead to, such as another library's headers, has its version in its path or in
+    one of them. Raises DeployError with what failed: no compiler, one that fails, no place to keep it.
     """
     command = _compiler()
-    code = [source.read_bytes(), *(path.read_bytes() for path in sorted(source.parent.glob(f"{source.stem}*.h")))]
-    made_of = repr((code, _LANGUAGE, flags, _said_by([*command, "--version"])))
+    own = (source, *sorted(source.parent.glob(f"{source.stem}*.h")), *includes)
+    made_of = repr(([path.read_bytes() for path in own], _LANGUAGE, flags, _said_by([*command, "--version"])))
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     path = _folder() / f"{source.stem}-{version('precimap')}-{digest}.so"
     try:
         with open(path.with_suffix(".lock"), "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
-                write_bytes(path, _compiled([*command, *_LANGUAGE, *flags], source))
-        return ctypes.CDLL(str(path))
+                write_bytes(path, _compiled([*command, *_LANGUAGE], source, flags))
+        return path
     except (OSError, SaveError) as error:
         raise DeployError(f"{path}, made of {source.name}, cannot be used ({error})") from error
 
@@ -58,10 +69,10 @@ def _compiler() -> list[str]:
     return command
 
 
-def _compiled(command: list[str], source: Path) -> bytes:
+def _compiled(command: list[str], source: Path, flags: tuple[str, ...]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made.so"
-        _said_by([*command, str(source), "-o", str(made)])
+        _said_by([*command, str(source), "-o", str(made), *flags])  # libraries to link with come after what needs them
         return made.read_bytes()
 
 

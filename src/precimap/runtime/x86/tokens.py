@@ -34,7 +34,7 @@ AMX, VNNI = "AMX", "AVX-512 VNNI"
 _PANEL, _STEP = 32, 64  # outputs and inputs of a packed block, as in tokens.cpp
 _LONGEST = (2**31 - 1) // 127**2  # inputs whose products add up in 32 bits
 _RESULTS = (torch.float32, torch.bfloat16)
-_FLAGS = tuple("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mamx-tile -mamx-int8 -mprfchw".split())
+FLAGS = tuple("-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mamx-tile -mamx-int8 -mprfchw".split())
 
 
 def scheme_refusal(scheme: Scheme) -> str | None:
@@ -82,7 +82,7 @@ class _Problem(ctypes.Structure):
 @functools.cache
 def _kernel() -> "ctypes._NamedFuncPointer":
     """Raises DeployError as `library`."""
-    kernel = library(Path(__file__).with_name("tokens.cpp"), _FLAGS).precimap_int8_tokens
+    kernel = library(Path(__file__).with_name("tokens.cpp"), FLAGS).precimap_int8_tokens
     kernel.argtypes, kernel.restype = [ctypes.POINTER(_Problem)], None
     return kernel
 

@@ -1,0 +1,53 @@
+"""What may follow the verbs that put a map to work, as `cli_options` has it for the others.
+
+Invariant: as there: nothing imports torch, and words that stand in modules with torch are repeated, and held equal by tests.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from precimap.cli_options import CHOICE, EXPERIMENTAL, OUTPUT, TargetName, option
+
+
+class ToName(StrEnum):
+    """What a map can be exported to: the writers of `precimap.exporting.export`."""
+
+    AOTI = "aoti"
+
+
+DeployTargetOption = Annotated[
+    TargetName | None,
+    option(CHOICE, f"Deploy for this target instead of the one that the map names; cuda-fp8 is {EXPERIMENTAL}."),
+]
+DeployedOption = Annotated[Path, option(OUTPUT, "Write the deployed weights to this safetensors file.")]
+TimesOption = Annotated[Path, option(OUTPUT, "Write the measured times to this JSON file.")]
+
+FirstArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK",
+        help="Give the task, file.py:function or package.module:function, and the map, in either order.",
+    ),
+]
+SecondArgument = Annotated[str, typer.Argument(metavar="MAP", help="Give the file map.json that a search wrote.")]
+ToOption = Annotated[
+    ToName,
+    option(
+        CHOICE,
+        "Write the files that this engine loads: aoti is a package of AOTInductor for this CPU, which a server "
+        "loads from Python or C++ without precimap.",
+    ),
+]
+UncertifiedOption = Annotated[bool, option(CHOICE, "Export the map although nothing is proved of it.", "--uncertified")]
+FolderOption = Annotated[
+    Path,
+    option(OUTPUT, "Write the files into this folder, which must be new or empty.", "--output", "-o"),
+]
+
+
+def task_and_map(first: str, second: str) -> tuple[str, Path]:
+    """Which of two arguments is the task and which the map: the map is a file that ends in .json."""
+    return (second, Path(first)) if first.endswith(".json") else (first, Path(second))

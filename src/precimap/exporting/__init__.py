@@ -1,0 +1,11 @@
+"""Files that serving engines load, made of a certified map.
+
+export.py      export(): one map into one new folder
+shipped.py     what a map ships, before any format: the one object that all writers write from
+calls.py       calls of the model as its task makes them: what is traced, and which sizes vary
+aoti.py        AOTInductor's package, for Python and C++
+int8_tokens_served.py, int8_tokens_served.cpp  scheme `int8` in a package: the operator in a library beside it
+difference.py  what was exported beside what was certified
+exported.py    the record of an export, `export.json`
+folder.py      a folder that is written as a whole or not at all
+"""

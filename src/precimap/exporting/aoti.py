@@ -1,0 +1,160 @@
+"""AOTInductor: a model compiled ahead of time into one `.pt2`, for servers that load it from Python or C++.
+
+Invariant: the package multiplies in INT8 what the map says. Inductor lowers INT8 products of frozen weights alone, and
+without freezing computes in base precision without a word; so freezing is set here, the products are counted as
+`precimap.compile` counts them, and the package is loaded and compared with the certified form before it gets its name.
+Nothing of precimap is needed to run it. Not taken: TorchScript, which is unmaintained.
+
+What it does not have of `precimap.compile`: the look at each call's inputs for NaN and infinity, which codes cannot hold.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from precimap.errors import DeployError, first_line
+from precimap.exporting.calls import Calls, calls_of
+from precimap.exporting.difference import difference
+from precimap.exporting.exported import Exported
+from precimap.exporting.int8_tokens_served import LIBRARY, serve_tokens
+from precimap.exporting.shipped import Shipped
+from precimap.runtime.compiling.compiled import no_compiler
+from precimap.runtime.compiling.inductor import rows_pass, sums_in_own_memory
+from precimap.runtime.deploy import build
+
+PACKAGE = "model.pt2"
+_SETTINGS = {
+    "freezing": True,
+    "realize_reads_threshold": 1,  # as in `runtime/compiling/compiled.py`
+    "cpp.dynamic_threads": True,  # or the number of threads here is written into the code
+    "fx_graph_cache": False,  # products of code that was there already would not be counted
+}
+_LOWERED = "qlinear_weight_prepack_matcher_count"
+
+
+def write(shipped: Shipped, folder: Path) -> Exported:
+    """`model.pt2` in the folder, and what is said of it.
+
+    Raises DeployError for a map that this CPU cannot run, for a model that torch.export cannot trace, and for a package
+    that does not compute what the map says.
+    """
+    reason = no_compiler()
+    if reason is not None:
+        raise DeployError(reason)
+    calls = calls_of(shipped.task, shipped.model)
+    deployed = build(shipped.model, shipped.map, dict(shipped.layers), "cpu-int8", owned=True)
+    program = exported_program(deployed, calls)
+    path, library = folder / PACKAGE, serve_tokens(program)
+    if library is not None:
+        (folder / LIBRARY).write_bytes(library)
+    expected, found = _compiled(program, path)
+    if found < expected:
+        raise DeployError(
+            f"expected {expected} INT8 products in the package, found {found}: Inductor lowers no layer that one "
+            "graph calls on several inputs, or this torch build none"
+        )
+    loaded = torch._inductor.aoti_load_package(str(path))
+    return Exported(
+        to="aoti",
+        map=shipped.map.fingerprint,
+        not_certified=shipped.map.not_certified,
+        files=(PACKAGE,) if library is None else (PACKAGE, LIBRARY),
+        layers={name: _runs(shipped, name) for name in shipped.map.layers},
+        inputs=inputs_of(calls),
+        difference=difference(shipped, loaded, calls.batches),
+        engine={"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()},
+        notes=NOTES if library is None else (*NOTES, WITH_LIBRARY),
+    )
+
+
+NOTES = (
+    "The package is code for CPUs with the instruction sets of this one; another CPU may end with an illegal "
+    "instruction. It needs libtorch of this version and nothing of precimap.",
+    "An input with NaN or infinity in it gets plausible scores: INT8 codes cannot hold them. Look for them before "
+    "the call.",
+    "The certificate was measured on the form that is named; this package is other code for the same codes and "
+    "scales, whose sums may round to another code now and then. precimap.compare certifies the package itself.",
+)
+WITH_LIBRARY = (
+    f"Load {LIBRARY} before the package: torch.ops.load_library in Python, dlopen in C++. It holds the operator of "
+    "scheme int8, for CPUs with AVX-512 VNNI or AMX."
+)
+
+
+def exported_program(deployed: nn.Module, calls: Calls) -> ExportedProgram:
+    """The deployed model as torch.export traces it, with the sizes variable that vary. Raises DeployError where it
+    cannot.
+    """
+    sizes: Any = torch.export.AdditionalInputs  # has no types
+    example, varying = calls.example, sizes()
+    for call in calls.each[1:]:
+        varying.add(call.args, call.kwargs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                deployed,
+                example.args,
+                example.kwargs,
+                dynamic_shapes=varying if len(calls.each) > 1 else None,
+                strict=False,
+            )
+    except Exception as error:
+        raise DeployError(
+            f"torch.export cannot trace {type(deployed).__name__} ({type(error).__name__}: {first_line(error)}); "
+            "`precimap.compile` serves it in a process with Python"
+        ) from error
+
+
+def _compiled(program: ExportedProgram, path: Path) -> tuple[int, int]:
+    """Writes the package; INT8 products that were expected in it, and found."""
+    from torch._dynamo.utils import counters
+
+    expected = sum(_dequantised(node.target) for node in program.graph.nodes)
+    before = counters["inductor"][_LOWERED]
+    with torch.no_grad(), sums_in_own_memory(), warnings.catch_warnings():  # with gradients nothing is frozen
+        warnings.simplefilter("ignore")
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={**_SETTINGS, "joint_custom_post_pass": rows_pass()}
+        )
+    return expected, counters["inductor"][_LOWERED] - before
+
+
+def _dequantised(target: Any) -> bool:
+    """Of a weight; as often as there are INT8 products."""
+    return str(target).startswith("quantized_decomposed.dequantize_per_channel")
+
+
+def _runs(shipped: Shipped, name: str) -> str:
+    """What computes a layer in the package."""
+    layer = shipped.layers.get(name)
+    if layer is None:
+        return shipped.map.cast or shipped.map.premise.base_precision
+    if layer.scheme.input is not None and layer.scheme.weight.has_scales:
+        by = f"product of {LIBRARY}" if layer.scheme.input.dynamic else "oneDNN INT8 product"
+        return f"{layer.scheme.name} ({by})"
+    if layer.scheme.computes_low:
+        return layer.scheme.name
+    return f"{layer.scheme.name} (stored; decoded when read)"
+
+
+def inputs_of(calls: Calls) -> tuple[str, ...]:
+    """Each tensor of a call, with the sizes that may vary by letters."""
+    letters = dict[tuple[int, ...], str]()
+    said = []
+    for number, (name, tensor, dims) in enumerate(
+        zip(calls.example.names, calls.example.tensors, calls.varying, strict=True)
+    ):
+        sizes = []
+        for dim, size in enumerate(tensor.shape):
+            if dim not in dims:
+                sizes.append(str(size))
+                continue
+            seen = tuple(call.tensors[number].shape[dim] for call in calls.each)
+            sizes.append(letters.setdefault(seen, f"n{len(letters)}" if letters else "n"))
+        said.append(f"{name}: {str(tensor.dtype).removeprefix('torch.')} [{', '.join(sizes)}]")
+    return tuple(said)

@@ -1,0 +1,43 @@
+"""export(): a certified map into the files that a serving engine loads.
+
+Invariant: what a target cannot express is refused before anything is written, and what is written is whole: a folder
+that did not exist before, with `export.json` beside the engine's own files.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from precimap.errors import InputError
+from precimap.exporting.exported import Exported
+from precimap.exporting.folder import new_folder
+from precimap.exporting.shipped import Shipped, shipped
+from precimap.precision_map import PrecisionMap
+from precimap.task import Task
+
+# Target -> the module that writes it; imported when it is asked for.
+WRITERS = {"aoti": "precimap.exporting.aoti"}
+
+
+def export(
+    task: Task, precision_map: PrecisionMap | str | Path, *, to: str, output: str | Path, uncertified: bool = False
+) -> Exported:
+    """Write a map for the engine that serves it, into the new folder `output`.
+
+    to: `aoti`, a package of AOTInductor for this CPU, of the model with its codes. uncertified: also a map without a
+    certificate. Returns what was written, and what was measured of it.
+
+    Raises PremiseMismatch for a map of another model, MapError for one that cannot be read, is not certified or changes
+    nothing, DeployError for what the engine cannot express, naming layers and reasons, SaveError for a folder that is
+    not empty or cannot be written.
+    """
+    if to not in WRITERS:
+        raise InputError(f"expected a target out of {', '.join(WRITERS)}, got {to!r}")
+    if not isinstance(precision_map, PrecisionMap):
+        precision_map = PrecisionMap.load(precision_map)
+    given = shipped(task, precision_map, uncertified=uncertified)
+    write: Callable[[Shipped, Path], Exported] = import_module(WRITERS[to]).write
+    with new_folder(Path(output)) as folder:
+        found = write(given, folder)
+        found.save(folder)
+    return found
