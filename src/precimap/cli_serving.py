@@ -69,7 +69,11 @@ def export(
     from precimap.task_file import load_task
 
     task, precision_map = serving.task_and_map(first, second)
-    found = export_map(load_task(task), precision_map, to=to.value, output=output, uncertified=uncertified)
+    loaded = load_task(task)
+    with progress_bar(ERRORS) as progress:
+        found = export_map(
+            loaded, precision_map, to=to.value, output=output, uncertified=uncertified, progress=progress
+        )
     return Result(row=found.model_dump(mode="json"), page=exported_page(found, output), as_json=as_json)
 
 

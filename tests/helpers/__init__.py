@@ -5,6 +5,7 @@ small_maps.py          maps made by hand
 real_models.py         real recommenders with published weights
 planted_times.py       whole models whose times are planted
 gpu_played.py          a CPU in the place of a GPU with FP8
+followed_pages.py      a page of the documentation, followed
 search_attempts.py     one search as a process that may be killed, and what two runs have in common
 going_round.py         a model between processes and among threads
 quantiser_oracle.py    the oracle of the quantiser, from ml_dtypes

@@ -8,7 +8,10 @@ Nothing of precimap is needed to run it. Not taken: TorchScript, which is unmain
 What it does not have of `precimap.compile`: the look at each call's inputs for NaN and infinity, which codes cannot hold.
 """
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +48,17 @@ def write(shipped: Shipped, folder: Path) -> Exported:
     reason = no_compiler()
     if reason is not None:
         raise DeployError(reason)
+    shipped.progress("trace", 0, 1)
     calls = calls_of(shipped.task, shipped.model)
     deployed = build(shipped.model, shipped.map, dict(shipped.layers), "cpu-int8", owned=True)
     program = exported_program(deployed, calls)
     path, library = folder / PACKAGE, serve_tokens(program)
+    shipped.progress("trace", 1, 1)
+    shipped.progress("compile", 0, 1)
     if library is not None:
         (folder / LIBRARY).write_bytes(library)
     expected, found = _compiled(program, path)
+    shipped.progress("compile", 1, 1)
     if found < expected:
         raise DeployError(
             f"expected {expected} INT8 products in the package, found {found}: Inductor lowers no layer that one "
@@ -67,22 +74,29 @@ def write(shipped: Shipped, folder: Path) -> Exported:
         inputs=inputs_of(calls),
         difference=difference(shipped, loaded, calls.batches),
         engine={"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()},
-        notes=NOTES if library is None else (*NOTES, WITH_LIBRARY),
+        notes=_notes(shipped, library is not None),
     )
 
 
-NOTES = (
-    "The package is code for CPUs with the instruction sets of this one; another CPU may end with an illegal "
-    "instruction. It needs libtorch of this version and nothing of precimap.",
-    "An input with NaN or infinity in it gets plausible scores: INT8 codes cannot hold them. Look for them before "
-    "the call.",
-    "The certificate was measured on the form that is named; this package is other code for the same codes and "
-    "scales, whose sums may round to another code now and then. precimap.compare certifies the package itself.",
-)
-WITH_LIBRARY = (
-    f"Load {LIBRARY} before the package: torch.ops.load_library in Python, dlopen in C++. It holds the operator of "
-    "scheme int8, for CPUs with AVX-512 VNNI or AMX."
-)
+def _notes(shipped: Shipped, library: bool) -> tuple[str, ...]:
+    """What whoever serves the package has to know."""
+    notes = [
+        "The package is code for CPUs with the instruction sets of this one; another may end with an illegal instruction. "
+        "It needs libtorch of this version and nothing of precimap.",
+        "The certificate was measured on the form that is named; this package is other code for the same codes and scales, "
+        "whose sums may round to another code now and then. precimap.compare certifies the package itself.",
+    ]
+    if any(layer.scheme.needs_calibration for layer in shipped.layers.values()):
+        notes.append(
+            "An input with NaN or infinity in it gets plausible scores: static INT8 codes cannot hold them. Look for them "
+            "before the call."
+        )
+    if library:
+        notes.append(
+            f"Load {LIBRARY} before the package: torch.ops.load_library in Python, dlopen in C++. It holds the operator of "
+            "scheme int8, for CPUs with AVX-512 VNNI or AMX."
+        )
+    return tuple(notes)
 
 
 def exported_program(deployed: nn.Module, calls: Calls) -> ExportedProgram:
@@ -94,8 +108,7 @@ def exported_program(deployed: nn.Module, calls: Calls) -> ExportedProgram:
     for call in calls.each[1:]:
         varying.add(call.args, call.kwargs)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _quiet():
             return torch.export.export(
                 deployed,
                 example.args,
@@ -110,14 +123,27 @@ def exported_program(deployed: nn.Module, calls: Calls) -> ExportedProgram:
         ) from error
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says about parts of its own."""
+    told = logging.getLogger("torch.export")
+    before = told.level
+    told.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        told.setLevel(before)
+
+
 def _compiled(program: ExportedProgram, path: Path) -> tuple[int, int]:
     """Writes the package; INT8 products that were expected in it, and found."""
     from torch._dynamo.utils import counters
 
     expected = sum(_dequantised(node.target) for node in program.graph.nodes)
     before = counters["inductor"][_LOWERED]
-    with torch.no_grad(), sums_in_own_memory(), warnings.catch_warnings():  # with gradients nothing is frozen
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), sums_in_own_memory(), _quiet():  # with gradients nothing is frozen
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs={**_SETTINGS, "joint_custom_post_pass": rows_pass()}
         )

@@ -36,10 +36,14 @@ def difference(shipped: Shipped, call: Callable[..., Any], batches: Iterable[Any
     """
     batches = list(batches)
     target = target_of(shipped.map.target)
+    shipped.progress("compare", 0, 3)
     exported = _scores(shipped, served_by(shipped.model, call), batches, "exported model")
+    shipped.progress("compare", 1, 3)
     with target.running(shipped.model, shipped.layers) as certified:
         expected = _scores(shipped, certified, batches, "certified form")
+    shipped.progress("compare", 2, 3)
     original = _scores(shipped, shipped.task.model, batches, "original model")
+    shipped.progress("compare", 3, 3)
     if exported.shape != expected.shape or not torch.isfinite(exported).equal(torch.isfinite(expected)):
         raise DeployError(
             f"what was exported gives scores {tuple(exported.shape)}, {int((~torch.isfinite(exported)).sum())} of "

@@ -13,6 +13,7 @@ from precimap.exporting.exported import Exported
 from precimap.exporting.folder import new_folder
 from precimap.exporting.shipped import Shipped, shipped
 from precimap.precision_map import PrecisionMap
+from precimap.searching.progress import Progress, silent
 from precimap.task import Task
 
 # Target -> the module that writes it; imported when it is asked for.
@@ -20,7 +21,13 @@ WRITERS = {"aoti": "precimap.exporting.aoti"}
 
 
 def export(
-    task: Task, precision_map: PrecisionMap | str | Path, *, to: str, output: str | Path, uncertified: bool = False
+    task: Task,
+    precision_map: PrecisionMap | str | Path,
+    *,
+    to: str,
+    output: str | Path,
+    uncertified: bool = False,
+    progress: Progress = silent,
 ) -> Exported:
     """Write a map for the engine that serves it, into the new folder `output`.
 
@@ -35,7 +42,7 @@ def export(
         raise InputError(f"expected a target out of {', '.join(WRITERS)}, got {to!r}")
     if not isinstance(precision_map, PrecisionMap):
         precision_map = PrecisionMap.load(precision_map)
-    given = shipped(task, precision_map, uncertified=uncertified)
+    given = shipped(task, precision_map, uncertified=uncertified, progress=progress)
     write: Callable[[Shipped, Path], Exported] = import_module(WRITERS[to]).write
     with new_folder(Path(output)) as folder:
         found = write(given, folder)

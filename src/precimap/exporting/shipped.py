@@ -14,20 +14,23 @@ from precimap.fingerprints import modules_of, of_weights
 from precimap.layers.prepared import prepared
 from precimap.layers.quantized import QuantizedLayer
 from precimap.precision_map import PrecisionMap
+from precimap.searching.progress import Progress, silent
 from precimap.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shipped:
-    """model: as given, or realigned and cast, in base precision. layers: codes and scales, by name."""
+    """model: as given, or realigned and cast, in base precision. layers: codes and scales, by name. progress: of the writer,
+    a stage for each part of its work."""
 
     task: Task
     map: PrecisionMap
     model: nn.Module
     layers: Mapping[str, QuantizedLayer]
+    progress: Progress = silent
 
 
-def shipped(task: Task, precision_map: PrecisionMap, *, uncertified: bool) -> Shipped:
+def shipped(task: Task, precision_map: PrecisionMap, *, uncertified: bool, progress: Progress = silent) -> Shipped:
     """Raises PremiseMismatch for a map of another model, MapError for one that is not certified, or changes nothing."""
     precision_map.check(weights=of_weights(task.model), architecture=modules_of(task.model))
     if not precision_map.changes:
@@ -39,4 +42,4 @@ def shipped(task: Task, precision_map: PrecisionMap, *, uncertified: bool) -> Sh
             "(uncertified=True) to export it all the same"
         )
     model, layers = prepared(task.model, precision_map)
-    return Shipped(task=task, map=precision_map, model=model, layers=layers)
+    return Shipped(task=task, map=precision_map, model=model, layers=layers, progress=progress)

@@ -10,12 +10,15 @@ from rich.console import RenderableType
 from precimap.exporting.exported import Exported
 from precimap.report.terminal import lines_of
 
+_WIDE = ("float64", "float32", "bfloat16", "float16")
+
 
 def exported_page(found: Exported, output: Path) -> RenderableType:
     """found: the record; output: where it was written."""
     runs = Counter(found.layers.values())
+    low_first = sorted(runs, key=lambda what: (what in _WIDE, -runs[what]))
     lines = [f"exported for {found.to} to {output}: {', '.join(found.files)}"]
-    lines += [f"{count} of {len(found.layers)} layers: {what}" for what, count in runs.most_common()]
+    lines += [f"{runs[what]} of {len(found.layers)} layers: {what}" for what in low_first]
     lines += [f"input {said}" for said in found.inputs]
     if found.difference is not None:
         off = found.difference
