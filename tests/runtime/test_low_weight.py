@@ -113,7 +113,7 @@ def test_every_spelling_is_checked_against_its_emulation(how: str, monkeypatch: 
     "how",
     [
         *("matmul on the right", "its transpose", "addmm of GPT-2", "einsum", "parts of one weight", "mm on the left"),
-        "experts for every row of a batch",
+        *("experts for every row of a batch", "matmul on the left", "matmul of a turned batch"),
     ],
 )
 def test_compiled_spellings_are_int8_products(how: str) -> None:
@@ -128,7 +128,21 @@ def test_compiled_spellings_are_int8_products(how: str) -> None:
     assert calls._found == calls._expected >= 1
 
 
-@pytest.mark.parametrize("how", ["linear", "matmul on the right", "einsum", "addmm of GPT-2", "a view of heads"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(
+            "linear",
+            "matmul on the right",
+            "einsum",
+            "addmm of GPT-2",
+            "a view of heads",
+            "parts of one weight",
+            "a slice",
+        ),
+        *("matmul on the left", "matmul of a turned batch"),
+    ],
+)
 def test_exported_spellings_quantise(how: str) -> None:
     model = Spelled(*SPELLINGS[how]).eval()
     fast = CPU_INT8.deployed(model, layers_of(model, int8_scheme()))

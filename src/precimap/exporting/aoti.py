@@ -20,7 +20,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from precimap.errors import DeployError, first_line
-from precimap.exporting.calls import Calls, calls_of
+from precimap.exporting.calls import Calls, calls_of, contiguous
 from precimap.exporting.difference import difference
 from precimap.exporting.exported import Exported
 from precimap.exporting.int8_tokens_served import LIBRARY, serve_tokens
@@ -65,6 +65,11 @@ def write(shipped: Shipped, folder: Path) -> Exported:
             "graph calls on several inputs, or this torch build none"
         )
     loaded = torch._inductor.aoti_load_package(str(path))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = contiguous((args, kwargs))
+        return loaded(*args, **kwargs)
+
     return Exported(
         to="aoti",
         map=shipped.map.fingerprint,
@@ -72,7 +77,7 @@ def write(shipped: Shipped, folder: Path) -> Exported:
         files=(PACKAGE,) if library is None else (PACKAGE, LIBRARY),
         layers={name: _runs(shipped, name) for name in shipped.map.layers},
         inputs=inputs_of(calls),
-        difference=difference(shipped, loaded, calls.batches),
+        difference=difference(shipped, call, calls.batches),
         engine={"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()},
         notes=_notes(shipped, library is not None),
     )
@@ -81,46 +86,55 @@ def write(shipped: Shipped, folder: Path) -> Exported:
 def _notes(shipped: Shipped, library: bool) -> tuple[str, ...]:
     """What whoever serves the package has to know."""
     notes = [
-        "The package is code for CPUs with the instruction sets of this one; another may end with an illegal instruction. "
-        "It needs libtorch of this version and nothing of precimap.",
-        "The certificate was measured on the form that is named; this package is other code for the same codes and scales, "
-        "whose sums may round to another code now and then. precimap.compare certifies the package itself.",
+        "The package is code for CPUs with the instruction sets of this one; another may end with an illegal "
+        "instruction. It needs libtorch of this version and nothing of precimap.",
+        "The certificate was measured on the form that is named; this package is other code for the same codes and "
+        "scales, whose sums may round to another code now and then. precimap.compare certifies the package itself.",
+        "Give it contiguous tensors of the sizes above: it looks at neither (with AOTI_RUNTIME_CHECK_INPUTS=1 in "
+        "the environment it does), and other ones are read as if they were.",
     ]
     if any(layer.scheme.needs_calibration for layer in shipped.layers.values()):
         notes.append(
-            "An input with NaN or infinity in it gets plausible scores: static INT8 codes cannot hold them. Look for them "
-            "before the call."
+            "An input with NaN or infinity in it gets plausible scores: static INT8 codes cannot hold them. Look "
+            "for them before the call."
         )
     if library:
         notes.append(
-            f"Load {LIBRARY} before the package: torch.ops.load_library in Python, dlopen in C++. It holds the operator of "
-            "scheme int8, for CPUs with AVX-512 VNNI or AMX."
+            f"Load {LIBRARY} before the package: torch.ops.load_library in Python, dlopen in C++. It holds the "
+            "operator of scheme int8, for CPUs with AVX-512 VNNI or AMX."
         )
     return tuple(notes)
 
 
 def exported_program(deployed: nn.Module, calls: Calls) -> ExportedProgram:
-    """The deployed model as torch.export traces it, with the sizes variable that vary. Raises DeployError where it
-    cannot.
+    """The deployed model as torch.export traces it, in plain tensors: codes and scales, and what is done with them.
+
+    Sizes that vary are variable. Raises DeployError where it cannot be traced.
     """
     sizes: Any = torch.export.AdditionalInputs  # has no types
     example, varying = calls.example, sizes()
     for call in calls.each[1:]:
         varying.add(call.args, call.kwargs)
-    try:
-        with torch.no_grad(), _quiet():
-            return torch.export.export(
-                deployed,
-                example.args,
-                example.kwargs,
-                dynamic_shapes=varying if len(calls.each) > 1 else None,
-                strict=False,
-            )
-    except Exception as error:
-        raise DeployError(
-            f"torch.export cannot trace {type(deployed).__name__} ({type(error).__name__}: {first_line(error)}); "
-            "`precimap.compile` serves it in a process with Python"
-        ) from error
+    shapes = varying if len(calls.each) > 1 else None
+    failed = []
+    for strict in (False, True):  # by running it, or by reading its code
+        try:
+            with torch.no_grad(), _quiet():
+                program = torch.export.export(
+                    deployed, example.args, example.kwargs, dynamic_shapes=shapes, strict=strict
+                )
+                plain: ExportedProgram = program.run_decompositions({})  # takes low weights apart, and nothing else
+                return plain
+        except Exception as error:  # noqa: BLE001 - of torch or of the model, of whatever kind
+            failed.append(error)
+    raise DeployError(
+        f"torch.export cannot trace {type(deployed).__name__} ({' and '.join(_said(error) for error in failed)}); "
+        "`precimap.compile` serves it in a process with Python"
+    ) from failed[0]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 @contextmanager
@@ -143,10 +157,15 @@ def _compiled(program: ExportedProgram, path: Path) -> tuple[int, int]:
 
     expected = sum(_dequantised(node.target) for node in program.graph.nodes)
     before = counters["inductor"][_LOWERED]
-    with torch.no_grad(), sums_in_own_memory(), _quiet():  # with gradients nothing is frozen
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={**_SETTINGS, "joint_custom_post_pass": rows_pass()}
-        )
+    settings = {**_SETTINGS, "joint_custom_post_pass": rows_pass()}
+    try:
+        with torch.no_grad(), sums_in_own_memory(), _quiet():  # with gradients nothing is frozen
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    except Exception as error:
+        raise DeployError(
+            f"AOTInductor of torch {torch.__version__} cannot compile this model ({_said(error)}); "
+            "`precimap.compile` serves it in a process with Python"
+        ) from error
     return expected, counters["inductor"][_LOWERED] - before
 
 

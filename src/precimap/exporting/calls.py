@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only
 
-from precimap.errors import DeployError
+from precimap.errors import FAILURES, DeployError
 from precimap.layers.copying import shared_copy
 from precimap.searching.preflight.batches import resized
 from precimap.task import Task, to_device
@@ -26,7 +26,7 @@ MOST_BATCHES = 8  # of the calibration split that are looked at
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModelCall:
-    """One call: model(*args, **kwargs)."""
+    """One call: model(*args, **kwargs). Tensors are contiguous: what is exported is code for the strides of an example."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -50,6 +50,11 @@ class ModelCall:
 def _name(path: tuple[Any, ...]) -> str:
     first, *rest = path[1:]  # without the place in (args, kwargs)
     return f"{getattr(first, 'key', getattr(first, 'idx', first))}{keystr(tuple(rest))}"
+
+
+def contiguous(values: Any) -> Any:
+    """Arguments, with every tensor in them contiguous."""
+    return tree_map_only(Tensor, Tensor.contiguous, values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +85,7 @@ def calls_of(task: Task, model: nn.Module) -> Calls:
     watched, made = shared_copy(model), list[ModelCall]()
 
     def seen(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        made.append(ModelCall(args, kwargs))
+        made.append(ModelCall(*contiguous((args, kwargs))))
 
     watched.register_forward_pre_hook(seen, with_kwargs=True)
     batches = [to_device(batch, task.device) for batch in islice(task.splits.calibration, MOST_BATCHES)]
@@ -90,10 +95,10 @@ def calls_of(task: Task, model: nn.Module) -> Calls:
             with called("forward", f"batch {number} of the calibration split"):
                 units.append(len(task.forward(watched, batch)))
         for size in (units[0] // 2, 2 * units[0]) if units else ():
+            before = len(made)
             other = resized(batches[0], units[0], size) if size > 1 else None
-            if other is not None:
-                with called("forward", f"the first batch of the calibration split, made one of {size} units"):
-                    task.forward(watched, other)
+            if other is not None and not _runs(task, watched, other):
+                del made[before:]
     if not made:
         raise DeployError(
             "expected the task's forward to call the model itself, which is what is exported; it called parts of it "
@@ -102,6 +107,15 @@ def calls_of(task: Task, model: nn.Module) -> Calls:
     _check_alike(made)
     each = sorted(made, key=lambda call: -sum(tensor.numel() for tensor in call.tensors))
     return Calls(tuple(each), tuple(batches))
+
+
+def _runs(task: Task, model: nn.Module, batch: Any) -> bool:
+    """Whether a batch that was made of another is one to the task's forward."""
+    try:
+        task.forward(model, batch)
+    except FAILURES:
+        return False
+    return True
 
 
 def _check_alike(made: Sequence[ModelCall]) -> None:

@@ -93,7 +93,8 @@ class How:
 
 
 class LowWeight(Tensor):
-    """See the module. parts: by the names in `PARTS`, and what the kernel derives. root: no view of another one.
+    """See the module. parts: by the names in `PARTS`, and what the kernel derives. root: no view of another one. once:
+    the matrix that this one repeats, along dims before its own.
     outward: its dtype, for kernels: `.dtype` and `.shape` of a tensor that gets calls from torch take two microseconds each.
     """
 
@@ -104,6 +105,7 @@ class LowWeight(Tensor):
     how: How
     cache: dict[Any, Any]
     root: bool
+    once: "LowWeight | None" = None
 
     @staticmethod
     def __new__(
@@ -176,6 +178,8 @@ class LowWeight(Tensor):
         if not torch.compiler.is_dynamo_compiling():
             # Written out, as it is for each call of each layer.
             short = args[1].shortcuts.get(func) if len(args) > 1 and type(args[1]) is LowWeight else None
+            if short is not None and not args[1].root and torch.compiler.is_exporting():
+                short = None  # an exporter knows the parts of parameters alone, not those of their views
             if short is not None and ((type(args[0]) is Tensor and not args[1].traced) or compiling()):
                 found = short(*args, **kwargs)
                 if found is not NotImplemented:

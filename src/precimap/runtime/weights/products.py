@@ -183,8 +183,10 @@ def _bmm(kernel: CodedKernel, left: Any, right: Any) -> Any:
         product = _bmm(kernel, right.transpose(1, 2), left.transpose(1, 2))
         return product if product is NotImplemented else product.transpose(1, 2)
     batch, rows, _ = left.shape
-    if batch == 1 or right.codes.stride(0) == 0:
-        product = _product(kernel, left.reshape(batch * rows, left.shape[2]), right.select(0, 0), None)
+    once = right.once  # not a part of what was repeated: to a compiler for any batch that is no constant
+    if once is not None or batch == 1 or right.codes.stride(0) == 0:
+        same = right.select(0, 0) if once is None else once
+        product = _product(kernel, left.reshape(batch * rows, left.shape[2]), same, None)
         return product if product is NotImplemented else product.view(batch, rows, product.shape[1])
     products = [_product(kernel, *pair, None) for pair in zip(left.unbind(), right.unbind(), strict=True)]
     return NotImplemented if any(product is NotImplemented for product in products) else torch.stack(products)
@@ -254,8 +256,7 @@ def _embedding(kernel: CodedKernel, weight: Any, indices: Tensor, *_: Any, **__:
 
 
 def _index_select(kernel: CodedKernel, weight: Any, dim: int, ids: Tensor) -> Any:
-    """Rows that a product reads later stay low; it is not known here what reads them, and a product is served all the
-    same."""
+    """Rows that a product reads later stay low; it is not known here what reads them, and a product is served anyway."""
     if not isinstance(weight, LowWeight) or dim % weight.dim() or "wide" in weight.parts:
         return NotImplemented
     shape = weight.shape

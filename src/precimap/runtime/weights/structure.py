@@ -32,9 +32,21 @@ def _viewed(func: Any, weight: LowWeight, *args: Any, **kwargs: Any) -> Any:
             return func(weight.read().contiguous(), *args, **kwargs)
         viewed[name] = found
     if isinstance(viewed["codes"], Tensor):
-        return LowWeight(viewed, weight.how, weight.outward, weight.cache, root=False)
+        made = LowWeight(viewed, weight.how, weight.outward, weight.cache, root=False)
+        made.once = _once(func, weight, made)
+        return made
     pieces = [dict(zip(viewed, parts, strict=True)) for parts in zip(*viewed.values(), strict=True)]
     return [LowWeight(piece, weight.how, weight.outward, weight.cache, root=False) for piece in pieces]
+
+
+def _once(func: Any, weight: LowWeight, made: LowWeight) -> LowWeight | None:
+    """The matrix that a view repeats, known by the shape of its last dims; None for any other view."""
+    once: Any = weight if func is _aten.expand.default else weight.once
+    if once is None or once.dim() != 2 or made.dim() <= 2:
+        return None
+    if func is _aten.transpose.int and weight.shape[-2:] != made.shape[-2:]:
+        once = once.t()
+    return once if func in _REPEATED and made.shape[-2:] == once.shape else None
 
 
 def _view(func: Any, part: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +136,10 @@ _VIEWS = (
     *(_aten.expand.default, _aten.unsqueeze.default, _aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims),
     *(_aten.slice.Tensor, _aten.select.int, _aten.split.Tensor, _aten.split_with_sizes.default, _aten.unbind.int),
     *(_aten._reshape_alias.default, _aten.diagonal.default),
+)
+_REPEATED = (
+    *(_aten.expand.default, _aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default),
+    _aten.transpose.int,
 )
 ANSWERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_VIEWS, _viewed),

@@ -39,7 +39,6 @@ def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
         raise DeployError(f"{path}, made of {source.name}, cannot be used ({error})") from error
 
 
-@functools.cache
 def built(source: Path, flags: tuple[str, ...], includes: tuple[Path, ...] = ()) -> Path:
     """The library of a C++ file NAME.cpp, its headers NAME*.h beside it and further files that it includes.
 

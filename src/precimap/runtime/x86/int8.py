@@ -128,6 +128,9 @@ def _traced(x: Tensor, weight: LowWeight, bias: Tensor | None, dtype: torch.dtyp
         TRACED.names.add((weight.how.name, weight.codes.storage_offset(), tuple(weight.codes.shape)))
     limits = (static.scale, static.zero, format.minimum, format.maximum, torch.uint8)
     codes = quantised.quantize_per_tensor(x, *limits)
+    if x.dim() > 2 and not x.is_contiguous():
+        # Or the product is one over a batch, which Inductor looks for among fixed sizes alone, and fails where they vary.
+        codes = codes.contiguous()
     values = quantised.dequantize_per_tensor(codes, *limits)
     # As the product reads them: Inductor takes a transposed constant for the weight itself.
     held, scales = weight.codes.contiguous(), scales_of(weight)
