@@ -15,10 +15,10 @@ from helpers.small_tasks import COUNTED_INT8
 from precimap.errors import DeployError
 from precimap.exporting import aoti
 from precimap.exporting.exported import Exported
+from precimap.runtime.x86.target import int8_scheme
 from precimap.runtime.x86.tokens import instructions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.export and Inductor warn about parts of their own
-CPP = Path(__file__).parents[2] / "docs" / "serving" / "serve_package.cpp"
 
 
 class Clicks(nn.Module):
@@ -65,7 +65,7 @@ def task() -> pm.Task:
 
 @pytest.fixture(scope="module")
 def certified(task: pm.Task) -> pm.PrecisionMap:
-    found = pm.search(task, schemes=["int8-static", "int8-row"], margin=0.05, target=COUNTED_INT8, pinned=["head.*"])
+    found = pm.search(task, schemes=[int8_scheme(), "int8-row"], margin=0.05, target=COUNTED_INT8, pinned=["head.*"])
     assert found.certified
     assert {*found.map.low} == {"table.weight", "deep.weight", "gate.weight"}
     return found.map
@@ -87,7 +87,7 @@ def test_the_package_holds_the_int8_products_and_is_the_certified_model(
     assert Exported.load(folder) == found
     assert found.map == certified.fingerprint
     assert found.not_certified is None
-    assert found.layers["deep.weight"] == "int8-static (oneDNN INT8 product)"
+    assert found.layers["deep.weight"] == f"{int8_scheme()} (oneDNN INT8 product)"
     assert found.layers["head.weight"] == "float32"
     assert found.inputs == ("0: float32 [n, 32]", "ids: int64 [n, 4]")
     assert found.difference is not None
@@ -134,32 +134,44 @@ def test_it_runs_without_precimap_at_any_batch_size(
             assert off <= 0.1 * low, name
 
 
-def test_it_runs_from_cpp(package: tuple[Path, Exported], tmp_path: Path) -> None:
-    root = Path(torch.__file__).parent
-    include = ["-I", root / "include", "-I", root / "include" / "torch" / "csrc" / "api" / "include"]
-    libraries = [
-        "-L",
-        root / "lib",
-        f"-Wl,-rpath,{root / 'lib'}",
-        "-Wl,--no-as-needed",
-        "-ltorch",
-        "-ltorch_cpu",
-        "-lc10",
-    ]
-    program = tmp_path / "serve_package"
-    subprocess.run(["g++", "-std=c++20", "-O0", CPP, "-o", program, *include, *libraries], check=True)
-    calls, model = calls_of_sizes(2, 31), torch._inductor.aoti_load_package(str(package[0] / "model.pt2"))
-    torch.save(calls, tmp_path / "calls.pt")
-    subprocess.run([program, package[0] / "model.pt2", tmp_path / "calls.pt", tmp_path / "scores.pt"], check=True)
-    for (dense, ids), (logit, hidden) in zip(calls, torch.load(tmp_path / "scores.pt"), strict=True):
-        expected = model(dense, ids=ids)
-        assert logit.equal(expected["logit"])
-        assert hidden.equal(expected["hidden"])
-    ended = subprocess.run(
-        [program, "none.pt2", tmp_path / "calls.pt", tmp_path / "x.pt"], capture_output=True, text=True
+class Projected(nn.Module):
+    """Attention across, whose projections are parts of one weight; a weight that matmul repeats for the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.mixed = nn.Parameter(torch.randn(6, 16) / 4)
+        self.score = nn.Linear(32, 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = x + 1
+        attended, _ = self.attention(x, y, y, need_weights=False)
+        mixed = torch.matmul((attended * mask.unsqueeze(-1)).transpose(1, 2), self.mixed)
+        return self.score(mixed.mean(2)).squeeze(1)
+
+
+def test_a_packed_projection_and_a_repeated_weight_are_int8_products(tmp_path: Path) -> None:
+    """Inputs that are not contiguous, too: the package reads memory as it was in the example."""
+    model, generator = Projected().eval(), torch.Generator().manual_seed(2)
+    x, mask = torch.randn(40, 6, 32, generator=generator), torch.ones(1, 6).expand(40, 6)
+    batches = [{"x": x[i : i + 10], "mask": mask[:10], "labels": torch.zeros(10)} for i in (0, 10, 20)]
+    task = pm.Task(
+        model,
+        splits=pm.Splits(*([one] for one in batches)),
+        metric="log-loss",
+        forward=lambda model, batch: model(batch["x"], batch["mask"]),
     )
-    assert ended.returncode == 1
-    assert "file open failed" in ended.stderr
+    names = ("attention.in_proj_weight", "attention.out_proj.weight", "mixed")
+    found = pm.export(
+        task, map_of(task, dict.fromkeys(names, int8_scheme())), to="aoti", output=tmp_path / "out", uncertified=True
+    )
+    assert found.inputs == ("0: float32 [n, 6, 32]", "1: float32 [n, 6]")
+    assert found.difference is not None
+    assert found.difference.rms <= 0.01 * found.difference.quantising
+    with zipfile.ZipFile(tmp_path / "out" / "model.pt2") as archive:
+        code = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".wrapper.cpp"))
+    assert code.count("aoti_torch_cpu__qlinear_pointwise_tensor(") == 4  # queries, keys with values, and two more
 
 
 @pytest.mark.skipif(instructions() is None, reason="scheme int8 runs on CPUs with AMX or AVX-512 VNNI")
@@ -185,7 +197,7 @@ def test_a_package_that_lost_int8_is_refused(
     task: pm.Task, certified: pm.PrecisionMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(aoti._SETTINGS, "freezing", False)
-    with pytest.raises(DeployError, match="expected 2 INT8 products in the package, found 0"):
+    with pytest.raises(DeployError, match="expected 2 INT8 products in the generated code, found 0"):
         pm.export(task, certified, to="aoti", output=tmp_path / "lost")
     assert not list(tmp_path.iterdir())
 

@@ -71,14 +71,14 @@ def test_every_size_is_int8_in_one_code() -> None:
         assert isinstance(calls, CompiledCalls)
         eager = CPU_INT8.deployed(model, layers_of(model))
         fast(torch.randn(8, 64))
-        assert (calls._found, calls._expected) == (2, 2)
+        assert (calls._products.found, calls._products.expected) == (2, 2)
         for rows in (8, 5, 300):
             x = torch.randn(rows, 64)
             torch.testing.assert_close(fast(x), eager(x), atol=0.03, rtol=0)
         assert calls.graphs == 1
         with torch.inference_mode():
             fast(torch.randn(8, 64))
-        assert (calls.graphs, calls._found, calls._expected) == (2, 2, 2)
+        assert (calls.graphs, calls._products.found, calls._products.expected) == (2, 2, 2)
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8-tensor", "fp8-static"])
@@ -233,7 +233,43 @@ def test_what_shapes_do_not_tell_compiles_with_the_settings_again() -> None:
     with torch.no_grad():
         torch.testing.assert_close(fast(x, y), eager(x, y), atol=0.05, rtol=0)
     assert calls.graphs == first + 1, "one graph, without a break at each layer"
-    assert calls._found == calls._expected > 0
+    assert calls._products.found == calls._products.expected > 0
+
+
+@torch.library.custom_op("precimap_tests::product", mutates_args=())
+def product_of_a_library(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.t()
+
+
+@product_of_a_library.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+class OtherwiseCompiled(nn.Module):
+    """As transformers runs experts: by an operator of its own, in compiled code alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 48, bias=False), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.second(product_of_a_library(x, self.first.weight))
+        return self.second(self.first(x))
+
+
+def test_a_layer_that_only_compiled_code_reads_otherwise_is_refused() -> None:
+    """Its decoded values would be multiplied in base precision, and every product that was traced would be there."""
+    torch._dynamo.reset()
+    model, x = OtherwiseCompiled().eval(), torch.randn(8, 64)
+    fast = CPU_INT8.deployed(model, layers_of(model))
+    compile_calls(fast)
+    for _ in range(2):
+        with pytest.raises(
+            DeployError, match=r"first\.weight is read by precimap_tests\.product\.default in compiled code"
+        ):
+            fast(x)
 
 
 def test_a_compiled_model_is_in_evaluation_mode(precision_map: PrecisionMap) -> None:
@@ -305,7 +341,7 @@ def test_code_that_was_thrown_away_is_made_again() -> None:
     with torch.no_grad():
         torch.testing.assert_close(fast(x), eager(x), atol=0.03, rtol=0)
     assert calls.graphs > before
-    assert calls._found == calls._expected > 0
+    assert calls._products.found == calls._products.expected > 0
 
 
 @pytest.mark.parametrize("shape", [(8, 64), (2, 8, 64), (2, 2, 8, 64)])

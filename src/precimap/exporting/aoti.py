@@ -26,6 +26,7 @@ from precimap.exporting.exported import Exported
 from precimap.exporting.int8_tokens_served import LIBRARY, serve_tokens
 from precimap.exporting.shipped import Shipped
 from precimap.runtime.compiling.compiled import no_compiler
+from precimap.runtime.compiling.counted import Products, counted
 from precimap.runtime.compiling.inductor import rows_pass, sums_in_own_memory
 from precimap.runtime.deploy import build
 
@@ -36,7 +37,6 @@ _SETTINGS = {
     "cpp.dynamic_threads": True,  # or the number of threads here is written into the code
     "fx_graph_cache": False,  # products of code that was there already would not be counted
 }
-_LOWERED = "qlinear_weight_prepack_matcher_count"
 
 
 def write(shipped: Shipped, folder: Path) -> Exported:
@@ -51,19 +51,19 @@ def write(shipped: Shipped, folder: Path) -> Exported:
     shipped.progress("trace", 0, 1)
     calls = calls_of(shipped.task, shipped.model)
     deployed = build(shipped.model, shipped.map, dict(shipped.layers), "cpu-int8", owned=True)
-    program = exported_program(deployed, calls)
-    path, library = folder / PACKAGE, serve_tokens(program)
-    shipped.progress("trace", 1, 1)
-    shipped.progress("compile", 0, 1)
-    if library is not None:
-        (folder / LIBRARY).write_bytes(library)
-    expected, found = _compiled(program, path)
+    path, products = folder / PACKAGE, Products()
+    with counted(products):
+        program = exported_program(deployed, calls)
+        library = serve_tokens(program)
+        if library is not None:
+            (folder / LIBRARY).write_bytes(library)
+        shipped.progress("trace", 1, 1)
+        shipped.progress("compile", 0, 1)
+        _compile(program, path)
     shipped.progress("compile", 1, 1)
-    if found < expected:
-        raise DeployError(
-            f"expected {expected} INT8 products in the package, found {found}: Inductor lowers no layer that one "
-            "graph calls on several inputs, or this torch build none"
-        )
+    products.expected = max(products.expected, _int8_products(program))
+    if products.lost is not None:
+        raise DeployError(products.lost)
     loaded = torch._inductor.aoti_load_package(str(path))
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -151,12 +151,8 @@ def _quiet() -> Iterator[None]:
         told.setLevel(before)
 
 
-def _compiled(program: ExportedProgram, path: Path) -> tuple[int, int]:
-    """Writes the package; INT8 products that were expected in it, and found."""
-    from torch._dynamo.utils import counters
-
-    expected = sum(_dequantised(node.target) for node in program.graph.nodes)
-    before = counters["inductor"][_LOWERED]
+def _compile(program: ExportedProgram, path: Path) -> None:
+    """Write the package. Raises DeployError where this torch cannot compile the program."""
     settings = {**_SETTINGS, "joint_custom_post_pass": rows_pass()}
     try:
         with torch.no_grad(), sums_in_own_memory(), _quiet():  # with gradients nothing is frozen
@@ -166,12 +162,16 @@ def _compiled(program: ExportedProgram, path: Path) -> tuple[int, int]:
             f"AOTInductor of torch {torch.__version__} cannot compile this model ({_said(error)}); "
             "`precimap.compile` serves it in a process with Python"
         ) from error
-    return expected, counters["inductor"][_LOWERED] - before
 
 
-def _dequantised(target: Any) -> bool:
-    """Of a weight; as often as there are INT8 products."""
-    return str(target).startswith("quantized_decomposed.dequantize_per_channel")
+def _int8_products(program: ExportedProgram) -> int:
+    """Products of different inputs or weights: what a layer that is called on several inputs is counted by."""
+    found = set()
+    for node in program.graph.nodes:
+        if node.target == torch.ops.quantized_decomposed.dequantize_per_channel.default:
+            inputs = [user.args[0].args[0] for user in node.users if user.target == torch.ops.aten.linear.default]
+            found |= {(node.args[0], codes.args) for codes in inputs}
+    return len(found)
 
 
 def _runs(shipped: Shipped, name: str) -> str:

@@ -25,9 +25,9 @@ from precimap.errors import DeployError
 from precimap.layers.copying import shared_copy
 from precimap.layers.quantized import QuantizedLayer
 from precimap.runtime.compiling.attention import attention_pass
+from precimap.runtime.compiling.counted import Products, counted
 from precimap.runtime.compiling.inductor import rows_pass, sums_in_own_memory
 from precimap.runtime.weights.low_weight import LowWeight
-from precimap.runtime.x86.int8 import TRACED
 
 # Inductor computes what two products read in each of them again, if it reads only four tensors or fewer; where one of these
 # is a gather, as after an embedding, that is done element by element and takes longer than the product.
@@ -36,7 +36,6 @@ _NO_CACHE = {"fx_graph_cache": False}  # its products would not be counted
 # Dynamo keeps code by class: forms of one model, and its shapes, are kept beside each other. At the usual 8 it stops
 # compiling and runs eagerly without a word.
 _LIMITS = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
-_LOWERED = "qlinear_weight_prepack_matcher_count"
 # Of this compiled function alone, where torch.compile takes it, also when nothing is to be compiled.
 _OWN_LIMIT: dict[str, Any] = (
     {"recompile_limit": 4096} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
@@ -103,7 +102,7 @@ class CompiledCalls(ServedCalls):
         # For inputs with NaN or infinity, which a code cannot hold: compiled, a product makes plausible numbers of them.
         low = (p for p in model.parameters() if isinstance(p, LowWeight) and p.how.kernel.needs_frozen)
         self._eager = copy.copy(model) if next(low, None) is not None else None
-        self._expected = self._found = self._graphs = 0
+        self._graphs, self._products = 0, Products()
 
     @property
     def graphs(self) -> int:
@@ -142,7 +141,7 @@ class CompiledCalls(ServedCalls):
 
         with ExitStack() as settings:
             settings.enter_context(self._one_at_a_time)
-            self._expected = self._found = 0
+            self._products = Products()
             passes = {"pre_grad_custom_pass": attention_pass(), "joint_custom_post_pass": rows_pass()}
             settings.enter_context(torch._inductor.config.patch({**_SETTINGS, **_NO_CACHE, **passes}))
             settings.enter_context(sums_in_own_memory())
@@ -154,31 +153,21 @@ class CompiledCalls(ServedCalls):
             self._prepared.now = True
             settings.callback(delattr, self._prepared, "now")
             result = self._run(*args, **kwargs)
-            if self._found < self._expected:
+            if self._products.lost is not None:
                 # The code is there, and further calls would run it.
-                self._failed = (
-                    f"expected {self._expected} INT8 products in the generated code, found {self._found}: Inductor lowers "
-                    "no layer that one graph calls on several inputs, or this torch build none; use the deployed model"
-                )
+                self._failed = f"{self._products.lost}; use the deployed model"
                 raise DeployError(self._failed)
         return result
 
     def _generate(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         """Inductor, with its INT8 products counted against the layers of the graph."""
-        from torch._dynamo.utils import counters
         from torch._inductor.compile_fx import compile_fx
 
         if not hasattr(self._prepared, "now"):
             raise _NotPrepared
-        before, TRACED.names = counters["inductor"][_LOWERED], set()
-        try:
+        with counted(self._products):
             code: Any = compile_fx(graph, inputs)
-        finally:
-            # By their codes: of two calls of a layer on one input a single product is left.
-            read, TRACED.names = len(TRACED.names or ()), None
         self._graphs += 1
-        self._expected += read
-        self._found += counters["inductor"][_LOWERED] - before
 
         def run(*given: Any) -> Any:
             RUNS.count += 1
@@ -283,8 +272,8 @@ def check_compiled(model: nn.Module) -> None:
     calls = model._compiled_call_impl
     if isinstance(calls, ServedCalls) and not calls.graphs:
         raise DeployError(
-            "expected the task's forward to call the model itself, which is what is compiled; it called parts of it only. "
-            "Use an eager target, or give the task a module whose forward is all that is served"
+            "expected the task's forward to call the model itself, which is what is compiled; it called parts of it "
+            "only. Use an eager target, or give the task a module whose forward is all that is served"
         )
 
 

@@ -32,7 +32,7 @@ from precimap.layers.quantized import InputRange, QuantizedLayer
 from precimap.numerics.quantize import Affine
 from precimap.numerics.schemes import Scheme, scheme_from_row
 from precimap.runtime.weights.memory import MEMORY
-from precimap.runtime.weights.tracing import compiling, freezing
+from precimap.runtime.weights.tracing import TRACED, compiling, freezing
 
 Parts = dict[str, Tensor]
 Made = TypeVar("Made")
@@ -152,9 +152,11 @@ class LowWeight(Tensor):
         """The values that the codes stand for, float32."""
         return self.how.kernel.values(self)
 
-    def read(self) -> Tensor:
-        """What a reader that is no product gets, in the weight's dtype: the parameter itself if it is kept."""
+    def read(self, by: Any = None) -> Tensor:
+        """What a reader that is no product gets, in the weight's dtype: the parameter itself if it is kept. by: which."""
         wide = self.parts.get("wide")
+        if self.traced and wide is None:
+            TRACED.read(self.how, by)
         return self.dequantize().to(self.outward) if wide is None else wide
 
     def canonical(self) -> Parts:
@@ -209,7 +211,7 @@ class LowWeight(Tensor):
             # Its own parts, also where an exporter keeps such operators whole.
             return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         refuse_writes(func, args, kwargs)
-        args, kwargs = tree_map_only(LowWeight, LowWeight.read, (args, kwargs))
+        args, kwargs = tree_map_only(LowWeight, lambda weight: weight.read(func), (args, kwargs))
         return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -272,8 +274,7 @@ def _device(args: Any) -> str:
     return device
 
 
-# Calls that autocast gives a dtype of its own. With float32 operands they are one rounding away from it, as in the
-# emulation.
+# Calls that autocast gives a dtype of its own. With float32 operands they are one rounding away, as in the emulation.
 _PRODUCTS = frozenset(
     "linear matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv baddbmm inner einsum tensordot conv1d conv2d conv3d "
     "_grouped_mm grouped_mm".split()

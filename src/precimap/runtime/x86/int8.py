@@ -13,7 +13,6 @@ Not taken: one wide product for layers that read one input. On the machine it wa
 """
 
 import functools
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +26,7 @@ from precimap.numerics.formats import INT8, IntegerFormat
 from precimap.runtime.shared_codes import SHARED
 from precimap.runtime.weights.low_weight import How, LowWeight, Parts
 from precimap.runtime.weights.products import CodedKernel, scales_of
-from precimap.runtime.weights.tracing import freezing
-
-
-class Traced(threading.local):
-    """The products that a compiler was given while this was set, by layer and place in it: what its code is held to."""
-
-    names: set[object] | None = None
-
-
-TRACED = Traced()
+from precimap.runtime.weights.tracing import TRACED, freezing
 
 
 @dataclass(frozen=True, slots=True)
