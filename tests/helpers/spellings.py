@@ -31,6 +31,8 @@ SPELLINGS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]]
     "linear": ((48, 32), F.linear),
     "matmul on the right": ((32, 48), lambda x, w: x @ w),
     "matmul of a turned batch": ((4, 48), lambda x, w: torch.matmul(x.transpose(1, 2), w)),
+    "square, on the left": ((32, 32), lambda x, w: torch.matmul(w, x.transpose(1, 2))),
+    "square, of a turned batch": ((4, 4), lambda x, w: torch.matmul(x.transpose(1, 2), w)),
     "its transpose": ((48, 32), lambda x, w: x @ w.t()),
     "mm": ((32, 48), lambda x, w: torch.mm(x.reshape(-1, 32), w)),
     "matmul on the left": ((48, 32), lambda x, w: torch.matmul(w, x.transpose(1, 2))),

@@ -114,6 +114,7 @@ def test_every_spelling_is_checked_against_its_emulation(how: str, monkeypatch: 
     [
         *("matmul on the right", "its transpose", "addmm of GPT-2", "einsum", "parts of one weight", "mm on the left"),
         *("experts for every row of a batch", "matmul on the left", "matmul of a turned batch"),
+        *("square, on the left", "square, of a turned batch"),
     ],
 )
 def test_compiled_spellings_are_int8_products(how: str) -> None:
@@ -140,7 +141,7 @@ def test_compiled_spellings_are_int8_products(how: str) -> None:
             "parts of one weight",
             "a slice",
         ),
-        *("matmul on the left", "matmul of a turned batch"),
+        *("matmul on the left", "matmul of a turned batch", "square, on the left", "square, of a turned batch"),
     ],
 )
 def test_exported_spellings_quantise(how: str) -> None:

@@ -33,20 +33,22 @@ def _viewed(func: Any, weight: LowWeight, *args: Any, **kwargs: Any) -> Any:
         viewed[name] = found
     if isinstance(viewed["codes"], Tensor):
         made = LowWeight(viewed, weight.how, weight.outward, weight.cache, root=False)
-        made.once = _once(func, weight, made)
+        made.once = _once(func, weight, made, *args)
         return made
     pieces = [dict(zip(viewed, parts, strict=True)) for parts in zip(*viewed.values(), strict=True)]
     return [LowWeight(piece, weight.how, weight.outward, weight.cache, root=False) for piece in pieces]
 
 
-def _once(func: Any, weight: LowWeight, made: LowWeight) -> LowWeight | None:
-    """The matrix that a view repeats, known by the shape of its last dims; None for any other view."""
+def _once(func: Any, weight: LowWeight, made: LowWeight, *args: Any) -> LowWeight | None:
+    """The matrix that a view repeats along its first dims; None for any other view. args: of the view."""
     once: Any = weight if func is _aten.expand.default else weight.once
-    if once is None or once.dim() != 2 or made.dim() <= 2:
+    if once is None or once.dim() != 2 or made.dim() <= 2 or func not in _REPEATED:
         return None
-    if func is _aten.transpose.int and weight.shape[-2:] != made.shape[-2:]:
-        once = once.t()
-    return once if func in _REPEATED and made.shape[-2:] == once.shape else None
+    if func is _aten.transpose.int:
+        last = {made.dim() - 1, made.dim() - 2}
+        once = once.t() if {dim % made.dim() for dim in args} == last else None
+    # A view in which both dims are as they were holds the same matrix, row after row.
+    return once if once is not None and made.shape[-2:] == once.shape else None
 
 
 def _view(func: Any, part: Tensor, *args: Any, **kwargs: Any) -> Any:
