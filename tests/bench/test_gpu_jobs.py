@@ -53,7 +53,7 @@ def checked(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.skipif(no_compiler() is not None, reason="compiled models need a C++ compiler")
 @pytest.mark.parametrize(
     ("sizes", "form"),
-    [(CLICKS, "eager"), (replace(CLICKS, dtype=torch.float32), "auto"), (ENCODER, "auto")],
+    [(CLICKS, "eager"), (replace(CLICKS, dtype=torch.float32), "auto"), (ENCODER, "eager")],
     ids=["clicks in BF16", "clicks in float32", "encoder"],
 )
 def test_the_whole_job_runs_and_reports_what_is_right(

@@ -236,9 +236,8 @@ def test_a_forward_that_passes_the_model_by_is_refused(gpu: str) -> None:
         fast[0](x_of(4, gpu))
 
 
-@pytest.mark.parametrize("form", ["graphs", "auto"])
 @no_gpu
-def test_from_a_search_to_a_served_model(form: str, gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_a_search_to_a_served_model(gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted times: graphs of the map are the fastest. What is certified, deployed and loaded are graphs."""
     plant_times(
         monkeypatch,
@@ -259,7 +258,7 @@ def test_from_a_search_to_a_served_model(form: str, gpu: str, tmp_path: Path, mo
         schemes="fp8",
         margin=0.2,
         target="cuda",
-        serving=Serving(form=form),
+        serving=Serving(form="auto"),
         effort=Effort(rounding_draws=0, timing_seconds=1.0),
         ledger=tmp_path / "ledger",
     )
