@@ -5,6 +5,7 @@ shipped.py     what a map ships, before any format: the one object that all writ
 calls.py       calls of the model as its task makes them: what is traced, and which sizes vary
 aoti.py        AOTInductor's package, for Python and C++
 int8_tokens_served.py, int8_tokens_served.cpp  scheme `int8` in a package: the operator in a library beside it
+fbgemm.py      embedding tables as FBGEMM and torchrec hold them
 difference.py  what was exported beside what was certified
 exported.py    the record of an export, `export.json`
 folder.py      a folder that is written as a whole or not at all

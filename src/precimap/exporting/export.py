@@ -17,7 +17,7 @@ from precimap.searching.progress import Progress, silent
 from precimap.task import Task
 
 # Target -> the module that writes it; imported when it is asked for.
-WRITERS = {"aoti": "precimap.exporting.aoti"}
+WRITERS = {"aoti": "precimap.exporting.aoti", "fbgemm": "precimap.exporting.fbgemm"}
 
 
 def export(
@@ -31,8 +31,8 @@ def export(
 ) -> Exported:
     """Write a map for the engine that serves it, into the new folder `output`.
 
-    to: `aoti`, a package of AOTInductor for this CPU, of the model with its codes. uncertified: also a map without a
-    certificate. Returns what was written, and what was measured of it.
+    to: `aoti`, a package of AOTInductor for this CPU, of the model with its codes; `fbgemm`, the embedding tables alone.
+    uncertified: also a map without a certificate. Returns what was written, and what was measured of it.
 
     Raises PremiseMismatch for a map of another model, MapError for one that cannot be read, is not certified or changes
     nothing, DeployError for what the engine cannot express, naming layers and reasons, SaveError for a folder that is
