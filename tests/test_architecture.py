@@ -69,7 +69,12 @@ TORCH_FREE = (
 # Each part may also use the library of its own extra.
 EXTRA_LIBRARIES = {"data": {"pyarrow"}}
 CORE_LIBRARIES = {"torch", "numpy", "scipy", "pydantic", "safetensors", "typer", "rich", "yaml", "precimap"}
-OPTIONAL = {"runtime/torchrec_tables.py": {"torchrec"}}  # imported inside functions, when it is asked for
+OPTIONAL = {  # imported inside functions, when it is asked for
+    "runtime/torchrec_tables.py": {"torchrec"},
+    "exporting/onnx_qdq.py": {"onnx", "onnxruntime", "onnxscript"},
+    "exporting/onnx_graph.py": {"onnx_ir", "onnxscript"},
+    "exporting/onnx_engines.py": {"onnx", "onnxruntime", "openvino"},
+}
 LONGEST_FILE, LONGEST_FUNCTION = 320, 80
 MOST_PARAMETERS, MOST_OF_THE_API, MOST_POSITIONAL = 5, 8, 4
 # Of these each parameter is an option of the command line, or one of torch's own operator.
@@ -80,6 +85,7 @@ OPERATORS = {
     "runtime/x86/tokens.py",
     "runtime/compiling/attention.py",
     "exporting/int8_tokens_served.py",
+    "exporting/onnx_spelling.py",
 }
 LONG = {
     "scaled_mm": "torch's operator, less what is always the same",

@@ -10,6 +10,7 @@ from precimap.certificate import Certificate as Certificate
 from precimap.end_to_end import EndToEnd as EndToEnd
 from precimap.exporting.export import export as export
 from precimap.exporting.exported import Exported as Exported
+from precimap.exporting.loaded import load_exported as load_exported
 from precimap.hardware_profile import HardwareProfile as HardwareProfile
 from precimap.layers.discover import discover as discover
 from precimap.layers.target import EMULATED as EMULATED

@@ -16,6 +16,7 @@ class ToName(StrEnum):
     """What a map can be exported to: the writers of `precimap.exporting.export`."""
 
     AOTI = "aoti"
+    ONNX = "onnx"
     FBGEMM = "fbgemm"
 
 
@@ -39,8 +40,8 @@ ToOption = Annotated[
     option(
         CHOICE,
         "Write the files that this engine loads: aoti is a package of AOTInductor for this CPU, which a server "
-        "loads from Python or C++ without precimap; fbgemm is the rows of all embedding tables, for FBGEMM and "
-        "torchrec.",
+        "loads from Python or C++ without precimap; onnx is a file of standard Q/DQ operators, for ONNX Runtime, "
+        "OpenVINO and others; fbgemm is the rows of all embedding tables, for FBGEMM and torchrec.",
     ),
 ]
 UncertifiedOption = Annotated[bool, option(CHOICE, "Export the map although nothing is proved of it.", "--uncertified")]

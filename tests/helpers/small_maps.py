@@ -1,6 +1,7 @@
 """Maps made by hand, plain and with everything that a search may claim of one."""
 
 from statistics import fmean, stdev
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,6 @@ from precimap.fingerprints import modules_of, of_weights
 from precimap.layers.inventory import Inventory
 from precimap.numerics.schemes import SCHEMES, Scheme
 from precimap.precision_map import Decision, Evidence, OfModel, PrecisionMap, Premise, Realignment, Verdict
-from precimap.runtime.x86.target import int8_scheme
 from precimap.searching.maps.assemble import premise_of
 from precimap.task import first_batch
 
@@ -102,8 +102,7 @@ def map_over(inventory: Inventory, choice: dict[str, str], target: str, premise:
                 shape=layer.shape,
                 ops=layer.ops,
                 contracted=layer.contracted,
-                input_scale=0.03 if choice.get(layer.name) == int8_scheme() else None,
-                input_zero=60 if choice.get(layer.name) == int8_scheme() else None,
+                **static_range(choice.get(layer.name)),
                 bytes=layer.bytes,
                 also_read_by=layer.also_read_by,
             )
@@ -111,6 +110,14 @@ def map_over(inventory: Inventory, choice: dict[str, str], target: str, premise:
         },
         premise=premise,
     )
+
+
+def static_range(scheme: str | None) -> dict[str, Any]:
+    """A range of inputs for the schemes that need one."""
+    if scheme is None or not SCHEMES[scheme].needs_calibration:
+        return {}
+    given = SCHEMES[scheme].input
+    return {"input_scale": 0.03, "input_zero": 0 if given is None or given.symmetric else 60}
 
 
 def premise_for(model: nn.Module) -> Premise:

@@ -10,7 +10,7 @@ What it does not have of `precimap.compile`: the look at each call's inputs for 
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -187,12 +187,12 @@ def _runs(shipped: Shipped, name: str) -> str:
     return f"{layer.scheme.name} (stored; decoded when read)"
 
 
-def inputs_of(calls: Calls) -> tuple[str, ...]:
-    """Each tensor of a call, with the sizes that may vary by letters."""
+def inputs_of(calls: Calls, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Each tensor of a call, with the sizes that may vary by letters; names: what the tensors are called in the file."""
     letters = dict[tuple[int, ...], str]()
     said = []
     for number, (name, tensor, dims) in enumerate(
-        zip(calls.example.names, calls.example.tensors, calls.varying, strict=True)
+        zip(names or calls.example.names, calls.example.tensors, calls.varying, strict=True)
     ):
         sizes = []
         for dim, size in enumerate(tensor.shape):

@@ -17,7 +17,11 @@ from precimap.searching.progress import Progress, silent
 from precimap.task import Task
 
 # Target -> the module that writes it; imported when it is asked for.
-WRITERS = {"aoti": "precimap.exporting.aoti", "fbgemm": "precimap.exporting.fbgemm"}
+WRITERS = {
+    "aoti": "precimap.exporting.aoti",
+    "onnx": "precimap.exporting.onnx_qdq",
+    "fbgemm": "precimap.exporting.fbgemm",
+}
 
 
 def export(
@@ -31,12 +35,13 @@ def export(
 ) -> Exported:
     """Write a map for the engine that serves it, into the new folder `output`.
 
-    to: `aoti`, a package of AOTInductor for this CPU, of the model with its codes; `fbgemm`, the embedding tables alone.
-    uncertified: also a map without a certificate. Returns what was written, and what was measured of it.
+    to: `aoti`, a package of AOTInductor for this CPU, of the model with its codes; `onnx`, a file of standard Q/DQ
+    operators, for ONNX Runtime, OpenVINO and others; `fbgemm`, the embedding tables alone. uncertified: also a map without
+    a certificate. Returns what was written, and what was measured of it.
 
     Raises PremiseMismatch for a map of another model, MapError for one that cannot be read, is not certified or changes
-    nothing, DeployError for what the engine cannot express, naming layers and reasons, SaveError for a folder that is
-    not empty or cannot be written.
+    nothing, DeployError for what the engine cannot express, naming layers and reasons, ImportError where the target's
+    extra is missing, SaveError for a folder that is not empty or cannot be written.
     """
     if to not in WRITERS:
         raise InputError(f"expected a target out of {', '.join(WRITERS)}, got {to!r}")

@@ -32,12 +32,26 @@ class Difference(Record):
     batches: int = Field(ge=1)
 
 
+class Served(Record):
+    """What one engine made of the files, on the machine of the export.
+
+    layers: each layer in low precision that the engine multiplies -> what its products run in there, which is not always
+    what the file asks for. refused: why it must not serve the files.
+    """
+
+    engine: str
+    version: str
+    layers: dict[str, str]
+    difference: Difference | None
+    refused: str | None
+
+
 class Exported(Record):
     """One exported map.
 
     to: the target's name. map: the fingerprint of the map. certified: None, or why what was exported is not certified.
     layers: each layer of the map -> what computes it in these files. inputs: what may vary in them. engine: versions that
-    made and checked the files. notes: what whoever serves them has to know.
+    made and checked the files. notes: what whoever serves them has to know. served: engines that ran the files here.
     """
 
     version: int = 1
@@ -50,6 +64,7 @@ class Exported(Record):
     difference: Difference | None
     engine: dict[str, str]
     notes: tuple[str, ...]
+    served: tuple[Served, ...] = ()
 
     def save(self, folder: Path) -> None:
         """Write it into the folder. Raises SaveError."""
