@@ -49,6 +49,7 @@ def tidied(model: Any, layers: Mapping[str, QuantizedLayer], sizes: Sequence[Seq
                 if reader.op_type == "Add":
                     reader.name = f"{node.name}/bias" + (str(number) if number else "")
             _name_parts(model.graph, node)
+    _name_tables(model.graph, layers)
     return products
 
 
@@ -123,6 +124,20 @@ def _name_parts(graph: Any, product: Any) -> None:
                 name = f"{product.name}.{part}"
                 if name not in graph.initializers and not constant.name.endswith(f".{part}"):
                     constant.name = name
+
+
+def _name_tables(graph: Any, layers: Mapping[str, QuantizedLayer]) -> None:
+    """`words.weight.codes`, which torch.export has as `words.parametrizations.weight.original0`."""
+    for name, layer in layers.items():
+        module, _, attribute = name.rpartition(".")
+        affine = layer.weight_affine
+        parts = ["codes", "scale", *(["zero"] if affine.zero is not None else ())]
+        parts += [*(["offset"] if affine.offset is not None else ()), *(["wide"] if layer.keeps else ())]
+        for number, part in enumerate(parts):
+            prefix = f"{module}." if module else ""
+            constant = graph.initializers.get(f"{prefix}parametrizations.{attribute}.original{number}")
+            if constant is not None:
+                constant.name = f"{name}.{part}"
 
 
 def _name_sizes(graph: Any, sizes: Sequence[Sequence[str]]) -> None:
