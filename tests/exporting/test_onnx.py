@@ -370,3 +370,49 @@ def test_without_the_extra(task: pm.Task, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"pip install 'precimap\[onnx\]'"):
         pm.export(task, map_of(task, LOW), to="onnx", output=tmp_path / "two", uncertified=True)
+
+
+class Ragged(nn.Module):
+    """Bags that begin at offsets, a tied table, and a dataclass of transformers for a result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.bags, self.mean = (
+            nn.EmbeddingBag(900, 16, mode="sum"),
+            nn.EmbeddingBag(900, 16, mode="mean", padding_idx=3),
+        )
+        self.wide, self.head = nn.Linear(32, 64), nn.Linear(64, 2)
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        hidden = torch.relu(self.wide(torch.cat([self.bags(ids, offsets), self.mean(ids, offsets)], 1)))
+        return SequenceClassifierOutput(logits=self.head(hidden))
+
+
+def test_ragged_bags_and_a_dataclass_of_outputs(tmp_path: Path) -> None:
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    def given(size: int, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(2, 9, (size,), generator=generator)
+        lengths[0] = 0  # a bag of nothing
+        ids = torch.randint(900, (int(lengths.sum()),), generator=generator)
+        return {"ids": ids, "offsets": lengths.cumsum(0) - lengths, "labels": lengths % 2}
+
+    def scores(model: nn.Module, batch: Batch) -> Tensor:
+        found: Tensor = model(batch["ids"], batch["offsets"]).logits
+        return found
+
+    made = [[given(200 + number, 10 * split + number) for number in range(2)] for split in range(3)]
+    task = pm.Task(Ragged().eval(), splits=pm.Splits(*made), metric="log-loss", forward=scores, name="ragged")
+    low = {"bags.weight": "int8-row", "wide.weight": "int8-static"}
+    found = pm.export(task, map_of(task, low), to="onnx", output=tmp_path / "out", uncertified=True)
+    assert found.inputs == ("ids: int64 [n]", "offsets: int64 [n1]")
+    deployed, batch = pm.deploy(task.model, map_of(task, low), target="cpu-int8"), given(7, 99)
+    for engine in PROVEN:
+        result = pm.load_exported(tmp_path / "out", engine=engine)(batch["ids"], batch["offsets"])
+        assert type(result) is SequenceClassifierOutput
+        off = (result.logits - scores(deployed, batch)).abs().mean()
+        assert off <= 0.1 * (scores(task.model, batch) - scores(deployed, batch)).abs().mean(), engine
