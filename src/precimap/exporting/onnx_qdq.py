@@ -228,7 +228,7 @@ def _runs(shipped: Shipped, name: str, proven: Sequence[Served]) -> str:
 
 def _notes(served: Sequence[Served]) -> list[str]:
     said = [
-        f"{found.engine} {found.version} must not serve this file: {found.refused}"
+        f"{found.engine} must not serve this file: {found.refused}"
         for found in served
         if found.refused is not None
     ]
