@@ -125,6 +125,7 @@ def test_engines_multiply_in_int8_and_compute_the_certified_model(written: Writt
     assert found.layers["gate.weight"] == "bf16 (operands and result rounded)"
     assert found.layers["out.weight"] == "float32"
     assert found.inputs == ("words: int64 [n, n1]", "tags: int64 [n, 5]")
+    assert any("OpenVINO 2026.4 cuts values off where they become BF16" in note for note in found.notes)
     page = exported_page(found, folder).plain  # type: ignore[union-attr]
     assert "onnxruntime 1." in page
     assert "products of layers: 4 in INT8; scores beside the certified form (cpu-int8)" in page
@@ -234,6 +235,28 @@ def test_a_product_that_an_engine_computes_in_float_is_told(written: Written, tm
     assert openvino(tmp_path / "model.onnx").layer(["deep.weight"]) == "INT8"
 
 
+def plain_task(model: nn.Module, inputs: list[list[Tensor]]) -> pm.Task:
+    made = [[{"x": x, "labels": torch.randint(8, x.shape[:1])} for x in split] for split in inputs]
+    return pm.Task(
+        model.eval(),
+        splits=pm.Splits(*made),
+        metric="log-loss",
+        forward=lambda model, batch: model(batch["x"]),
+        name="plain",
+    )
+
+
+@pytest.fixture(scope="module")
+def small() -> pm.Task:
+    """What a fault is planted in."""
+    torch.manual_seed(9)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Sigmoid(), nn.Linear(64, 8))
+    return plain_task(model, [[torch.randn(60 + n, 32) for n in range(2)] for _ in range(3)])
+
+
+BOTH = {"0.weight": "int8-static", "2.weight": "int8-static"}
+
+
 def exported_with(changed: Any, monkeypatch: pytest.MonkeyPatch, task: pm.Task, folder: Path) -> Exported:
     """An export whose graph was changed after torch made it."""
     right = onnx_qdq._translated
@@ -244,21 +267,20 @@ def exported_with(changed: Any, monkeypatch: pytest.MonkeyPatch, task: pm.Task, 
         return made, structure
 
     monkeypatch.setattr(onnx_qdq, "_translated", wrong)
-    return pm.export(task, map_of(task, LOW), to="onnx", output=folder, uncertified=True)
+    return pm.export(task, map_of(task, BOTH), to="onnx", output=folder, uncertified=True)
 
 
-def deep(graph: Any) -> Any:
+def first(graph: Any) -> Any:
     (product,) = (
         node
         for node in graph
-        if node.metadata_props.get("precimap.layer") == "deep.weight"
-        and node.metadata_props["precimap.role"] == "product"
+        if node.metadata_props.get("precimap.layer") == "0.weight" and node.metadata_props["precimap.role"] == "product"
     )
     return product
 
 
 def without_a_pair(graph: Any) -> None:
-    product = deep(graph)
+    product = first(graph)
     pair = product.inputs[0].producer()
     product.replace_input_with(0, pair.inputs[0].producer().inputs[0])
 
@@ -273,38 +295,38 @@ def with_another_input_scale(graph: Any) -> None:
     [
         (
             without_a_pair,
-            r"deep\.weight: expected its input through QuantizeLinear and DequantizeLinear of scale 0\.03",
+            r"0\.weight: expected its input through QuantizeLinear and DequantizeLinear of scale 0\.03",
         ),
         (with_another_input_scale, r"expected its input through .* and zero 60, found"),
     ],
 )
 def test_what_a_translator_changes_is_refused(
-    fault: Any, said: str, task: pm.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Any, said: str, small: pm.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DeployError, match=said):
-        exported_with(fault, monkeypatch, task, tmp_path / "out")
+        exported_with(fault, monkeypatch, small, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("part", ["codes", "scales"])
 def test_a_writer_that_changes_the_codes_is_found(
-    part: str, task: pm.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str, small: pm.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = onnx_qdq.weight_in_onnx
 
     def wrong(layer: QuantizedLayer, parameter: Tensor) -> Any:
         codes, scale = layer.codes.clone(), layer.weight_affine.scale.clone()
-        if layer.name == "deep.weight":
+        if layer.name == "0.weight":
             codes[0, 0] ^= part == "codes"
             scale[0] *= 1.001 if part == "scales" else 1
         return right(replace(layer, codes=codes, weight_affine=replace(layer.weight_affine, scale=scale)), parameter)
 
     monkeypatch.setattr(onnx_qdq, "weight_in_onnx", wrong)
-    with pytest.raises(DeployError, match=rf"deep\.weight: expected the map's {part}"):
-        pm.export(task, map_of(task, LOW), to="onnx", output=tmp_path / "out", uncertified=True)
+    with pytest.raises(DeployError, match=rf"0\.weight: expected the map's {part}"):
+        pm.export(small, map_of(small, BOTH), to="onnx", output=tmp_path / "out", uncertified=True)
 
 
-def test_a_file_of_another_model_is_refused(task: pm.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_model_is_refused(small: pm.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a translator that computes something else would give it: the sigmoid left out."""
 
     def wrong(graph: Any) -> None:
@@ -314,7 +336,7 @@ def test_a_file_of_another_model_is_refused(task: pm.Task, tmp_path: Path, monke
     with pytest.raises(
         DeployError, match=r"no engine here serves it: onnxruntime: .*another model.*openvino: .*another model"
     ):
-        exported_with(wrong, monkeypatch, task, tmp_path / "out")
+        exported_with(wrong, monkeypatch, small, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -370,6 +392,26 @@ def test_without_the_extra(task: pm.Task, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"pip install 'precimap\[onnx\]'"):
         pm.export(task, map_of(task, LOW), to="onnx", output=tmp_path / "two", uncertified=True)
+
+
+def test_a_convolution_is_refused_and_one_over_single_positions_is_none(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    task = plain_task(model, [[torch.randn(60 + n, 3, 8, 8) for n in range(2)] for _ in range(3)])
+    with pytest.raises(DeployError, match=r"0\.weight: something reads it that is no product of matrices"):
+        pm.export(
+            task,
+            map_of(task, {"0.weight": "int8-static"}, "emulated"),
+            to="onnx",
+            output=tmp_path / "a",
+            uncertified=True,
+        )
+    low = {"0.weight": "bf16", "2.weight": "int8-static"}
+    found = pm.export(task, map_of(task, low, "emulated"), to="onnx", output=tmp_path / "b", uncertified=True)
+    ort = found.served[0]
+    assert ort.layers == {"2.weight": "INT8"}
+    assert ort.difference is not None
+    assert ort.difference.rms <= 0.2 * ort.difference.quantising
 
 
 class Ragged(nn.Module):

@@ -66,7 +66,7 @@ def onnxruntime(path: Path) -> Running:
     names = [given.name for given in session.get_inputs()]
 
     def call(inputs: Sequence[Tensor]) -> list[Tensor]:
-        feed = {name: tensor.detach().contiguous().numpy() for name, tensor in zip(names, inputs, strict=True)}
+        feed = {name: _array(tensor, name) for name, tensor in zip(names, inputs, strict=True)}
         return [torch.from_numpy(found) for found in session.run(None, feed)]
 
     int8 = [(node.name, "INT8") for node in graph.node if node.op_type in _ORT_INT8]
@@ -96,7 +96,7 @@ def _openvino(path: Path, name: str, rest: str) -> Running:
     names = [given.get_any_name() for given in compiled.inputs]
 
     def call(inputs: Sequence[Tensor]) -> list[Tensor]:
-        feed = {name: tensor.detach().contiguous().numpy() for name, tensor in zip(names, inputs, strict=True)}
+        feed = {name: _array(tensor, name) for name, tensor in zip(names, inputs, strict=True)}
         found = compiled(feed, share_inputs=True)
         return [torch.from_numpy(found[place].copy()) for place in range(len(compiled.outputs))]
 
@@ -107,6 +107,14 @@ def _openvino(path: Path, name: str, rest: str) -> Running:
             precision = said["runtimePrecision"].value
             products.append((said["originalLayersNames"].value, _PRECISIONS.get(precision, precision)))
     return Running(name, version, call, tuple(products))
+
+
+def _array(tensor: Tensor, name: str) -> Any:
+    if tensor.dtype == torch.bfloat16:
+        raise DeployError(
+            f"input {name} is BF16, which NumPy and so these engines do not take from Python; give it in float32"
+        )
+    return tensor.detach().cpu().contiguous().numpy()
 
 
 ENGINES: dict[str, Callable[[Path], Running]] = {

@@ -58,6 +58,8 @@ class OnnxKernel(CodedKernel):
 
     def rows(self, x: Tensor, weight: LowWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         name = weight.how.name
+        if weight.affine.zero is not None or weight.affine.offset is not None:  # rows of a table, which has no input
+            return F.linear(x.float(), weight.dequantize(), None if bias is None else bias.float()).to(dtype)
         codes, scales = weight.codes.t(), scales_of(weight)
         if scales is None:
             raise DeployError(f"{name}: expected one scale for each output of its products")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
@@ -49,10 +50,7 @@ def write(shipped: Shipped, folder: Path) -> Exported:
     _check_schemes(shipped)
     calls = calls_of(shipped.task, shipped.model)
     model = placed(shipped.model, shipped.layers, weight_in_onnx, owned=True)
-    with _quiet():
-        with spelled_for_onnx():
-            traced = exported_program(model.eval(), calls)
-        program = traced.run_decompositions({})  # before, weights that calls other than `linear` read are still whole
+    program = _traced(model.eval(), calls)
     made, structure = _translated(program)
     names = [value.name for value in made.model.graph.inputs]
     products = tidied(made.model, shipped.layers, [_sizes(said) for said in inputs_of(calls)])
@@ -75,7 +73,7 @@ def write(shipped: Shipped, folder: Path) -> Exported:
         difference=proven[0].difference,
         engine={"torch": torch.__version__, "onnx": onnx.__version__, "opset": str(OPSET)}
         | {found.engine: found.version for found in served},
-        notes=tuple(_notes(served)),
+        notes=tuple(_notes(shipped, served)),
         served=served,
     )
 
@@ -104,6 +102,31 @@ def _check_schemes(shipped: Shipped) -> None:
             refused.setdefault(f"{layer.scheme.name}: {reason}", []).append(name)
     if refused:
         raise DeployError("; ".join(f"{', '.join(names)} in {reason}" for reason, names in refused.items()))
+
+
+def _traced(model: nn.Module, calls: Calls) -> ExportedProgram:
+    """The model as operators, those of its layers in low precision ONNX's. Raises DeployError as `exported_program` does."""
+    with _quiet():
+        with spelled_for_onnx():
+            program = exported_program(model, calls)
+        try:
+            # Before, weights that calls other than `linear` read are still whole.
+            apart: ExportedProgram = program.run_decompositions({})
+            return apart
+        except Exception as error:
+            root = _root(error)
+            if isinstance(root, DeployError):
+                raise root from error
+            raise DeployError(
+                f"torch.export cannot take the model apart ({type(root).__name__}: {first_line(root)})"
+            ) from error
+
+
+def _root(error: BaseException) -> BaseException:
+    """What was raised first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _check_products(
@@ -136,9 +159,7 @@ def _translated(program: ExportedProgram) -> tuple[Any, Structure]:
                 verbose=False,
             )
     except Exception as error:
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
+        root = _root(error)
         raise DeployError(
             f"torch.onnx.export cannot translate the model ({type(root).__name__}: {first_line(root)}); --to aoti takes "
             "whatever torch.export traces"
@@ -226,11 +247,9 @@ def _runs(shipped: Shipped, name: str, proven: Sequence[Served]) -> str:
     return f"{scheme.name} as Q/DQ ({', '.join(f'{found.engine} {found.layers[name]}' for found in proven)})"
 
 
-def _notes(served: Sequence[Served]) -> list[str]:
+def _notes(shipped: Shipped, served: Sequence[Served]) -> list[str]:
     said = [
-        f"{found.engine} must not serve this file: {found.refused}"
-        for found in served
-        if found.refused is not None
+        f"{found.engine} must not serve this file: {found.refused}" for found in served if found.refused is not None
     ]
     ran = {found.engine for found in served}
     missing = [engine for engine in (ORT, OPENVINO) if engine not in ran]
@@ -241,6 +260,11 @@ def _notes(served: Sequence[Served]) -> list[str]:
         said.append(
             "OpenVINO computes what has no scheme in BF16 on CPUs that multiply it, which is not what was certified; "
             "INFERENCE_PRECISION_HINT f32 computes what the map says."
+        )
+    if OPENVINO in ran and any(layer.scheme.result is not None for layer in shipped.layers.values()):
+        said.append(
+            "OpenVINO 2026.4 cuts values off where they become BF16, instead of rounding them, and leaves out a rounding to "
+            "FP16: its bf16 and fp16 layers are near those of the map and not the same."
         )
     said.append(
         "The certificate was measured on the form that is named; an engine divides by an input's scale where precimap "
