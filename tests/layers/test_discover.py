@@ -161,6 +161,27 @@ def test_engines_fuse_by_name() -> None:
     assert {names[3], names[4], names[7]}.isdisjoint(groups)
 
 
+@pytest.mark.parametrize(
+    ("together", "apart"),
+    [
+        ("attn.q_proj attn.k_proj attn.v_proj", "attn.g_proj other.q_proj"),
+        ("linear_attn.q_proj linear_attn.k_proj linear_attn.v_proj linear_attn.g_proj", "linear_attn.o_proj"),
+        ("a.q_proj a.k_proj a.v_proj a.b_proj a.forget_gate.f_a_proj a.g_proj", "a.forget_gate.f_b_proj a.o_proj"),
+        ("a.q_a_proj a.kv_a_proj_with_mqa a.g_proj", "a.q_b_proj a.kv_b_proj"),
+        ("a.q_a_proj a.kv_a_proj_with_mqa", "a.q_b_proj a.kv_b_proj"),
+        ("attn.wq_a attn.wkv", "attn.compressor.wgate attn.wq_b"),
+        ("attn.compressor.wkv attn.compressor.wgate", "attn.wo_a"),
+        ("feed_forward.w1 feed_forward.w3", "feed_forward.w2"),
+        ("attn.q_proj attn.k_proj", "attn.o_proj"),  # keys that are values, too
+    ],
+)
+def test_fused_parts_of_one_module(together: str, apart: str) -> None:
+    """Planted by hand from what vLLM's own models stack."""
+    groups = fused_by_engines([f"m.{name}.weight" for name in (*together.split(), *apart.split())])
+    assert {name.removeprefix("m.").removesuffix(".weight") for name in groups} == {*together.split()}
+    assert len({*groups.values()}) == 1
+
+
 def test_tied_weights_know_each_other() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
