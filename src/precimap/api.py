@@ -10,6 +10,9 @@ from precimap.certificate import Certificate as Certificate
 from precimap.end_to_end import EndToEnd as EndToEnd
 from precimap.exporting.export import export as export
 from precimap.exporting.exported import Exported as Exported
+from precimap.exporting.linting.findings import Finding as Finding
+from precimap.exporting.linting.findings import Linted as Linted
+from precimap.exporting.linting.lint import lint as lint
 from precimap.exporting.loaded import load_exported as load_exported
 from precimap.hardware_profile import HardwareProfile as HardwareProfile
 from precimap.layers.discover import discover as discover

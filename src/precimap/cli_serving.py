@@ -1,4 +1,4 @@
-"""The verbs that put a map to work: deploy, export, bench-device.
+"""The verbs that put a map to work: deploy, export, lint, bench-device.
 
 Invariant: as of `cli_searching`: torch is imported inside the verb that needs it.
 """
@@ -10,7 +10,7 @@ from dataclasses import asdict
 import precimap.cli_options as options
 import precimap.cli_serving_options as serving
 from precimap.cli_app import ERRORS, command
-from precimap.cli_ending import Result
+from precimap.cli_ending import DONE, NO, Result
 from precimap.errors import EmulatedWarning, MapError, UncertifiedMapWarning
 from precimap.numerics.schemes import SCHEMES
 from precimap.report.progress_bar import progress_bar
@@ -61,6 +61,7 @@ def export(
     to: serving.ToOption,
     output: serving.FolderOption,
     uncertified: serving.UncertifiedOption = False,
+    checkpoint: serving.CheckpointOption = None,
     as_json: options.JsonOption = False,
 ) -> Result:
     """Write a map as the files that a serving engine loads, and compare what they compute with what was certified."""
@@ -72,9 +73,28 @@ def export(
     loaded = load_task(task)
     with progress_bar(ERRORS) as progress:
         found = export_map(
-            loaded, precision_map, to=to.value, output=output, uncertified=uncertified, progress=progress
+            loaded,
+            precision_map,
+            to=to.value,
+            output=output,
+            uncertified=uncertified,
+            checkpoint=checkpoint,
+            progress=progress,
         )
     return Result(row=found.model_dump(mode="json"), page=exported_page(found, output), as_json=as_json)
+
+
+@command
+def lint(
+    checkpoint: serving.CheckpointArgument, *, engine: serving.EngineOption, as_json: options.JsonOption = False
+) -> Result:
+    """Look at a compressed-tensors checkpoint of any tool as an engine would read it; exit 1 where it would misread."""
+    from precimap.exporting.linting.lint import lint as lint_checkpoint
+    from precimap.report.linted_page import linted_page
+
+    found = lint_checkpoint(checkpoint, engine=engine.value)
+    row = {**found.model_dump(mode="json"), "misread": len(found.misread)}
+    return Result(row=row, page=linted_page(found, checkpoint), as_json=as_json, code=NO if found.misread else DONE)
 
 
 @command

@@ -18,6 +18,18 @@ class ToName(StrEnum):
     AOTI = "aoti"
     ONNX = "onnx"
     FBGEMM = "fbgemm"
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    TRANSFORMERS = "transformers"
+
+
+class EngineName(StrEnum):
+    """Who reads a checkpoint: the engines of `precimap.exporting.linting.engine_rules`."""
+
+    VLLM = "vllm"
+    VLLM_CPU = "vllm-cpu"
+    SGLANG = "sglang"
+    TRANSFORMERS = "transformers"
 
 
 DeployTargetOption = Annotated[
@@ -41,8 +53,23 @@ ToOption = Annotated[
         CHOICE,
         "Write the files that this engine loads: aoti is a package of AOTInductor for this CPU, which a server "
         "loads from Python or C++ without precimap; onnx is a file of standard Q/DQ operators, for ONNX Runtime, "
-        "OpenVINO and others; fbgemm is the rows of all embedding tables, for FBGEMM and torchrec.",
+        "OpenVINO and others; fbgemm is the rows of all embedding tables, for FBGEMM and torchrec; vllm, sglang and "
+        "transformers are compressed-tensors checkpoints.",
     ),
+]
+CheckpointOption = Annotated[
+    Path | None,
+    option(
+        CHOICE,
+        "Rewrite this Hugging Face folder, which the model came from; by default the one that the model's config names.",
+    ),
+]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Give the folder of a compressed-tensors checkpoint.")
+]
+EngineOption = Annotated[
+    EngineName,
+    option(CHOICE, "Look at it as this engine reads it; vllm-cpu is vLLM on a CPU.", "--for"),
 ]
 UncertifiedOption = Annotated[bool, option(CHOICE, "Export the map although nothing is proved of it.", "--uncertified")]
 FolderOption = Annotated[

@@ -16,4 +16,7 @@ loaded.py      load_exported(): an exported folder as a model again
 difference.py  what was exported beside what was certified
 exported.py    the record of an export, `export.json`
 folder.py      a folder that is written as a whole or not at all
+hf_folder.py   a Hugging Face folder: its config, its tensors, its other files
+checkpoints/   compressed-tensors checkpoints, which vLLM, SGLang and transformers load
+linting/       what an engine would do with such a checkpoint, of any tool
 """

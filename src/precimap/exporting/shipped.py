@@ -6,6 +6,7 @@ What is not in low precision is the model's own, realigned and cast as the map s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -21,13 +22,16 @@ from precimap.task import Task
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shipped:
     """model: as given, or realigned and cast, in base precision. layers: codes and scales, by name. progress: of the writer,
-    a stage for each part of its work."""
+    a stage for each part of its work. to: the target's name. checkpoint: the folder that the model came from, for targets
+    that rewrite it; None: as its config says."""
 
     task: Task
     map: PrecisionMap
     model: nn.Module
     layers: Mapping[str, QuantizedLayer]
     progress: Progress = silent
+    to: str = ""
+    checkpoint: Path | None = None
 
 
 def shipped(task: Task, precision_map: PrecisionMap, *, uncertified: bool, progress: Progress = silent) -> Shipped:
