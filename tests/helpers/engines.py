@@ -1,0 +1,47 @@
+"""The serving engines of `.venv-engines`, which `make engines` installs: what they compute, asked in a process of theirs.
+
+Their Python has another transformers and another compressed-tensors than the tests; files pass between the two.
+"""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-engines" / "bin" / "python"
+SCRIPTS = ROOT / "tests" / "engines"
+
+needs_engines = pytest.mark.skipif(
+    not PYTHON.exists(), reason="the engines are not installed; make engines does it (3.4 GB)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """outputs: by module; kernels: what runs each; error: what stopped the engine, or nothing."""
+
+    outputs: dict[str, Tensor]
+    kernels: dict[str, str]
+    error: str
+
+
+def asked(script: str, checkpoint: Path, inputs: dict[str, Tensor], into: Path, *options: str) -> Answer:
+    """Run one of the scripts on a checkpoint; `into`: a folder for the files that pass."""
+    into.mkdir(parents=True, exist_ok=True)
+    save_file(inputs, into / "inputs.safetensors")
+    outputs = into / "outputs.safetensors"
+    given = [PYTHON, SCRIPTS / script, checkpoint, into / "inputs.safetensors", outputs, *options]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    ended = subprocess.run(given, capture_output=True, text=True, env=environment, check=False, timeout=500)
+    if not outputs.exists():
+        return Answer({}, {}, f"it ended with {ended.returncode}: {ended.stderr[-600:]}")
+    with safe_open(str(outputs), framework="pt") as file:
+        said = file.metadata()
+    return Answer(load_file(outputs), json.loads(said.get("kernels", "{}")), said.get("error", ""))
