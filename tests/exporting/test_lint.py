@@ -16,6 +16,7 @@ from torch import Tensor
 
 import precimap as pm
 from helpers.planted_faults import EXPORTED, Edit, edited, exported_llama
+from helpers.tiny_llama import load_llama, save_llama
 from precimap.errors import InputError, ModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns about parts of its own
@@ -49,8 +50,35 @@ def test_a_planted_fault_is_found(fault: Any, right: Path, tmp_path: Path) -> No
     assert said.to_do
 
 
+def test_what_compressed_tensors_itself_writes_is_right(tmp_path: Path) -> None:
+    """FP8 of all Linears by the name of their class, with newer fields at the top, which vLLM 0.32 was seen to load."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    model: Any = load_llama(save_llama(tmp_path / "base"))
+    arguments = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**arguments, "strategy": "channel", "dynamic": False},
+        "input_activations": {**arguments, "strategy": "token", "dynamic": True},
+    }
+    config = {"format": "float-quantized", "ignore": ["lm_head"], "config_groups": {"all": group}}
+    apply_quantization_config(model, QuantizationConfig.model_validate(config))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            amax = module.weight.float().abs().amax(1, keepdim=True)
+            module.weight_scale.data = (amax / 448).to(module.weight_scale.dtype)
+    compressor: Any = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "out")
+    compressor.update_config(tmp_path / "out")
+    for engine in ("vllm", "vllm-cpu", "sglang", "transformers"):
+        found = pm.lint(tmp_path / "out", engine=engine)
+        assert not found.misread
+        assert found.layers == {"fp8": 21, "not quantised": 1}
+
+
 Q = "model.layers.1.self_attn.q_proj"
-GATE = "model.layers.1.mlp.gate_proj"
 
 
 def nvfp4(own: bool) -> Edit:

@@ -73,6 +73,10 @@ def newer_field(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     groups(config)["int8"]["weights"]["scale_format"] = "float32"
 
 
+def newer_field_of_a_group(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    groups(config)["int8"]["smoothed"] = True
+
+
 def no_format(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     del groups(config)["int8"]["format"]
 
@@ -159,6 +163,13 @@ EXPORTED = (
     Fault(edit=value_in_fp8, rule="fused-schemes", effect="misread", layers=QKV, engines=FUSING),
     Fault(edit=value_unquantised, rule="fused-schemes", effect="refused", layers=QKV, engines=FUSING),
     Fault(edit=newer_field, rule="unknown-field", effect="refused", layers=()),
+    Fault(
+        edit=newer_field_of_a_group,
+        rule="unknown-field",
+        effect="refused",
+        layers=(),
+        engines=("sglang", "transformers"),
+    ),
     Fault(edit=no_format, rule="format", effect="refused", layers=_INT8),
     Fault(edit=unanchored, rule="unanchored-regex", effect="misread", layers=_DOWN),
     Fault(edit=no_scale, rule="missing-tensor", effect="misread", layers=_DOWN),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from precimap.exporting.linting.checked import Checked, Group, in_order, matches
-from precimap.exporting.linting.findings import Finding, by_layer
+from precimap.exporting.linting.findings import Effect, Finding, by_layer
 from precimap.exporting.linting.kinds import FORMATS
 
 _ARGUMENTS = frozenset(
@@ -16,29 +16,30 @@ _ARGUMENTS = frozenset(
     "observer_kwargs".split()
 )
 _GROUP = frozenset("targets weights input_activations output_activations format".split())
-_WHOLE = frozenset(
-    "config_groups quant_method kv_cache_scheme format quantization_status global_compression_ratio ignore run_compressed "
-    "version sparsity_config transform_config".split()
-)
 _ENCODER = re.compile(r"(^|\.)attention\.self\.(query|key|value)$")
 
 
-def fields(checked: Checked) -> Iterator[Finding]:
-    """Fields that compressed-tensors 0.17 does not know."""
-    unknown = [f"quantization_config.{name}" for name in checked.config if name not in _WHOLE]
+def fields(checked: Checked, engine: str) -> Iterator[Finding]:
+    """Fields that compressed-tensors 0.17 does not know. At the top it ignores them, and so do all engines."""
+    arguments: list[str] = []
+    groups = [f"{group.name}.{name}" for group in checked.groups for name in group.row if name not in _GROUP]
     for group in checked.groups:
-        unknown += [f"{group.name}.{name}" for name in group.row if name not in _GROUP]
         for part in ("weights", "input_activations", "output_activations"):
             row = group.row.get(part)
-            unknown += [f"{group.name}.{part}.{name}" for name in (row or {}) if name not in _ARGUMENTS]
-    if unknown:
-        yield Finding(
-            rule="unknown-field",
-            effect="refused",
-            layers=(),
-            engine_does=f"compressed-tensors 0.17 does not know {', '.join(unknown[:4])} and reads no config with it",
-            to_do="leave the field out if what it says is the default; else the engine cannot run this",
-        )
+            arguments += [f"{group.name}.{part}.{name}" for name in (row or {}) if name not in _ARGUMENTS]
+    # vLLM takes what it knows of a group by itself, and gives the arguments to compressed-tensors.
+    of_groups: Effect = "note" if engine in ("vllm", "vllm-cpu") else "refused"
+    found: tuple[tuple[list[str], Effect], ...] = ((arguments, "refused"), (groups, of_groups))
+    for names, effect in found:
+        if names:
+            does = "ignores it" if effect == "note" else "reads no config with it"
+            yield Finding(
+                rule="unknown-field",
+                effect=effect,
+                layers=(),
+                engine_does=f"compressed-tensors 0.17 does not know {', '.join(names[:4])}, and {engine} {does}",
+                to_do="leave the field out if it says what goes without saying; else the engine cannot run this",
+            )
 
 
 def formats(checked: Checked) -> Iterator[Finding]:

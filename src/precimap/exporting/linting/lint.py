@@ -33,7 +33,8 @@ def lint(checkpoint: str | Path, *, engine: str) -> Linted:
 
 
 def _findings(checked: Checked, engine: str) -> Iterator[Finding]:
-    for rule in (config_rules.fields, config_rules.formats, config_rules.targets):
+    yield from config_rules.fields(checked, engine)
+    for rule in (config_rules.formats, config_rules.targets):
         yield from rule(checked)
     for rule in (tensor_rules.tensors, tensor_rules.elsewhere, tensor_rules.scales):
         yield from rule(checked)
