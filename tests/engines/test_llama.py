@@ -53,8 +53,8 @@ def exported(folder: Path, task: pm.Task) -> Path:
 
 def parts_of(module: str) -> list[str]:
     """The checkpoint's modules of one of vLLM's."""
-    prefix, _, last = module.rpartition(".")
-    return [f"{prefix}.{part}" for part in PARTS.get(last, (last,))]
+    prefix, dot, last = module.rpartition(".")
+    return [f"{prefix}{dot}{part}" for part in PARTS.get(last, (last,))]
 
 
 def simulated(model: nn.Module, layers: dict[str, QuantizedLayer], module: str, given: dict[str, Tensor]) -> Tensor:
@@ -83,7 +83,7 @@ def test_vllm_runs_each_product_as_the_map_says(
     given, choice = inputs(), mixed_choice()
     found: Answer = asked("vllm_layers.py", exported, given, tmp_path)
     assert not found.error
-    assert len(found.kernels) == 12
+    assert len(found.kernels) == 13
     for module, kernel in found.kernels.items():
         (scheme,) = {choice.get(f"{part}.weight") for part in parts_of(module)}
         assert kernel == KERNELS[scheme], module

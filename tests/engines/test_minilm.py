@@ -80,3 +80,15 @@ def test_every_product_and_every_embedding(task: pm.Task, tmp_path: Path) -> Non
     changed = 1 - F.cosine_similarity(original, simulated, dim=1)
     assert bool((apart < changed).all())  # what quantising and BF16 change together, of which BF16 is half
     assert float(apart.max()) < 5e-4
+
+
+def test_names_of_the_checkpoint_alone_stop_vllm(task: pm.Task, tmp_path: Path) -> None:
+    """The linter says so: with the checkpoint's names as targets, vLLM does not find an encoder's projections."""
+    given = map_of(task, choice(), "emulated").model_copy(update={"cast": "bfloat16"})
+    pm.export(task, given, to="vllm", output=tmp_path / "out", uncertified=True)
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text().replace(r"(self|output)\\.", r"self\\."))
+    assert [one.rule for one in pm.lint(tmp_path / "out", engine="vllm").misread] == ["encoder-names"]
+    tokens = task.splits.calibration[0]["input_ids"]
+    found = asked("vllm_layers.py", tmp_path / "out", {"tokens": tokens}, tmp_path, "pooling")
+    assert "QKVParallelLinear" in found.error

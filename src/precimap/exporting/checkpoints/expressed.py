@@ -26,7 +26,7 @@ _PLACES = re.compile(
     r"(self_attn|attn|attention|linear_attn)\.(q|k|v|o|qkv|out|g)_proj|"
     r"self_attn\.(q_a_proj|kv_a_proj_with_mqa|q_b_proj|dense)|linear_attn\.in_proj_(qkv|z)|"
     r"attention\.self\.(query|key|value)|attention\.output\.dense|intermediate\.dense|layer\.\d+\.output\.dense|"
-    r"(mlp|feed_forward|shared_experts?)\.(gate_proj|up_proj|gate_up_proj|down_proj|w1|w2|w3|fc1|fc2)"
+    r"lm_head|(mlp|feed_forward|shared_experts?)\.(gate_proj|up_proj|gate_up_proj|down_proj|w1|w2|w3|fc1|fc2)"
     r")$"
 )
 _BASES = {"vllm": ("bfloat16",), "sglang": ("bfloat16",), "transformers": ("bfloat16", "float32")}

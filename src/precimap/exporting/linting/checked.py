@@ -74,6 +74,8 @@ class Checked:
         named = self.named(module)
         if named:
             return named[0]
+        if is_head(module) and not self.holds_codes(module):
+            return None  # which engines look for by name alone
         return next((group for group in self.groups if "Linear" in group.targets), None)
 
     def named(self, module: str) -> list[Group]:
@@ -99,6 +101,10 @@ class Checked:
             return weight.shape
         rows, columns = self.folder.tensors[f"{module}.weight_packed"].shape
         return (rows, 2 * columns) if self.kind(module) in PACKED else (rows, columns)
+
+
+def is_head(module: str) -> bool:
+    return module.rpartition(".")[2] == "lm_head"
 
 
 def ignored(checked: Checked, module: str) -> bool:

@@ -106,7 +106,7 @@ def encoders(checked: Checked) -> Iterator[Finding]:
             here is not None and here not in there[:1]
         ):
             lost.append(name)
-    does = "vLLM names it attention.output there and does not find it in the targets, so that loading stops with a KeyError"
+    does = "vLLM names it attention.output there and does not find it in the targets, so that it stops while it loads"
     yield from by_layer(
         "encoder-names", "refused", (does, r"write re:^(.*\.)?...attention\.(self|output)\.query$"), lost
     )

@@ -112,7 +112,7 @@ def lists(checked: Checked, engine: str) -> Iterator[Finding]:
     elif engine != "transformers":
         said = f"{does}: vLLM runs it unquantised, and refuses nothing where a part of a fused product is left out so"
         yield from by_layer("unlisted", "note", (said, to_do), unlisted(checked))
-    bare = [group.name for group in checked.groups if any(not _named(target) for target in group.targets)]
+    bare = [group.name for group in checked.groups if any(_class(one, checked) for one in group.targets)]
     if engine == "sglang" and len(checked.groups) > 1 and bare:
         yield Finding(
             rule="class-target",
@@ -123,8 +123,9 @@ def lists(checked: Checked, engine: str) -> Iterator[Finding]:
         )
 
 
-def _named(target: str) -> bool:
-    return target.startswith("re:") or "." in target
+def _class(target: str, checked: Checked) -> bool:
+    """Whether it is the name of a class: neither a pattern nor a module."""
+    return not (target.startswith("re:") or "." in target or target in checked.linears)
 
 
 def dtype(checked: Checked, engine: str) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from precimap.exporting.linting.checked import NOT_QUANTISED, Checked, ignored
+from precimap.exporting.linting.checked import NOT_QUANTISED, Checked, ignored, is_head
 from precimap.exporting.linting.findings import Finding, by_layer
 from precimap.exporting.linting.kinds import FLOATS, PACKED, needs
 
@@ -54,11 +54,12 @@ def elsewhere(checked: Checked) -> Iterator[Finding]:
 
 
 def unlisted(checked: Checked) -> list[str]:
-    """Linears that are neither a target nor in `ignore`."""
+    """Linears that are neither a target nor in `ignore`; of a head of tokens no engine asks for that."""
     return [
         module
         for module in checked.linears
-        if checked.group_of[module] is None and not ignored(checked, module) and not checked.holds_codes(module)
+        if checked.group_of[module] is None
+        and not (ignored(checked, module) or checked.holds_codes(module) or is_head(module))
     ]
 
 
