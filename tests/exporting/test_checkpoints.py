@@ -214,6 +214,44 @@ def test_a_place_that_vllm_builds_without_a_quantisation_is_refused(tmp_path: Pa
     pm.export(task, given, to="transformers", output=tmp_path / "out", uncertified=True)
 
 
+def test_experts_stand_one_by_one_in_the_folder(tmp_path: Path) -> None:
+    """transformers loads them into one parameter; they stay as they are, and are compared with it."""
+    from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+
+    torch.manual_seed(2)
+    sizes = {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128}
+    AutoModelForCausalLM.from_config(Qwen2MoeConfig(**SIZES, **sizes)).bfloat16().save_pretrained(tmp_path / "base")
+    task = llama_task(load_llama(tmp_path / "base"), batches=3)
+    low = map_of(task, {"model.layers.0.self_attn.o_proj.weight": "int8"}, "emulated")
+    pm.export(task, low, to="vllm", output=tmp_path / "out", uncertified=True)
+    stored, original = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "base")
+    for name in original:
+        assert name == "model.layers.0.self_attn.o_proj.weight" or stored[name].equal(original[name]), name
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    expert = "model.layers.1.mlp.experts.2.up_proj"
+    assert {expert, "model.layers.1.mlp.gate", "lm_head"} <= {*stated["ignore"]}
+    assert "model.embed_tokens" not in stated["ignore"]
+    gate = original[expert.replace("up", "gate") + ".weight"]
+    other = changed(tmp_path / "base", tmp_path / "other", **{f"{expert}.weight": gate})
+    with pytest.raises(DeployError, match=r"experts\.2\.up_proj.* is not model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        pm.export(task, low, to="vllm", output=tmp_path / "no", uncertified=True, checkpoint=other)
+    fewer = changed(tmp_path / "base", tmp_path / "fewer", **{f"{expert}.weight": None})
+    with pytest.raises(DeployError, match=r"holds [\d,]+ of the [\d,]+ values of model\.layers\.1"):
+        pm.export(task, low, to="vllm", output=tmp_path / "no", uncertified=True, checkpoint=fewer)
+
+
+def test_a_model_that_was_cast_when_it_was_loaded(tmp_path: Path) -> None:
+    """The folder is in float32, and what was certified is in bfloat16: that is what is written."""
+    folder = save_llama(tmp_path / "float", torch.float32)
+    task = llama_task(load_llama(folder, torch.bfloat16), batches=3)
+    name = "model.layers.0.mlp.down_proj.weight"
+    pm.export(task, map_of(task, {name: "int8"}, "emulated"), to="vllm", output=tmp_path / "out", uncertified=True)
+    stored, original = all_tensors(tmp_path / "out"), all_tensors(folder)
+    assert stored.pop(f"{name}_scale").equal(by_hand(original[name].bfloat16(), "int8")[1])
+    assert stored.pop(name).equal(by_hand(original[name].bfloat16(), "int8")[0])
+    assert all(tensor.equal(original[other].bfloat16()) for other, tensor in stored.items())
+
+
 def test_transformers_fuses_nothing(task: pm.Task, tmp_path: Path) -> None:
     choice = {"model.layers.0.self_attn.q_proj.weight": "int8", "lm_head.weight": "int8"}
     pm.export(task, map_of(task, choice, "emulated"), to="transformers", output=tmp_path / "out", uncertified=True)

@@ -47,7 +47,7 @@ def write(shipped: Shipped, folder: Path) -> Exported:
         raise DeployError(f"{source.path}: is quantised already; export from the folder of the original model")
     same = same_model(shipped.task.model, source)
     low = expressed(shipped, same, shipped.to)
-    layers = {module: shipped.layers[same.names[f"{module}.weight"]] for module in low}
+    layers = {module: shipped.layers[same.pieces[f"{module}.weight"].name] for module in low}
     rest = _rest(shipped.model, same, layers)
     config = quantization_config(low, _unquantised(shipped.task.model, source, same, layers))
     left_out = _copy(source, folder)
@@ -88,19 +88,19 @@ def _rest(model: nn.Module, same: SameModel, layers: Mapping[str, QuantizedLayer
     """Stored name -> the certified model's tensor, of all that is not quantised."""
     own = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     low = {f"{module}.weight" for module in layers}
-    return {stored: own[name].detach() for stored, name in same.names.items() if stored not in low}
+    return {stored: piece.of(own[piece.name].detach()) for stored, piece in same.pieces.items() if stored not in low}
 
 
 def _unquantised(model: nn.Module, source: HfFolder, same: SameModel, layers: Mapping[str, QuantizedLayer]) -> set[str]:
-    """Stored names of every Linear that keeps its values, those of the folder's other parts included."""
-    linears = {plain_name(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = {stored for name in linears if (stored := same.stored_name(name)) is not None}
+    """Stored names of every Linear that keeps its values, experts and the folder's other parts included."""
+    kinds = {same.stored_name(plain_name(name)): module for name, module in model.named_modules()}
+    found = {name for name, module in kinds.items() if name is not None and isinstance(module, nn.Linear)}
     found |= {
         name.removesuffix(".weight")
-        for name in same.folder_only
-        if name.endswith(".weight") and len(source.tensors[name].shape) == 2
+        for name, stored in source.tensors.items()
+        if name.endswith(".weight") and len(stored.shape) == 2
     }
-    return found - {*layers}
+    return {name for name in found if name not in layers and not isinstance(kinds.get(name), nn.Embedding)}
 
 
 def _copy(source: HfFolder, folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from precimap.errors import DeployError
-from precimap.exporting.checkpoints.same_model import SameModel
+from precimap.exporting.checkpoints.same_model import Piece, SameModel
 from precimap.exporting.checkpoints.stated import STATED
 from precimap.exporting.shipped import Shipped
 from precimap.layers.groups import fused_by_engines
@@ -70,7 +70,7 @@ def expressed(shipped: Shipped, same: SameModel, engine: str) -> dict[str, Schem
         module = name.removesuffix(".weight")
         stored = same.stored_name(name)
         reason = _why_not_stated(shipped, name) or _why_not_linear(linears.get(module), tied.get(name, ()), layer.keeps)
-        if reason is None and (stored is None or same.names.get(stored) != name):
+        if reason is None and (stored is None or same.pieces.get(stored) != Piece(name)):
             reason = "the folder does not hold it under a name of its own"
         if reason is None and stored is not None:
             place = stored.removesuffix(".weight")
