@@ -11,6 +11,7 @@ ranking.json             what low precision does to real rankers
 reading.json             how fast logs are read
 regret.json              what a search misses of the best map
 search_cost.json         what a search costs
+served_amx.json          one map on every engine that it is exported to, on a CPU with AMX
 siblings.json            layers that share a quantised input, on a CPU with AVX-512 and VNNI
 siblings_amx.json        the same with AMX, eager and compiled
 zoo.json                 200 models of other people, deployed

@@ -1,5 +1,7 @@
 """all-MiniLM-L6-v2, mixed, as vLLM's embedding model: each product, and the embeddings of texts."""
 
+import json
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import precimap as pm
-from helpers.engines import asked, needs_engines
+from helpers.engines import asked, needs_engines, served
 from helpers.small_maps import map_of
 from precimap.demos.minilm import load_encoder, load_tokenizer, tokenize
 from precimap.layers.emulation import quantized
@@ -92,3 +94,21 @@ def test_names_of_the_checkpoint_alone_stop_vllm(task: pm.Task, tmp_path: Path) 
     tokens = task.splits.calibration[0]["input_ids"]
     found = asked("vllm_layers.py", tmp_path / "out", {"tokens": tokens}, tmp_path, "pooling")
     assert "QKVParallelLinear" in found.error
+
+
+def test_a_server_answers_over_http(task: pm.Task, tmp_path: Path) -> None:
+    """`vllm serve` with the exported folder, as the guide says it, and a request for embeddings."""
+    given = map_of(task, choice(), "emulated").model_copy(update={"cast": "bfloat16"})
+    pm.export(task, given, to="vllm", output=tmp_path / "out", uncertified=True)
+    options = ("--runner", "pooling", "--dtype", "bfloat16", "--max-model-len", "128", "--enforce-eager")
+    with served(tmp_path / "out", tmp_path / "log", *options) as address:
+        body = json.dumps({"model": str(tmp_path / "out"), "input": TEXTS}).encode()
+        request = urllib.request.Request(f"{address}/v1/embeddings", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found = torch.tensor([one["embedding"] for one in json.load(answer)["data"]])
+    model, layers = prepared(task.model, given)
+    batch = tokenize(load_tokenizer(), TEXTS, 64)
+    with torch.no_grad(), quantized(model, layers):
+        expected = model(batch["input_ids"], batch["attention_mask"]).float()
+    assert found.shape == expected.shape
+    assert (1 - F.cosine_similarity(found, expected, dim=1)).max() < 0.001

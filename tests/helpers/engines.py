@@ -3,9 +3,16 @@
 Their Python has another transformers and another compressed-tensors than the tests; files pass between the two.
 """
 
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,3 +52,33 @@ def asked(script: str, checkpoint: Path, inputs: dict[str, Tensor], into: Path, 
     with safe_open(str(outputs), framework="pt") as file:
         said = file.metadata()
     return Answer(load_file(outputs), json.loads(said.get("kernels", "{}")), said.get("error", ""))
+
+
+@contextmanager
+def served(checkpoint: Path, log: Path, *options: str) -> Iterator[str]:
+    """`vllm serve` on a free port of this machine; its address, once it answers. Raises AssertionError with what it said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    environment |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    command = [PYTHON.with_name("vllm"), "serve", checkpoint, "--host", "127.0.0.1", "--port", str(port), *options]
+    with log.open("wb") as said:
+        server = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
+    try:
+        for _ in range(480):
+            assert server.poll() is None, log.read_text()[-2000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            time.sleep(1)
+        else:
+            raise AssertionError(f"it did not answer: {log.read_text()[-2000:]}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

@@ -7,6 +7,8 @@ Counting Q/DQ pairs in the file was not taken: they are what is asked for.
     onnxruntime    the CPU provider, as it comes
     openvino       all that has no scheme in the model's own precision, as the map says (INFERENCE_PRECISION_HINT f32)
     openvino-bf16  all of that in BF16, which is OpenVINO's own choice on CPUs that multiply it; not what was certified
+
+Each has as many threads as torch has when it is loaded.
 """
 
 import re
@@ -57,6 +59,7 @@ def onnxruntime(path: Path) -> Running:
     with tempfile.TemporaryDirectory() as folder:
         optimised, options = Path(folder, "optimised.onnx"), ort.SessionOptions()
         options.log_severity_level = 4
+        options.intra_op_num_threads = torch.get_num_threads()
         options.optimized_model_filepath = str(optimised)
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -87,7 +90,11 @@ def openvino_bf16(path: Path) -> Running:
 def _openvino(path: Path, name: str, rest: str) -> Running:
     import openvino as ov
 
-    settings = {"INFERENCE_PRECISION_HINT": rest, "PERFORMANCE_HINT": "LATENCY"}
+    settings = {
+        "INFERENCE_PRECISION_HINT": rest,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
     version = str(ov.__version__).split("-")[0]
     try:
         compiled: Any = ov.Core().compile_model(str(path), "CPU", settings)
