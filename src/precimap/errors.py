@@ -10,6 +10,7 @@
     |   |   `-- PremiseMismatch a map of another model, task or data
     |   |-- ProfileError        a hardware profile that cannot be read, or lacks what is asked of it
     |   |-- DeployError         a map that this target cannot run
+    |   |-- MissingExtra        a library of an extra that is not installed (an ImportError, too)
     |   `-- SaveError           a file that could not be written (the old one is still there)
     |-- AlphaSpent              the certify split has no confidence left for another map
     `-- JournalError            a run directory of another premise, or in use
@@ -64,6 +65,10 @@ class ProfileError(InputError):
 
 class DeployError(InputError):
     """A map that the chosen target cannot run as it stands."""
+
+
+class MissingExtra(InputError, ImportError):
+    """A library that an extra brings is not installed; the message names the extra."""
 
 
 class SaveError(InputError):

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from precimap.cli import app
 from precimap.cli_ending import Result, ended
-from precimap.errors import AlphaSpent, JournalError, TaskError
+from precimap.errors import AlphaSpent, JournalError, MissingExtra, TaskError
 from precimap.report.run_record import RunRecord, read_run
 from precimap.report.terminal import Rows, Terminal, lines_of, shown
 
@@ -158,6 +158,8 @@ def test_each_failure_has_the_code_that_it_means(
     assert ended(failing(TaskError("the split [/] is\x1b[31m red\ncertified: nothing"))) == 2
     assert capsys.readouterr().err == "TaskError: the split [/] is\\x1b[31m red\n  certified: nothing\n"
     assert ended(failing(AlphaSpent("all"))) == 2
+    assert ended(failing(MissingExtra("pip install 'precimap[onnx]'"))) == 2  # an ImportError of any other kind is ours
+    assert issubclass(MissingExtra, ImportError)
     assert ended(failing(SystemExit(1))) == 2
     assert ended(failing(KeyboardInterrupt())) == 130
     capsys.readouterr()

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from precimap.data.columns import Columns
-from precimap.errors import DataError
+from precimap.errors import DataError, MissingExtra
 
 # Told (bytes read, bytes in all). Of a compressed file these are bytes on disk.
 Told = Callable[[int, int], None]
@@ -50,7 +50,7 @@ def chunks(path: Path, columns: Columns, told: Told) -> Iterator[Chunk]:
     """All rows of a file in order, with the columns needed.
 
     `.parquet` and `.pq` are Parquet; `.csv` is separated by commas and may quote; any other name is separated by tabs
-    and quotes nothing; text may be gzipped (`.gz`). Raises ImportError without the `data` extra, DataError for a file
+    and quotes nothing; text may be gzipped (`.gz`). Raises MissingExtra without the `data` extra, DataError for a file
     that is not there, is cut short, or does not have the columns.
     """
     _arrow()
@@ -63,7 +63,7 @@ def _arrow() -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ImportError("reading logs needs pyarrow: pip install 'precimap[data]'") from error
+        raise MissingExtra("reading logs needs pyarrow: pip install 'precimap[data]'") from error
     return pyarrow
 
 

@@ -52,7 +52,7 @@ class Logs:
             raise DataError(f"expected a list of files, got {self.files!r}; give [{str(self.files)!r}]")
 
     def scan(self, progress: Progress | None = None) -> Scan:
-        """Labels, users and times of all rows: 20 bytes a row in memory. Raises DataError, ImportError."""
+        """Labels, users and times of all rows: 20 bytes a row in memory. Raises DataError, MissingExtra."""
         own = self.columns
         light = Columns(label=own.label, user=own.user, time=own.time, header=own.header, missing=own.missing)
         parts = [_converted(chunk, light, self.encoding) for chunk in _chunks(self.files, light, progress)]
@@ -77,7 +77,7 @@ class LogBatches:
     """Batches of `size` rows (the last may be smaller), as dicts of tensors [n] or [n, columns]:
 
     dense float32, categorical int64, label float32, and user int64, time float64 where the columns are named.
-    Iterating raises DataError for what cannot be read, with file, line and column; ImportError without the `data` extra.
+    Iterating raises DataError for what cannot be read, with file, line and column; MissingExtra without the `data` extra.
     """
 
     logs: Logs

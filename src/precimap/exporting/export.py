@@ -48,7 +48,7 @@ def export(
     names. Returns what was written, and what was measured of it.
 
     Raises PremiseMismatch for a map of another model, MapError for one that cannot be read, is not certified or changes
-    nothing, DeployError for what the engine cannot express, naming layers and reasons, ImportError where the target's
+    nothing, DeployError for what the engine cannot express, naming layers and reasons, MissingExtra where the target's
     extra is missing, SaveError for a folder that is not empty or cannot be written.
     """
     if to not in WRITERS:

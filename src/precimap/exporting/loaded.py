@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from precimap.errors import DeployError, InputError
+from precimap.errors import DeployError, InputError, MissingExtra
 from precimap.exporting.aoti import PACKAGE
 from precimap.exporting.call_structure import Structure
 from precimap.exporting.exported import Exported
@@ -46,7 +46,7 @@ def load_exported(folder: str | Path, *, engine: str | None = None) -> ExportedM
     the first that the export proved; of one for `aoti`, that. Hand the model to the task's forward, or to
     `precimap.compare` with the task.
 
-    Raises MapError for a folder that is no export, InputError for an engine that does not load it, ImportError where the
+    Raises MapError for a folder that is no export, InputError for an engine that does not load it, MissingExtra where the
     engine is not installed, DeployError for one that computed another model when it was exported.
     """
     folder = Path(folder)
@@ -68,7 +68,7 @@ def load_exported(folder: str | Path, *, engine: str | None = None) -> ExportedM
     try:
         running = ENGINES[engine](folder / MODEL)
     except ImportError as error:
-        raise ImportError(f"{engine} is not installed: pip install 'precimap[{EXTRAS[engine]}]'") from error
+        raise MissingExtra(f"{engine} is not installed: pip install 'precimap[{EXTRAS[engine]}]'") from error
     return ExportedModel(Structure.load(folder).calling(running.call), exported, engine)
 
 

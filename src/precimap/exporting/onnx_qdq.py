@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from precimap.decisions import LOOKUPS
-from precimap.errors import DeployError, first_line
+from precimap.errors import DeployError, MissingExtra, first_line
 from precimap.exporting.aoti import exported_program, inputs_of
 from precimap.exporting.call_structure import CALL, Structure
 from precimap.exporting.calls import Calls, calls_of
@@ -43,7 +43,7 @@ MODEL = "model.onnx"
 def write(shipped: Shipped, folder: Path) -> Exported:
     """`model.onnx` in the folder, and what is said of it by the engines that are installed.
 
-    Raises ImportError without the extra `onnx`, DeployError for what ONNX cannot express, for a model that cannot be traced
+    Raises MissingExtra without the extra `onnx`, DeployError for what ONNX cannot express, for a model that cannot be traced
     or translated, and where no engine here computes what the map says.
     """
     onnx = _needed()
@@ -79,13 +79,13 @@ def write(shipped: Shipped, folder: Path) -> Exported:
 
 
 def _needed() -> Any:
-    """onnx itself. Raises ImportError that names the extra."""
+    """onnx itself. Raises MissingExtra that names the extra."""
     try:
         import onnx
         import onnxruntime  # noqa: F401  # what runs the file here
         import onnxscript  # noqa: F401  # what torch.onnx.export needs
     except ImportError as error:
-        raise ImportError(
+        raise MissingExtra(
             f"ONNX needs onnx, onnxscript and onnxruntime: pip install 'precimap[onnx]' ({error})"
         ) from error
     return onnx
