@@ -29,7 +29,7 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_commands_exist_with_the_options_named() -> None:
     lines = re.findall(r"^precimap +(\w+) +(.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
-    assert {command for command, _ in lines} == {"plan", "layers", "search", "certify", "deploy", "report"}
+    assert {command for command, _ in lines} == {"plan", "layers", "search", "certify", "deploy", "export", "report"}
     for command, arguments in lines:
         shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
         for option in re.findall(r"--[a-z-]+", arguments):
