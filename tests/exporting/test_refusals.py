@@ -43,18 +43,25 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "mine").read_text() == "mine"
 
 
-def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "write", ["(folder / 'a').write_bytes(bytes(5000))", "save_file({'a': zeros(5000)}, folder / 'a')"]
+)
+def test_a_disk_that_is_full_leaves_nothing(write: str, tmp_path: Path) -> None:
+    """Also where it is safetensors that meets it, whose errors are of its own."""
+
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     code = (
         "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from pathlib import Path\n"
+        "from torch import zeros\n"
+        "from safetensors.torch import save_file\n"
         "from precimap.errors import SaveError\n"
         "from precimap.exporting.folder import new_folder\n"
         "try:\n"
         "    with new_folder(Path(sys.argv[1])) as folder:\n"
-        "        (folder / 'a').write_bytes(bytes(5000))\n"
+        f"        {write}\n"
         "except SaveError as error:\n"
         "    print(error)\n"
     )

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from precimap.errors import SaveError
 
 
@@ -39,8 +41,9 @@ def new_folder(output: Path) -> Iterator[Path]:
             yield aside
             _synced(aside)
             os.replace(aside, target)
-    except OSError as error:
-        raise SaveError(f"cannot write {output}: {error.strerror or error}; no folder was made") from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SaveError(f"cannot write {output}: {why}; no folder was made") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
