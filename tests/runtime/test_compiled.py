@@ -200,7 +200,7 @@ def test_a_compiled_model_is_saved_and_read(precision_map: PrecisionMap, tmp_pat
 def test_code_that_failed_its_check_is_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo keeps it: a second call would find it, and nothing would be counted."""
     torch._dynamo.reset()
-    monkeypatch.setattr(compiled_module, "_SETTINGS", {"freezing": False})
+    monkeypatch.setattr(compiled_module, "SETTINGS", {"freezing": False})
     monkeypatch.setattr(low_weight, "freezing", torch.compiler.assume_constant_result(lambda: True))
     model = Tower().eval()
     fast, x = CPU_INT8.deployed(model, layers_of(model)), torch.randn(8, 64)

@@ -303,7 +303,7 @@ def test_other_shapes_and_plain_compile_run_the_eager_layers() -> None:
 def test_code_without_int8_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted compile without freezing that traces the quantised form anyway: Inductor says nothing, `compiled` does."""
     torch._dynamo.reset()
-    monkeypatch.setattr(compiled_module, "_SETTINGS", {"freezing": False})
+    monkeypatch.setattr(compiled_module, "SETTINGS", {"freezing": False})
     monkeypatch.setattr(low_weight, "freezing", torch.compiler.assume_constant_result(lambda: True))
     with pytest.raises(DeployError, match="expected 3 INT8 products in the generated code, found 0"):
         compiled(deployed(Projections().eval()), (torch.randn(8, 64),))

@@ -3,6 +3,7 @@
 export.py      export(): one map into one new folder
 shipped.py     what a map ships, before any format: the one object that all writers write from
 calls.py       calls of the model as its task makes them: what is traced, and which sizes vary
+traced.py      a model as torch.export traces it, in plain tensors
 aoti.py        AOTInductor's package, for Python and C++
 int8_tokens_served.py, int8_tokens_served.cpp  scheme `int8` in a package: the operator in a library beside it
 fbgemm.py      embedding tables as FBGEMM and torchrec hold them

@@ -8,35 +8,27 @@ Nothing of precimap is needed to run it. Not taken: TorchScript, which is unmain
 What it does not have of `precimap.compile`: the look at each call's inputs for NaN and infinity, which codes cannot hold.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.export import ExportedProgram
 
-from precimap.errors import DeployError, first_line
-from precimap.exporting.calls import Calls, calls_of, contiguous
-from precimap.exporting.difference import difference
+from precimap.errors import DeployError
+from precimap.exporting.calls import calls_of, contiguous
+from precimap.exporting.difference import reference
 from precimap.exporting.exported import Exported
 from precimap.exporting.int8_tokens_served import LIBRARY, serve_tokens
 from precimap.exporting.shipped import Shipped
-from precimap.runtime.compiling.compiled import no_compiler
+from precimap.exporting.traced import exported_program, quiet, said
+from precimap.runtime.compiling.compiled import NO_CACHE, SETTINGS, no_compiler
 from precimap.runtime.compiling.counted import Products, counted
 from precimap.runtime.compiling.inductor import rows_pass, sums_in_own_memory
 from precimap.runtime.deploy import build
 
 PACKAGE = "model.pt2"
-_SETTINGS = {
-    "freezing": True,
-    "realize_reads_threshold": 1,  # as in `runtime/compiling/compiled.py`
-    "cpp.dynamic_threads": True,  # or the number of threads here is written into the code
-    "fx_graph_cache": False,  # products of code that was there already would not be counted
-}
+# Beside those of compiled calls; else the number of threads here is written into the code.
+_SETTINGS: dict[str, Any] = {**SETTINGS, **NO_CACHE, "cpp.dynamic_threads": True}
 
 
 def write(shipped: Shipped, folder: Path) -> Exported:
@@ -76,8 +68,8 @@ def write(shipped: Shipped, folder: Path) -> Exported:
         not_certified=shipped.map.not_certified,
         files=(PACKAGE,) if library is None else (PACKAGE, LIBRARY),
         layers={name: _runs(shipped, name) for name in shipped.map.layers},
-        inputs=inputs_of(calls),
-        difference=difference(shipped, call, calls.batches),
+        inputs=calls.said(calls.example.names),
+        difference=reference(shipped, calls.batches).beside(call),
         engine={"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()},
         notes=_notes(shipped, library is not None),
     )
@@ -106,60 +98,15 @@ def _notes(shipped: Shipped, library: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def exported_program(deployed: nn.Module, calls: Calls) -> ExportedProgram:
-    """The deployed model as torch.export traces it, in plain tensors: codes and scales, and what is done with them.
-
-    Sizes that vary are variable. Raises DeployError where it cannot be traced.
-    """
-    sizes: Any = torch.export.AdditionalInputs  # has no types
-    example, varying = calls.example, sizes()
-    for call in calls.each[1:]:
-        varying.add(call.args, call.kwargs)
-    shapes = varying if len(calls.each) > 1 else None
-    failed = []
-    for strict in (False, True):  # by running it, or by reading its code
-        try:
-            with torch.no_grad(), _quiet():
-                program = torch.export.export(
-                    deployed, example.args, example.kwargs, dynamic_shapes=shapes, strict=strict
-                )
-                plain: ExportedProgram = program.run_decompositions({})  # takes low weights apart, and nothing else
-                return plain
-        except Exception as error:  # noqa: BLE001 - of torch or of the model, of whatever kind
-            failed.append(error)
-    raise DeployError(
-        f"torch.export cannot trace {type(deployed).__name__} ({' and '.join(_said(error) for error in failed)}); "
-        "`precimap.compile` serves it in a process with Python"
-    ) from failed[0]
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch says about parts of its own."""
-    told = logging.getLogger("torch.export")
-    before = told.level
-    told.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        told.setLevel(before)
-
-
 def _compile(program: ExportedProgram, path: Path) -> None:
     """Write the package. Raises DeployError where this torch cannot compile the program."""
     settings = {**_SETTINGS, "joint_custom_post_pass": rows_pass()}
     try:
-        with torch.no_grad(), sums_in_own_memory(), _quiet():  # with gradients nothing is frozen
+        with torch.no_grad(), sums_in_own_memory(), quiet():  # with gradients nothing is frozen
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     except Exception as error:
         raise DeployError(
-            f"AOTInductor of torch {torch.__version__} cannot compile this model ({_said(error)}); "
+            f"AOTInductor of torch {torch.__version__} cannot compile this model ({said(error)}); "
             "`precimap.compile` serves it in a process with Python"
         ) from error
 
@@ -178,28 +125,10 @@ def _runs(shipped: Shipped, name: str) -> str:
     """What computes a layer in the package."""
     layer = shipped.layers.get(name)
     if layer is None:
-        return shipped.map.cast or shipped.map.premise.base_precision
+        return shipped.base
     if layer.scheme.input is not None and layer.scheme.weight.has_scales:
         by = f"product of {LIBRARY}" if layer.scheme.input.dynamic else "oneDNN INT8 product"
         return f"{layer.scheme.name} ({by})"
     if layer.scheme.computes_low:
         return layer.scheme.name
     return f"{layer.scheme.name} (stored; decoded when read)"
-
-
-def inputs_of(calls: Calls, names: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Each tensor of a call, with the sizes that may vary by letters; names: what the tensors are called in the file."""
-    letters = dict[tuple[int, ...], str]()
-    said = []
-    for number, (name, tensor, dims) in enumerate(
-        zip(names or calls.example.names, calls.example.tensors, calls.varying, strict=True)
-    ):
-        sizes = []
-        for dim, size in enumerate(tensor.shape):
-            if dim not in dims:
-                sizes.append(str(size))
-                continue
-            seen = tuple(call.tensors[number].shape[dim] for call in calls.each)
-            sizes.append(letters.setdefault(seen, f"n{len(letters)}" if letters else "n"))
-        said.append(f"{name}: {str(tensor.dtype).removeprefix('torch.')} [{', '.join(sizes)}]")
-    return tuple(said)

@@ -76,6 +76,29 @@ class Calls:
             for sizes in zip(*([tuple(t.shape) for t in call.tensors] for call in self.each), strict=True)
         ]
 
+    @property
+    def sizes(self) -> list[list[str]]:
+        """Of each tensor: the number that a size is, or the letter of one that varies, the same for those that vary
+        alike.
+        """
+        letters, found = dict[tuple[int, ...], str](), []
+        for number, (tensor, dims) in enumerate(zip(self.example.tensors, self.varying, strict=True)):
+            each = [tuple(call.tensors[number].shape[dim] for call in self.each) for dim in range(tensor.dim())]
+            found.append(
+                [
+                    letters.setdefault(seen, f"n{len(letters)}" if letters else "n") if dim in dims else str(seen[0])
+                    for dim, seen in enumerate(each)
+                ]
+            )
+        return found
+
+    def said(self, names: Sequence[str]) -> tuple[str, ...]:
+        """A line for each tensor: its name, as the caller has it, its dtype and sizes."""
+        return tuple(
+            f"{name}: {str(tensor.dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
+            for name, tensor, sizes in zip(names, self.example.tensors, self.sizes, strict=True)
+        )
+
 
 def calls_of(task: Task, model: nn.Module) -> Calls:
     """What the task's forward calls `model` with, on calibration batches.

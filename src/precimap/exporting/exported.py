@@ -49,7 +49,7 @@ class Served(Record):
 class Exported(Record):
     """One exported map.
 
-    to: the target's name. map: the fingerprint of the map. certified: None, or why what was exported is not certified.
+    to: the target's name. map: the fingerprint of the map. not_certified: None, or why the map is not.
     layers: each layer of the map -> what computes it in these files. inputs: what may vary in them. engine: versions that
     made and checked the files. notes: what whoever serves them has to know. served: engines that ran the files here.
     """

@@ -7,33 +7,28 @@ by layer. An engine that computes another model is named as one that must not se
 no file. Not taken: float weights between Q and DQ, as quantising tools write them: whoever reads those makes codes anew.
 """
 
-import io
 import json
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from precimap.decisions import LOOKUPS
-from precimap.errors import DeployError, MissingExtra, first_line
-from precimap.exporting.aoti import exported_program, inputs_of
+from precimap.errors import DeployError, MissingExtra
 from precimap.exporting.call_structure import CALL, Structure
-from precimap.exporting.calls import Calls, calls_of
-from precimap.exporting.difference import difference
+from precimap.exporting.calls import calls_of
+from precimap.exporting.difference import Reference, reference
 from precimap.exporting.exported import Exported, Served
 from precimap.exporting.onnx_engines import ENGINES, EXTRAS, OPENVINO, OPENVINO_BF16, ORT
 from precimap.exporting.onnx_graph import save, tidied
 from precimap.exporting.onnx_kernel import OPSET, products_of, scheme_refusal, weight_in_onnx
 from precimap.exporting.onnx_spelling import spelled_for_onnx
 from precimap.exporting.shipped import Shipped
+from precimap.exporting.traced import exported_program, quiet, root_of, said
 from precimap.layers.quantized import QuantizedLayer
 from precimap.runtime.weights.placing import placed
 
@@ -50,15 +45,18 @@ def write(shipped: Shipped, folder: Path) -> Exported:
     _check_schemes(shipped)
     calls = calls_of(shipped.task, shipped.model)
     model = placed(shipped.model, shipped.layers, weight_in_onnx, owned=True)
-    program = _traced(model.eval(), calls)
+    with spelled_for_onnx():
+        program = exported_program(model.eval(), calls)
     made, structure = _translated(program)
     names = [value.name for value in made.model.graph.inputs]
-    products = tidied(made.model, shipped.layers, [_sizes(said) for said in inputs_of(calls)])
+    products = tidied(made.model, shipped.layers, calls.sizes)
     _check_products(shipped.layers, program, products)
     made.model.metadata_props.update(_metadata(shipped))
     files = save(made, folder / MODEL)
     structure.save(folder)
-    file = _File(shipped=shipped, calls=calls, structure=structure, path=folder / MODEL, products=products)
+    file = _File(
+        reference=reference(shipped, calls.batches), structure=structure, path=folder / MODEL, products=products
+    )
     served = tuple(found for engine in ENGINES for found in file.served(engine))
     proven = [found for found in served if found.refused is None]
     if not proven:
@@ -69,7 +67,7 @@ def write(shipped: Shipped, folder: Path) -> Exported:
         not_certified=shipped.map.not_certified,
         files=(*files, CALL),
         layers={name: _runs(shipped, name, proven) for name in shipped.map.layers},
-        inputs=inputs_of(calls, names),
+        inputs=calls.said(names),
         difference=proven[0].difference,
         engine={"torch": torch.__version__, "onnx": onnx.__version__, "opset": str(OPSET)}
         | {found.engine: found.version for found in served},
@@ -104,31 +102,6 @@ def _check_schemes(shipped: Shipped) -> None:
         raise DeployError("; ".join(f"{', '.join(names)} in {reason}" for reason, names in refused.items()))
 
 
-def _traced(model: nn.Module, calls: Calls) -> ExportedProgram:
-    """The model as operators, those of its layers in low precision ONNX's. Raises DeployError as `exported_program` does."""
-    with _quiet():
-        with spelled_for_onnx():
-            program = exported_program(model, calls)
-        try:
-            # Before, weights that calls other than `linear` read are still whole.
-            apart: ExportedProgram = program.run_decompositions({})
-            return apart
-        except Exception as error:
-            root = _root(error)
-            if isinstance(root, DeployError):
-                raise root from error
-            raise DeployError(
-                f"torch.export cannot take the model apart ({type(root).__name__}: {first_line(root)})"
-            ) from error
-
-
-def _root(error: BaseException) -> BaseException:
-    """What was raised first."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def _check_products(
     layers: Mapping[str, QuantizedLayer], program: ExportedProgram, products: Mapping[str, list[str]]
 ) -> None:
@@ -151,7 +124,7 @@ def _translated(program: ExportedProgram) -> tuple[Any, Structure]:
     names = ["output" + keystr(path) if not path else _output_name(path) for path, _ in paths]
     tensors = [isinstance(one.arg, torch.export.graph_signature.TensorArgument) for one in specs]
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             made: Any = torch.onnx.export(
                 program,
                 opset_version=OPSET,
@@ -159,40 +132,17 @@ def _translated(program: ExportedProgram) -> tuple[Any, Structure]:
                 verbose=False,
             )
     except Exception as error:
-        root = _root(error)
         raise DeployError(
-            f"torch.onnx.export cannot translate the model ({type(root).__name__}: {first_line(root)}); --to aoti takes "
-            "whatever torch.export traces"
+            f"torch.onnx.export cannot translate the model ({said(root_of(error))}); --to aoti takes whatever "
+            "torch.export traces"
         ) from error
     return made, Structure.of(program)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What the translator says of its own parts, and prints, kept from whoever exports."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _output_name(path: Sequence[Any]) -> str:
     """`logit`, `output_0`, `states.0`."""
     keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
     return "output_" + "_".join(keys) if keys[0].isdigit() else ".".join(keys)
-
-
-def _sizes(said: str) -> list[str]:
-    """Of a line of `inputs_of`."""
-    inside = said[said.rindex("[") + 1 : -1]
-    return inside.split(", ") if inside else []
 
 
 def _metadata(shipped: Shipped) -> dict[str, str]:
@@ -208,8 +158,7 @@ def _metadata(shipped: Shipped) -> dict[str, str]:
 class _File:
     """What was written. products: layer -> the names of its products in the file."""
 
-    shipped: Shipped
-    calls: Calls
+    reference: Reference
     structure: Structure
     path: Path
     products: Mapping[str, list[str]]
@@ -226,7 +175,7 @@ class _File:
         layers = {name: running.layer(of) for name, of in self.products.items() if of}
         off, refused = None, None
         try:
-            off = difference(self.shipped, self.structure.calling(running.call), self.calls.batches)
+            off = self.reference.beside(self.structure.calling(running.call))
         except DeployError as error:
             refused = str(error)
         yield Served(engine=engine, version=running.version, layers=layers, difference=off, refused=refused)
@@ -236,7 +185,7 @@ def _runs(shipped: Shipped, name: str, proven: Sequence[Served]) -> str:
     """What computes a layer."""
     layer = shipped.layers.get(name)
     if layer is None:
-        return shipped.map.cast or shipped.map.premise.base_precision
+        return shipped.base
     scheme = layer.scheme
     if scheme.result is not None:
         return f"{scheme.name} (operands and result rounded)"
@@ -263,8 +212,8 @@ def _notes(shipped: Shipped, served: Sequence[Served]) -> list[str]:
         )
     if OPENVINO in ran and any(layer.scheme.result is not None for layer in shipped.layers.values()):
         said.append(
-            "OpenVINO 2026.4 cuts values off where they become BF16, instead of rounding them, and leaves out a rounding to "
-            "FP16: its bf16 and fp16 layers are near those of the map and not the same."
+            "OpenVINO 2026.4 cuts values off where they become BF16, instead of rounding them, and leaves out a "
+            "rounding to FP16: its bf16 and fp16 layers are near those of the map and not the same."
         )
     said.append(
         "The certificate was measured on the form that is named; an engine divides by an input's scale where precimap "

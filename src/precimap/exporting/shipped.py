@@ -33,6 +33,11 @@ class Shipped:
     to: str = ""
     checkpoint: Path | None = None
 
+    @property
+    def base(self) -> str:
+        """The precision of all that has no scheme, such as `bfloat16`."""
+        return self.map.cast or self.map.premise.base_precision
+
 
 def shipped(task: Task, precision_map: PrecisionMap, *, uncertified: bool, progress: Progress = silent) -> Shipped:
     """Raises PremiseMismatch for a map of another model, MapError for one that is not certified, or changes nothing."""

@@ -146,7 +146,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_config(source: HfFolder, folder: Path, quantised: Mapping[str, Any], shipped: Shipped) -> None:
-    base = shipped.map.cast or shipped.map.premise.base_precision
+    base = shipped.base
     config = {"torch_dtype": base, **_in_dtype(source.config, base), "quantization_config": quantised}
     if "dtype" in config:
         del config["torch_dtype"]
@@ -163,7 +163,7 @@ def _in_dtype(config: Mapping[str, Any], base: str) -> dict[str, Any]:
 
 def _runs(shipped: Shipped) -> dict[str, str]:
     """What the checkpoint has of each layer of the map."""
-    base = shipped.map.cast or shipped.map.premise.base_precision
+    base = shipped.base
     forms = {"int8": "INT8 channel x dynamic token", "fp8": "FP8 channel x dynamic token"}
     return {
         name: forms.get(shipped.layers[name].scheme.name, base) if name in shipped.layers else base
@@ -172,7 +172,7 @@ def _runs(shipped: Shipped) -> dict[str, str]:
 
 
 def _rounded_scales(shipped: Shipped) -> list[str]:
-    if shipped.to != "transformers" or (shipped.map.cast or shipped.map.premise.base_precision) == "float32":
+    if shipped.to != "transformers" or shipped.base == "float32":
         return []
     return [
         "transformers rounds scales to the model's dtype when it loads: in bfloat16 each row of a weight is off by up to "

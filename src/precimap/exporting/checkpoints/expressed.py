@@ -44,7 +44,7 @@ _BY_SCHEME = {
 
 def expressed(shipped: Shipped, same: SameModel, engine: str) -> dict[str, Scheme]:
     """Stored module -> scheme, of the layers in low precision. Raises DeployError for all that cannot be expressed."""
-    base = shipped.map.cast or shipped.map.premise.base_precision
+    base = shipped.base
     if shipped.map.realignment is not None:
         raise DeployError(
             f"the map realigns its last logit at {shipped.map.realignment.layer}, which a checkpoint of {engine} does "

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from precimap.exporting.linting.config_rules import ENCODER
 from precimap.numerics.schemes import SCHEMES, Scheme
 
 # Our scheme -> format, and the arguments of weight and input.
@@ -21,13 +22,12 @@ _GROUPS: Mapping[Scheme, tuple[str, str]] = {
     SCHEMES["fp8"]: ("float-quantized", "float"),
 }
 STATED = frozenset(_GROUPS)  # the schemes that have a group
-_ENCODER = re.compile(r"(^|\.)attention\.self\.(query|key|value)$")
 
 
 def quantization_config(low: Mapping[str, Scheme], ignored: Iterable[str]) -> dict[str, Any]:
     """low: module -> one of `STATED`; ignored: every other Linear, by module."""
     ignored = tuple(ignored)
-    patterns = any(_ENCODER.search(name) for name in (*low, *ignored))
+    patterns = any(ENCODER.search(name) for name in (*low, *ignored))
     groups = {}
     for scheme, (layout, kind) in _GROUPS.items():
         modules = sorted(name for name, its in low.items() if its == scheme)

@@ -16,7 +16,7 @@ _ARGUMENTS = frozenset(
     "observer_kwargs".split()
 )
 _GROUP = frozenset("targets weights input_activations output_activations format".split())
-_ENCODER = re.compile(r"(^|\.)attention\.self\.(query|key|value)$")
+ENCODER = re.compile(r"(^|\.)attention\.self\.(query|key|value)$")
 
 
 def fields(checked: Checked, engine: str) -> Iterator[Finding]:
@@ -96,7 +96,7 @@ def encoders(checked: Checked) -> Iterator[Finding]:
     """The names that vLLM gives to the projections of an encoder's attention."""
     lost = []
     for name in checked.linears:
-        if not _ENCODER.search(name):
+        if not ENCODER.search(name):
             continue
         own = _as_vllm_names(name)
         here = checked.group_of[name]
@@ -113,7 +113,7 @@ def encoders(checked: Checked) -> Iterator[Finding]:
 
 
 def _as_vllm_names(name: str) -> str:
-    return "model." + _ENCODER.sub(r"\1attention.output.\2", name)
+    return "model." + ENCODER.sub(r"\1attention.output.\2", name)
 
 
 def _targets(checked: Checked) -> Iterator[tuple[str, str]]:

@@ -31,8 +31,8 @@ from precimap.runtime.weights.low_weight import LowWeight
 
 # Inductor computes what two products read in each of them again, if it reads only four tensors or fewer; where one of these
 # is a gather, as after an embedding, that is done element by element and takes longer than the product.
-_SETTINGS = {"freezing": True, "realize_reads_threshold": 1}
-_NO_CACHE = {"fx_graph_cache": False}  # its products would not be counted
+SETTINGS = {"freezing": True, "realize_reads_threshold": 1}
+NO_CACHE = {"fx_graph_cache": False}  # its products would not be counted
 # Dynamo keeps code by class: forms of one model, and its shapes, are kept beside each other. At the usual 8 it stops
 # compiling and runs eagerly without a word.
 _LIMITS = {"recompile_limit": 4096, "accumulated_recompile_limit": 4096, "fail_on_recompile_limit_hit": True}
@@ -143,7 +143,7 @@ class CompiledCalls(ServedCalls):
             settings.enter_context(self._one_at_a_time)
             self._products = Products()
             passes = {"pre_grad_custom_pass": attention_pass(), "joint_custom_post_pass": rows_pass()}
-            settings.enter_context(torch._inductor.config.patch({**_SETTINGS, **_NO_CACHE, **passes}))
+            settings.enter_context(torch._inductor.config.patch({**SETTINGS, **NO_CACHE, **passes}))
             settings.enter_context(sums_in_own_memory())
             settings.enter_context(torch._dynamo.config.patch(_LIMITS))
             # Code that an earlier process made is not traced again, and its products could not be counted.
